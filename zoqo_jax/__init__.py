@@ -1,0 +1,53 @@
+"""zoqo_jax: train quantized models on their own integer grid, with forward passes only.
+
+Two papers behind one optax interface, ZOQO (Bar & Giryes, arXiv:2501.06736) and CAQ-ZO (Shu & Zhu,
+arXiv:2605.10673):
+
+    import zoqo_jax as zq
+"""
+
+from zoqo_jax import companders as companders
+from zoqo_jax import projection as projection
+from zoqo_jax import queries as queries
+from zoqo_jax import stencils as stencils
+from zoqo_jax.companders import Compander as Compander
+from zoqo_jax.implicit import PerturbedArray as PerturbedArray
+from zoqo_jax.implicit import quaxify as quaxify
+from zoqo_jax.quantization import Grid as Grid
+from zoqo_jax.quantization import QuantizedArray as QuantizedArray
+from zoqo_jax.quantization import Quantizer as Quantizer
+from zoqo_jax.quantization import dequantize as dequantize
+from zoqo_jax.quantization import is_matrix as is_matrix
+from zoqo_jax.quantization import is_quantized as is_quantized
+from zoqo_jax.quantization import nf4 as nf4
+from zoqo_jax.quantization import quantize as quantize
+from zoqo_jax.transforms import StepState as StepState
+from zoqo_jax.transforms import caq_zo as caq_zo
+from zoqo_jax.transforms import replay as replay
+from zoqo_jax.transforms import spsa as spsa
+from zoqo_jax.transforms import zoqo as zoqo
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compander",
+    "Grid",
+    "PerturbedArray",
+    "QuantizedArray",
+    "Quantizer",
+    "StepState",
+    "caq_zo",
+    "companders",
+    "dequantize",
+    "is_matrix",
+    "is_quantized",
+    "nf4",
+    "projection",
+    "quantize",
+    "quaxify",
+    "queries",
+    "replay",
+    "spsa",
+    "stencils",
+    "zoqo",
+]

@@ -1,0 +1,85 @@
+"""Projections: from a real-valued step in the uniform coordinate z to whole codes.
+
+CAQ-ZO (Shu & Zhu, arXiv:2605.10673) writes its update as `n <- Proj(n - eta g_z)`, where the step is nearly
+always far below one code: rounding to nearest would freeze it. Everything here ends in integer arithmetic,
+so that a step gives the same codes compiled or not, on every backend.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Key
+
+__all__ = ["Rounding", "error_feedback", "nearest", "stochastic", "threshold"]
+
+Rounding = Literal["stochastic", "nearest", "error_feedback", "threshold"]
+
+_POINT = 22  # error feedback counts in 2^-22 codes, which leaves an int32 room for +-511 codes
+
+
+def nearest(step: Float[Array, "..."]) -> Int32[Array, "..."]:
+    """The nearest whole number of codes, halves to even.
+
+    Examples:
+        >>> nearest(jnp.array([0.4, -1.6])).tolist()
+        [0, -2]
+    """
+    return jnp.round(_bounded(step)).astype(jnp.int32)
+
+
+def stochastic(key: Key[Array, ""], step: Float[Array, "..."]) -> Int32[Array, "..."]:
+    """Round up or down at random, unbiased: E[result] = step, to 2^-32 codes.
+
+    Examples:
+        >>> moves = stochastic(jax.random.key(0), jnp.full(100_000, -0.25))
+        >>> sorted(set(moves.tolist())), round(moves.mean().item(), 2)
+        ([-1, 0], -0.25)
+    """
+    size = jnp.abs(_bounded(step))  # the bound also keeps the product in `step` out of the difference below
+    whole = jnp.floor(size)
+    chance = ((size - whole) * 2.0**32).astype(jnp.uint32)
+    moved = whole.astype(jnp.int32) + (jax.random.bits(key, step.shape) < chance)
+    return jnp.where(step < 0, -moved, moved)
+
+
+def error_feedback(
+    step: Float[Array, "..."], residual: Int32[Array, "..."]
+) -> tuple[Int32[Array, "..."], Int32[Array, "..."]]:
+    """Round to nearest what the step and all that was not applied before add up to, and keep the rest.
+
+    Args:
+        step: in codes.
+        residual: what earlier steps left over, in 2^-22 codes; zeros at first.
+
+    Returns:
+        The whole codes to move and the new residual, between -1/2 and 1/2 code.
+
+    Examples:
+        >>> residual = jnp.zeros((), jnp.int32)
+        >>> for _ in range(3):
+        ...     moved, residual = error_feedback(jnp.float32(0.25), residual)
+        ...     print(moved.item(), residual.item() / 2**22)
+        0 0.25
+        0 0.5
+        1 -0.25
+    """
+    total = residual + jnp.round(_bounded(step) * 2.0**_POINT).astype(jnp.int32)
+    moved = (total + (2 ** (_POINT - 1) - 1)) >> _POINT  # a half stays behind
+    return moved, total - (moved << _POINT)
+
+
+def threshold(step: Float[Array, "..."], least: float) -> Int32[Array, "..."]:
+    """One code in the step's direction where the step is at least `least` codes long, else none.
+
+    Examples:
+        >>> threshold(jnp.array([0.1, -0.3, 7.0]), 0.25).tolist()
+        [0, -1, 1]
+    """
+    return jnp.where(jnp.abs(step) >= least, jnp.sign(step), 0.0).astype(jnp.int32)
+
+
+def _bounded(step: Array) -> Array:
+    return jnp.clip(step, -255.0, 255.0)  # no grid is wider

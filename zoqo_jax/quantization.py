@@ -1,0 +1,471 @@
+"""Codes and the values they stand for: `Grid`, `QuantizedArray`, `Quantizer`, `quantize`, `dequantize`.
+
+A code `n` is an unsigned integer; its value is `scale * levels[n] + offset` with one scale (and offset) for
+a tensor, a channel or a block. Optimizers move codes and never leave `grid.low .. grid.high`.
+
+The uniform quantizer is ZOQO's (Bar & Giryes, arXiv:2501.06736, section III): step
+`s = (Rmax - Rmin) / (2^b - 1)`, an integer zero point, so that zero is exactly a level (mid-tread). Companded
+quantizers are CAQ-ZO's (Shu & Zhu, arXiv:2605.10673): `Q = inverse . U . forward`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import quax
+from jaxtyping import Array, Float, PyTree, UInt
+
+from zoqo_jax import companders
+
+__all__ = ["Grid", "QuantizedArray", "Quantizer", "dequantize", "is_quantized", "nf4", "quantize"]
+
+Range = str | float | int | tuple[float | int, float | int]
+Where = Callable[[tuple[Any, ...], Any], bool]
+_RANGES = ("absmax", "minmax", "percentile", "mse")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The levels that codes index, at scale 1, and which codes are legal.
+
+    Attributes:
+        levels: value of each code at scale 1, increasing over the legal codes. Whole numbers one apart
+            make a uniform grid.
+        low: least legal code.
+        high: greatest legal code.
+
+    Examples:
+        >>> Grid((-2.0, -1.0, 0.0, 1.0), 1, 3).spacing
+        1.0
+    """
+
+    levels: tuple[float, ...]
+    low: int
+    high: int
+
+    def __hash__(self) -> int:  # every jitted call compares grids: hash 256 floats once only
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.levels, self.low, self.high))
+
+    @functools.cached_property
+    def spacing(self) -> float:
+        """Mean distance between neighbouring legal levels: the step s of a uniform grid at scale 1."""
+        return (self.levels[self.high] - self.levels[self.low]) / (self.high - self.low)
+
+    @functools.cached_property
+    def is_uniform(self) -> bool:
+        """Whether a level is its code plus a whole number, so that no table need be read."""
+        return all(b - a == 1.0 for a, b in zip(self.levels, self.levels[1:], strict=False))
+
+
+class QuantizedArray(quax.ArrayValue):
+    """An array stored as integer codes; to JAX code under `quaxify` an ordinary float array.
+
+    Invariants:
+
+    - `codes` are uint4 where the grid has at most 16 levels, else uint8, in the logical shape, and every one
+      lies in `grid.low .. grid.high`;
+    - `scale`, and `offset` unless it is None, have as many axes as `codes`. Along each axis they are 1 long
+      (shared), as long as `codes` (one each), or, along `block[0]` (counted from the end), one for each
+      `block[1]` neighbours with the last block cut short;
+    - the value is `scale * levels[codes] + offset`, computed in float32 and rounded once to `value_dtype`;
+    - where `offset` is the zero point of a uniform grid, `scale` has at most 16 significant bits, so the
+      product is exact in float32 and zero stays exactly a level, fused multiply-add or not.
+
+    As a pytree its leaves are `codes`, `scale` and `offset`; the rest is static.
+
+    Attributes:
+        codes: unsigned integers, any shape.
+        scale: value units per level unit; zero where a whole block was zero.
+        offset: value units, or None for 0.
+        grid: levels and legal codes.
+        block: (negative axis, length) or None.
+        value_dtype: dtype of the values, float16, bfloat16 or float32.
+
+    Examples:
+        >>> array = Quantizer(bits=4, range=1.0)(jnp.array([-1.0, 0.0, 0.4]))
+        >>> array.codes.dtype.name, array.codes.tolist()
+        ('uint4', [1, 8, 11])
+        >>> [round(value, 3) for value in dequantize(array).tolist()]
+        [-0.933, 0.0, 0.4]
+    """
+
+    codes: UInt[Array, "..."]
+    scale: Float[Array, "..."]
+    offset: Float[Array, "..."] | None
+    grid: Grid = eqx.field(static=True)
+    block: tuple[int, int] | None = eqx.field(static=True)
+    value_dtype: Any = eqx.field(static=True)
+
+    def aval(self) -> jax.core.ShapedArray:
+        return jax.core.ShapedArray(self.codes.shape, self.value_dtype)
+
+    def materialise(self) -> Array:
+        return self.decode(self.codes)
+
+    @property
+    def step(self) -> Float[Array, "..."]:
+        """Mean distance between neighbouring levels, in value units, in `scale`'s shape and float32."""
+        return self.scale.astype(jnp.float32) * self.grid.spacing
+
+    def decode(self, codes: Array) -> Float[Array, "..."]:
+        """Values of other codes of the same shape, under this array's scale, in `value_dtype`."""
+        if self.grid.is_uniform:
+            levels = codes.astype(jnp.int32).astype(jnp.float32) + self.grid.levels[0]
+        else:
+            table = np.asarray(self.grid.levels, np.float32)
+            levels = jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+        values = self.spread(self.scale).astype(jnp.float32) * levels
+        if self.offset is not None:
+            values = values + self.spread(self.offset).astype(jnp.float32)
+        return values.astype(self.value_dtype)
+
+    def spread(self, per_block: Array) -> Array:
+        """Repeat something in `scale`'s shape so that it broadcasts against `codes`."""
+        if self.block is None:
+            return per_block
+        axis, length = self.block
+        longer = jnp.repeat(per_block, length, axis=axis)
+        return jax.lax.slice_in_dim(longer, 0, self.codes.shape[axis], axis=axis)
+
+    def moved(self, codes: Array) -> QuantizedArray:
+        """The same array at other codes."""
+        return QuantizedArray(
+            codes.astype(self.codes.dtype),
+            self.scale,
+            self.offset,
+            self.grid,
+            self.block,
+            self.value_dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """What turns floats into codes: bits, compander, and where the range comes from.
+
+    Args:
+        bits: 2 to 8 bits a code; up to 4 are stored as uint4, more as uint8.
+        compander: how levels are spaced; uniform by default.
+        range: the values that the outermost levels stand for, in value units:
+            "absmax" (default) the largest magnitude, symmetric; "minmax" smallest and largest;
+            "percentile" the `percentile`-th percentile of the magnitude; "mse" the symmetric range of least
+            mean squared rounding error; a number R for [-R, R]; a pair (lo, hi).
+            A given range is a bound: a code whose value would lie outside it is not legal. A fitted
+            "minmax" is shifted by less than half a step so that zero is a level and every code legal.
+        axis: None for one scale a tensor, or the axis or axes with a scale for every index (channels).
+            With `block`, the one axis cut into blocks, the last by default.
+        block: length of a block with its own scale, or None.
+        percentile: in (0, 100], for range="percentile".
+        scale_dtype: dtype of the stored scales.
+
+    Raises:
+        ValueError: an argument outside what is said above, naming it and its value.
+
+    Examples:
+        >>> Quantizer(bits=8, range=0.3).grid.low  # 255 of 256 codes lie inside [-0.3, 0.3]
+        1
+        >>> Quantizer(4, companders.mu_law(), block=32)(jnp.ones((3, 40))).scale.shape
+        (3, 2)
+    """
+
+    bits: int = 8
+    compander: companders.Compander = companders.identity()
+    range: Range = "absmax"
+    axis: int | tuple[int, ...] | None = None
+    block: int | None = None
+    percentile: float = 99.9
+    scale_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, numbers.Integral) or not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be a whole number in [2, 8], got {self.bits}.")
+        levels = self.compander.levels
+        if levels is not None and len(levels) > 2**self.bits:
+            raise ValueError(
+                f"bits={self.bits} holds {2**self.bits} codes, too few for the {len(levels)} levels of "
+                f"{self.compander}."
+            )
+        self._check_range()
+        if self.block is not None:
+            if not isinstance(self.block, numbers.Integral) or self.block < 1:
+                raise ValueError(f"block must be a positive whole number, got {self.block}.")
+            if isinstance(self.axis, tuple):
+                raise ValueError(f"axis must be one axis when block is given, got {self.axis}.")
+        if not 0.0 < self.percentile <= 100.0:
+            raise ValueError(f"percentile must be in (0, 100], got {self.percentile}.")
+        if not _is_value_dtype(self.scale_dtype):
+            raise ValueError(
+                f"scale_dtype must be float16, bfloat16 or float32, got {self.scale_dtype}."
+            )
+
+    def _check_range(self) -> None:
+        if isinstance(self.range, str):
+            if self.range not in _RANGES:
+                raise ValueError(
+                    f"range must be one of {_RANGES}, a number or a pair, got {self.range!r}."
+                )
+        elif isinstance(self.range, numbers.Real):
+            if not 0.0 < self.range < math.inf:
+                raise ValueError(f"range must be positive and finite, got {self.range}.")
+        elif not isinstance(self.range, tuple) or len(self.range) != 2:
+            raise ValueError(f"range must be a name, a number or a pair (lo, hi), got {self.range}.")
+        elif not -math.inf < self.range[0] < self.range[1] < math.inf:
+            raise ValueError(f"range must be a finite pair (lo, hi) with lo < hi, got {self.range}.")
+
+    @functools.cached_property
+    def grid(self) -> Grid:
+        """The levels at scale 1 and the legal codes."""
+        compander, top = self.compander, 2**self.bits - 1
+        if compander.levels is not None:
+            return Grid(compander.levels, 0, len(compander.levels) - 1)
+        if not self._is_uniform:
+            # z = (n - 2^(b-1)) Delta with Delta = 2 / (2^b - 1): zero is a level, code 0 falls off [-1, 1].
+            z = (np.arange(top + 1, dtype=np.float32) - 2 ** (self.bits - 1)) * np.float32(2 / top)
+            with jax.ensure_compile_time_eval():
+                levels = compander.inverse(jnp.asarray(np.maximum(z, -1.0)))
+            return Grid(tuple(map(float, levels)), 1, top)
+        if self.range == "minmax":
+            return Grid(tuple(map(float, range(top + 1))), 0, top)
+        lo, hi = self._bounds or (-1.0, 1.0)
+        zero = round(-lo / (hi - lo) * top)
+        tolerance = 1e-9 * top  # a bound that is itself a level must not be lost to rounding
+        low = max(0, math.ceil(lo / (hi - lo) * top - tolerance) + zero)
+        high = min(top, math.floor(hi / (hi - lo) * top + tolerance) + zero)
+        return Grid(tuple(float(n - zero) for n in range(top + 1)), low, high)
+
+    @property
+    def _is_uniform(self) -> bool:
+        return self.compander.name == "identity"
+
+    @property
+    def _bounds(self) -> tuple[float, float] | None:
+        """The given range as (lo, hi), or None when it is fitted to the data."""
+        if isinstance(self.range, str):
+            return None
+        if isinstance(self.range, numbers.Real):
+            return -float(self.range), float(self.range)
+        return float(self.range[0]), float(self.range[1])
+
+    @property
+    def _is_symmetric(self) -> bool:
+        if self._bounds is None:
+            return self.range != "minmax"
+        return self._bounds[0] == -self._bounds[1]
+
+    def __call__(self, values: Float[Array, "..."]) -> QuantizedArray:
+        """Fit scale and offset to one array and round it to codes.
+
+        Args:
+            values: float16, bfloat16 or float32, any shape, also empty; finite (checked unless traced).
+
+        Returns:
+            The array's codes, scales and grid. The value dtype stays that of `values`.
+
+        Raises:
+            ValueError: NaN or inf in `values`, another dtype, or an `axis` that `values` lacks.
+        """
+        values = jnp.asarray(values)
+        if not _is_value_dtype(values.dtype):
+            raise ValueError(f"values must be float16, bfloat16 or float32, got {values.dtype}.")
+        if not isinstance(values, jax.core.Tracer) and not bool(jnp.isfinite(values).all()):
+            raise ValueError("values must be finite, got NaN or inf.")
+        axes, block = self._layout(values.ndim)
+        scale, offset = self._fit(_in_blocks(values.astype(jnp.float32), block), axes)
+        return self._encode(values, scale, offset, block)
+
+    def _layout(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, int] | None]:
+        """The axes that share no scale, and the block; a scalar has neither."""
+        if ndim == 0:
+            return (), None
+        given = self.axis if self.axis is not None else (-1 if self.block is not None else ())
+        axes = given if isinstance(given, tuple) else (given,)
+        for axis in axes:
+            if not -ndim <= axis < ndim:
+                raise ValueError(f"axis must be in [{-ndim}, {ndim}), got {axis}.")
+        axes = tuple(axis % ndim for axis in axes)
+        if self.block is None:
+            return axes, None
+        return tuple(range(ndim)), (axes[0] - ndim, int(self.block))
+
+    def _fit(self, blocks: Array, axes: tuple[int, ...]) -> tuple[Array, Array | None]:
+        """Scale and offset for each block of an array cut by `_in_blocks` (NaN where padded)."""
+        reduced = tuple(axis for axis in range(blocks.ndim - 1) if axis not in axes) + (-1,)
+        shape = tuple(n if axis in axes else 1 for axis, n in enumerate(blocks.shape[:-1]))
+        top = 2**self.bits - 1
+        if self._bounds is not None:
+            lo, hi = (jnp.full(shape, bound, jnp.float32) for bound in self._bounds)
+        elif blocks.size == 0:
+            lo = hi = jnp.zeros(shape, jnp.float32)
+        elif self.range == "minmax":
+            lo = jnp.nanmin(blocks, axis=reduced).reshape(shape)
+            hi = jnp.nanmax(blocks, axis=reduced).reshape(shape)
+        else:
+            hi = self._magnitude(blocks, reduced).reshape(shape)
+            lo = -hi
+        if not self._is_uniform:
+            # Levels of a companded grid are for [-1, 1]: the scale is the half-width, the offset the middle.
+            offset = None if self._is_symmetric else (hi + lo) / 2
+            return ((hi - lo) / 2).astype(self.scale_dtype), offset
+        if self.range != "minmax":
+            return ((hi - lo) / top).astype(self.scale_dtype), None
+        lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)  # zero must be within reach
+        scale = jax.lax.reduce_precision((hi - lo) / top, 8, 15).astype(self.scale_dtype)
+        zero = jnp.round(-lo / jnp.where(scale > 0, scale, 1).astype(jnp.float32))
+        return scale, -zero * scale.astype(jnp.float32)
+
+    def _magnitude(self, blocks: Array, reduced: tuple[int, ...]) -> Array:
+        """The symmetric range fitted to each block."""
+        size = jnp.abs(blocks)
+        largest = jnp.nanmax(size, axis=reduced, keepdims=True)
+        if self.range == "absmax":
+            return largest
+        if self.range == "percentile":
+            return jnp.nanpercentile(size, self.percentile, axis=reduced, keepdims=True)
+
+        def error(fraction: Array) -> Array:
+            radius = largest * fraction
+            scale = radius * (2 / (2**self.bits - 1) if self._is_uniform else 1)
+            rounded = _lookup(self.grid, self._codes(blocks, scale, None)) * scale
+            return jnp.nanmean((rounded - blocks) ** 2, axis=reduced, keepdims=True)
+
+        fractions = jnp.linspace(1.0, 0.2, 81)  # absmax first: it wins ties
+        best = jnp.argmin(jax.lax.map(error, fractions), axis=0)
+        return largest * fractions[best]
+
+    def _codes(self, values: Array, scale: Array, offset: Array | None) -> Array:
+        """Nearest legal code of each value, int32; rounds in z, as Q = inverse . U . forward says."""
+        centred = values if offset is None else values - offset
+        normalised = centred / jnp.where(scale > 0, scale, 1).astype(jnp.float32)
+        grid, top = self.grid, 2**self.bits - 1
+        if self._is_uniform:
+            z = normalised - grid.levels[0]
+        elif self.compander.levels is not None:
+            z = self.compander.forward(normalised)
+        else:
+            clipped = jnp.clip(normalised, -1.0, 1.0)
+            z = self.compander.forward(clipped) * (top / 2) + 2 ** (self.bits - 1)
+        z = jnp.where(scale > 0, z, float(np.argmin(np.abs(grid.levels))))
+        return jnp.clip(jnp.round(z), grid.low, grid.high).astype(jnp.int32)
+
+    def _encode(
+        self, values: Array, scale: Array, offset: Array | None, block: tuple[int, int] | None
+    ) -> QuantizedArray:
+        storage = jnp.uint4 if self.bits <= 4 else jnp.uint8
+        empty = jnp.zeros(values.shape, storage)
+        array = QuantizedArray(empty, scale, offset, self.grid, block, values.dtype)
+        spread_offset = None if offset is None else array.spread(offset)
+        codes = self._codes(values.astype(jnp.float32), array.spread(scale), spread_offset)
+        return array.moved(codes)
+
+
+def nf4(block: int | None = 64, *, axis: int | None = None, scale_dtype: Any = jnp.float32) -> Quantizer:
+    """QLoRA's NF4: 16 levels, one absmax for every `block` neighbours along `axis` (the last).
+
+    Source: Dettmers et al., "QLoRA", 2023, arXiv:2305.14314. The scales are frozen in training.
+
+    Examples:
+        >>> nf4()(jnp.ones((2, 128))).scale.shape
+        (2, 2)
+    """
+    return Quantizer(4, companders.nf4(), axis=axis, block=block, scale_dtype=scale_dtype)
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether a leaf is a `QuantizedArray`; the `is_leaf` for maps over quantized trees."""
+    return isinstance(leaf, QuantizedArray)
+
+
+def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
+    """`quantize`'s default choice: floating leaves of two or more axes not named "bias" or "scale".
+
+    The names matter where layers are stacked for a scan: a stack of biases has two axes as well.
+    """
+    names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path[-2:]}  # nnx ends in "value"
+    floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating and leaf.ndim >= 2 and names.isdisjoint({"bias", "scale"})
+
+
+def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> PyTree:
+    """Quantize the leaves of a tree that `where` chooses; the others stay as they are, and frozen.
+
+    Args:
+        tree: any pytree of arrays.
+        quantizer: what to quantize with.
+        where: `where(path, leaf) -> bool` with the path as `jax.tree_util` gives it. By default the
+            floating leaves of two or more axes not named "bias" or "scale".
+
+    Returns:
+        The tree with a `QuantizedArray` for each chosen leaf.
+
+    Raises:
+        ValueError: `where` chose no leaf, or a chosen one cannot be quantized; the message names it.
+
+    Examples:
+        >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+        >>> params = quantize(params, Quantizer(bits=4))
+        >>> type(params["kernel"]).__name__, params["bias"].dtype.name
+        ('QuantizedArray', 'float32')
+    """
+    chosen = 0
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        nonlocal chosen
+        if is_quantized(leaf) or not (where or is_matrix)(path, leaf):
+            return leaf
+        chosen += 1
+        try:
+            return quantizer(leaf)
+        except ValueError as error:
+            raise ValueError(f"leaf {jax.tree_util.keystr(path)}: {error}") from error
+
+    quantized = jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_quantized)
+    if not chosen:
+        raise ValueError(f"where={where} chose none of the {len(jax.tree.leaves(tree))} leaves.")
+    return quantized
+
+
+def dequantize(tree: PyTree) -> PyTree:
+    """Replace every `QuantizedArray` of a tree by its values.
+
+    Examples:
+        >>> dequantize({"w": Quantizer(range=1.0)(jnp.zeros(2))})["w"].tolist()
+        [0.0, 0.0]
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.materialise() if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized
+    )
+
+
+def _is_value_dtype(dtype: Any) -> bool:
+    return jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16, jnp.float32)
+
+
+def _lookup(grid: Grid, codes: Array) -> Array:
+    return jnp.asarray(np.asarray(grid.levels, np.float32))[codes]
+
+
+def _in_blocks(values: Array, block: tuple[int, int] | None) -> Array:
+    """Move a block's elements to a new last axis, padded with NaN; without blocks that axis is 1 long."""
+    if block is None:
+        return values[..., None]
+    axis, length = block
+    axis %= values.ndim
+    count = -(-values.shape[axis] // length)
+    padding = [(0, 0)] * values.ndim
+    padding[axis] = (0, count * length - values.shape[axis])
+    padded = jnp.pad(values, padding, constant_values=jnp.nan)
+    shape = (*values.shape[:axis], count, length, *values.shape[axis + 1 :])
+    return jnp.moveaxis(padded.reshape(shape), axis + 1, -1)

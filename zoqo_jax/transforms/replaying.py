@@ -1,0 +1,59 @@
+"""Replay: a trained model from the base model and a log of a few bytes a step.
+
+A step is determined by the run's key, its count and the differences of its losses; everything else is drawn
+again. No forward pass is made.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+__all__ = ["replay"]
+
+
+def replay(
+    params: PyTree, log: Float[Array, "steps queries"], tx: optax.GradientTransformationExtraArgs
+) -> PyTree:
+    """Rebuild the codes of a run, bit for bit.
+
+    Args:
+        params: the quantized tree that the run began with.
+        log: `state.differences` of each of its steps, in order.
+        tx: a transformation made with the run's arguments and key.
+
+    Returns:
+        The tree that the run ended with.
+
+    Raises:
+        ValueError: `log` does not have two axes.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> start = zq.quantize({"w": jnp.zeros((2, 2))}, zq.Quantizer(range=1.0))
+        >>> tx = zq.zoqo(0.1, 0.1, key=jax.random.key(0))
+        >>> params, state, log = start, tx.init(start), []
+        >>> for _ in range(5):
+        ...     updates, state = tx.update(None, state, params, value_fn=lambda p: p["w"].sum())
+        ...     params = optax.apply_updates(params, updates)
+        ...     log.append(state.differences)
+        >>> again = zq.replay(start, jnp.stack(log), tx)
+        >>> bool((again["w"].codes == params["w"].codes).all())
+        True
+    """
+    if jnp.ndim(log) != 2:
+        raise ValueError(f"log must have shape (steps, queries), got {jnp.shape(log)}.")
+
+    def step(carry: tuple[PyTree, PyTree], differences: Array) -> tuple[tuple[PyTree, PyTree], None]:
+        params, state = carry
+        updates, state = tx.update(None, state, params, differences=differences)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def run(params: PyTree, log: Array) -> PyTree:
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), log)
+        return params
+
+    return run(params, jnp.asarray(log, jnp.float32))

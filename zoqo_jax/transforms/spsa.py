@@ -1,0 +1,137 @@
+"""SPSA: float gradients from two forward passes, for any optax chain.
+
+James C. Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient
+approximation", IEEE Transactions on Automatic Control 37(3), 1992. With noise="gaussian" and SGD behind it
+this is MeZO (Malladi et al., 2023, arXiv:2305.17333).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from zoqo_jax import queries, stencils
+from zoqo_jax.implicit import quaxify
+from zoqo_jax.quantization import is_quantized
+from zoqo_jax.transforms import stepping
+from zoqo_jax.transforms.stepping import Schedule, StepState, value_at
+
+__all__ = ["spsa"]
+
+Noise = Literal["rademacher", "gaussian"]
+
+
+def spsa(
+    radius: Schedule,
+    *,
+    key: Key[Array, ""],
+    num_queries: int = 1,
+    noise: Noise = "rademacher",
+    query_batch: int | None = 1,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Estimate gradients of a tree of floats, g = (l(x + mu u) - l(x - mu u)) / (2 mu) u.
+
+    The estimate is the mean over q queries; on a quadratic it is unbiased, elsewhere up to O(mu^2).
+    Integer and quantized leaves are left alone: their updates are zero.
+
+    Args:
+        radius: mu, value units; a positive number or an optax schedule.
+        key: all of the run's randomness.
+        num_queries: query pairs a step, q.
+        noise: law of an entry of u: "rademacher" or standard "gaussian".
+        query_batch: query pairs evaluated at once, None for all.
+        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+
+    Returns:
+        A transformation whose updates are gradients, to be followed by any other. Its state is a
+        `StepState`.
+
+    Raises:
+        ValueError: an argument outside what is said above, naming it and its value.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, zoqo_jax as zq
+        >>> tx = optax.chain(zq.spsa(1e-3, key=jax.random.key(0)), optax.adam(0.1))
+        >>> params = jnp.ones(3)
+        >>> state = tx.init(params)
+        >>> loss = lambda x: jnp.sum(x**2)
+        >>> for _ in range(100):
+        ...     updates, state = tx.update(None, state, params, value_fn=loss)
+        ...     params = optax.apply_updates(params, updates)
+        >>> loss(params).item() < 0.1
+        True
+    """
+    stepping.check_positive("radius", radius)
+    stepping.check_choice("noise", noise, get_args(Noise))
+    stepping.check_query_count(num_queries, query_batch)
+    mean_over_2 = float(np.float32(0.5 / num_queries))
+
+    def init(params: PyTree) -> StepState:
+        del params
+        return stepping.initial_state(key, num_queries)
+
+    def update(
+        updates: Any,
+        state: StepState,
+        params: PyTree | None = None,
+        *,
+        value_fn: queries.Objective | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, StepState]:
+        del updates, extra
+        if params is None or value_fn is None:
+            missing = "params" if params is None else "value_fn"
+            raise ValueError(f"{missing} must be given: tx.update(None, state, params, value_fn=f).")
+        step_key = jax.random.fold_in(state.key, state.count)
+        mu = value_at(radius, state.count)
+        leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
+
+        def direction(query: Array | int, index: int) -> Array:
+            leaf = leaves[index]
+            leaf_key = jax.random.fold_in(jax.random.fold_in(step_key, query), index)
+            if noise == "gaussian":
+                return jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
+            return stencils.signs(leaf_key, leaf.size).reshape(leaf.shape).astype(leaf.dtype)
+
+        def query_losses(query: Array | int) -> Array:
+            def loss(side: Array) -> Array:
+                moved = [
+                    leaf + (side * mu).astype(leaf.dtype) * direction(query, index)
+                    if _is_trained(leaf)
+                    else leaf
+                    for index, leaf in enumerate(leaves)
+                ]
+                return queries.scalar(quaxify(value_fn)(treedef.unflatten(moved)))
+
+            return jax.lax.map(loss, jnp.array([1.0, -1.0], jnp.float32))  # one copy of the model at a time
+
+        pairs = stepping.over_queries(query_losses, num_queries, query_batch)
+        if axis_name is not None:
+            pairs = jax.lax.pmean(pairs, axis_name)
+        state = stepping.record(state, pairs)
+
+        def gradient(index: int) -> Array:
+            def add(query: Array | int, total: Array) -> Array:
+                return total + state.differences[query] * direction(query, index).astype(jnp.float32)
+
+            total = jnp.zeros(leaves[index].shape, jnp.float32)
+            total = add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)
+            return (total * (mean_over_2 / mu)).astype(leaves[index].dtype)
+
+        gradients = [
+            gradient(index) if _is_trained(leaf) else jax.tree.map(jnp.zeros_like, leaf)
+            for index, leaf in enumerate(leaves)
+        ]
+        return treedef.unflatten(gradients), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_trained(leaf: Any) -> bool:
+    return not is_quantized(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

@@ -1,0 +1,248 @@
+"""One step of every quantized zeroth-order method: describe directions, query, weigh, move.
+
+The methods differ in three rules (`Rules`): how a direction is described, what a query pair says about it,
+and how many codes to move for what all said. This room does the rest: keys, the loop over queries, losses
+that are not finite, deltas that `optax.apply_updates` can add, and steps replayed from their differences.
+
+Randomness: `fold_in(key, count)` makes the key of a step, folding in the query and then the leaf makes that of
+a direction. Nothing is stored, so the update draws again what the forward passes drew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Float32, Int32, Key, PyTree
+
+from zoqo_jax import queries, stencils
+from zoqo_jax.quantization import QuantizedArray, is_quantized
+from zoqo_jax.stencils import Stencil
+
+__all__ = ["Rules", "Schedule", "StepState", "by_queries", "check_positive", "check_query_count", "value_at"]
+
+Schedule = float | int | Callable[[Any], Any]
+
+
+class StepState(NamedTuple):
+    """State of the zeroth-order transformations.
+
+    Attributes:
+        count: steps taken.
+        key: the run's key, never changed; `state._replace(key=...)` gives vmapped problems their own.
+        queries: evaluations of the objective so far.
+        losses: the last step's (l+, l-) for each query; inf before the first.
+        differences: the last step's l+ - l-, 16 significant bits, 0 where a loss was not finite. These,
+            `key` and `count` determine the step: keep them, and `replay` can rebuild the run.
+        skipped: query pairs so far with a NaN or inf loss; they move nothing.
+        residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
+    """
+
+    count: Int32[Array, ""]
+    key: Key[Array, ""]
+    queries: Int32[Array, ""]
+    losses: Float32[Array, "queries 2"]
+    differences: Float32[Array, " queries"]
+    skipped: Int32[Array, ""]
+    residual: tuple[Int32[Array, "..."], ...] = ()
+
+
+class Rules(NamedTuple):
+    """What makes a method.
+
+    Attributes:
+        describe: (key, array, count) -> the stencil to probe `array` with.
+        weigh: (l+ - l-, u) -> what one query pair says, in the shape of u, float32.
+        move: (key, array, sum over queries of `weigh`, count, residual) -> (codes to move, residual).
+        remember: array -> its first residual, or None for a method that keeps none.
+    """
+
+    describe: Callable[[Array, QuantizedArray, Array], Stencil]
+    weigh: Callable[[Array, Array], Array]
+    move: Callable[[Array, QuantizedArray, Array, Array, Any], tuple[Array, Any]]
+    remember: Callable[[QuantizedArray], Any] | None = None
+
+
+def by_queries(
+    rules: Rules,
+    key: Key[Array, ""],
+    num_queries: int = 1,
+    query_batch: int | None = 1,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Make an optax transformation of a method's rules.
+
+    Args:
+        rules: the method.
+        key: the run's key.
+        num_queries: query pairs a step.
+        query_batch: how many of them to evaluate at once; 1 needs the least memory.
+        axis_name: average losses over this mapped axis, for data-parallel steps: only scalars travel.
+
+    Returns:
+        A transformation whose `update` takes `value_fn=` (or `differences=`, to replay a step).
+    """
+    check_query_count(num_queries, query_batch)
+    key = _as_typed(key)
+
+    def init(params: PyTree) -> StepState:
+        arrays = _quantized_leaves(params)
+        residual = tuple(map(rules.remember, arrays)) if rules.remember else ()
+        return initial_state(key, num_queries)._replace(residual=residual)
+
+    def update(
+        updates: Any,
+        state: StepState,
+        params: PyTree | None = None,
+        *,
+        value_fn: queries.Objective | None = None,
+        differences: Float[Array, " queries"] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, StepState]:
+        del updates, extra
+        arrays = _quantized_leaves(params)
+        step_key = jax.random.fold_in(state.key, state.count)
+
+        def describe(query: Array | int, leaf: int) -> Stencil:
+            leaf_key = jax.random.fold_in(jax.random.fold_in(step_key, query), leaf)
+            return rules.describe(leaf_key, arrays[leaf], state.count)
+
+        def query_losses(query: Array | int) -> Array:
+            probes = [describe(query, leaf) for leaf in range(len(arrays))]
+            return queries.losses(value_fn, params, probes)
+
+        if differences is None:
+            if value_fn is None:
+                raise ValueError("value_fn must be given to update: tx.update(None, state, params, value_fn=f).")
+            pairs = over_queries(query_losses, num_queries, query_batch)
+            if axis_name is not None:
+                pairs = jax.lax.pmean(pairs, axis_name)
+            state = record(state, pairs)
+        else:
+            state = state._replace(
+                count=state.count + 1,
+                differences=jnp.asarray(differences, jnp.float32).reshape(num_queries),
+            )
+
+        def said(leaf: int) -> Array:
+            def add(query: Array | int, total: Array) -> Array:
+                u = stencils.draw(describe(query, leaf), arrays[leaf])
+                return total + rules.weigh(state.differences[query], u)
+
+            total = jnp.zeros(arrays[leaf].shape, jnp.float32)
+            return add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)
+
+        move_key = jax.random.fold_in(step_key, num_queries)
+        deltas, residual = [], []
+        for leaf, array in enumerate(arrays):
+            kept = state.residual[leaf] if rules.remember else None
+            leaf_key = jax.random.fold_in(move_key, leaf)
+            step, kept = rules.move(leaf_key, array, said(leaf), state.count - 1, kept)
+            deltas.append(_delta(array, step))
+            residual.append(kept)
+        state = state._replace(residual=tuple(residual) if rules.remember else ())
+        return _fill(params, deltas), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def initial_state(key: Key[Array, ""], num_queries: int) -> StepState:
+    """The state before the first step."""
+    return StepState(
+        count=jnp.zeros((), jnp.int32),
+        key=_as_typed(key),
+        queries=jnp.zeros((), jnp.int32),
+        losses=jnp.full((num_queries, 2), jnp.inf, jnp.float32),
+        differences=jnp.zeros((num_queries,), jnp.float32),
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def record(state: StepState, pairs: Float32[Array, "queries 2"]) -> StepState:
+    """The state after a step's losses came in."""
+    bad = ~jnp.isfinite(pairs).all(axis=-1)
+    return state._replace(
+        count=state.count + 1,
+        queries=state.queries + pairs.size,
+        losses=pairs,
+        differences=queries.difference(pairs),
+        skipped=state.skipped + bad.sum(dtype=jnp.int32),
+    )
+
+
+def over_queries(losses: Callable[[Any], Array], num_queries: int, query_batch: int | None) -> Array:
+    """The losses of each query, `query_batch` at a time, stacked."""
+    if num_queries == 1:
+        return losses(0)[None]
+    indices = jnp.arange(num_queries)
+    if query_batch is None or query_batch >= num_queries:
+        return jax.vmap(losses)(indices)
+    return jax.lax.map(losses, indices, batch_size=None if query_batch == 1 else query_batch)
+
+
+def value_at(schedule: Schedule, count: Array) -> Float32[Array, ""]:
+    """A number, or a schedule's value at a step, as float32."""
+    return jnp.asarray(schedule(count) if callable(schedule) else schedule, jnp.float32)
+
+
+def check_positive(name: str, value: Schedule) -> None:
+    """Refuse numbers that are not positive and finite; schedules are trusted."""
+    if not callable(value) and not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+
+
+def check_query_count(num_queries: int, query_batch: int | None) -> None:
+    """Refuse counts below one."""
+    if num_queries < 1:
+        raise ValueError(f"num_queries must be at least 1, got {num_queries}.")
+    if query_batch is not None and query_batch < 1:
+        raise ValueError(f"query_batch must be at least 1 or None, got {query_batch}.")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a name that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+
+
+def _quantized_leaves(params: PyTree | None) -> list[QuantizedArray]:
+    if params is None:
+        raise ValueError("params must be given: codes move from where they are.")
+    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(leaf)]
+    if not leaves:
+        raise ValueError("params must hold a QuantizedArray, got none: call zoqo_jax.quantize first.")
+    return leaves
+
+
+def _delta(array: QuantizedArray, step: Int32[Array, "..."]) -> Array:
+    """The codes' change for a step kept on the grid, modulo 2^width, in the codes' own dtype.
+
+    Two's complement: `codes + delta` wraps to the true sum, so `optax.apply_updates` is exact and needs no
+    wider copy.
+    """
+    n = array.codes.astype(jnp.int32)
+    moved = jnp.clip(n + step, array.grid.low, array.grid.high)
+    width = jnp.iinfo(array.codes.dtype).bits
+    return ((moved - n) & (2**width - 1)).astype(array.codes.dtype)
+
+
+def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
+    """A tree of updates: the codes' deltas, and zeros for all that is frozen."""
+    remaining = iter(deltas)
+
+    def one(leaf: Any) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, leaf)
+        return dataclasses.replace(zeros, codes=next(remaining)) if is_quantized(leaf) else zeros
+
+    return jax.tree.map(one, params, is_leaf=is_quantized)
+
+
+def _as_typed(key: Any) -> Array:
+    """A typed key; old uint32 keys are wrapped."""
+    if jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)

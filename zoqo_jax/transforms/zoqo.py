@@ -1,0 +1,128 @@
+"""ZOQO: zero-order quantized optimization.
+
+Noga Bar and Raja Giryes, "ZOQO: Zero-Order Quantized Optimization", 2025, arXiv:2501.06736, Algorithm 1.
+Weights, noise and update all live on the quantizer's grid, and only the sign of a loss difference is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from zoqo_jax import stencils
+from zoqo_jax.quantization import QuantizedArray
+from zoqo_jax.stencils import Boundary, Law, Stencil, Structure
+from zoqo_jax.transforms import stepping
+from zoqo_jax.transforms.stepping import Rules, Schedule, value_at
+
+__all__ = ["zoqo"]
+
+Vote = Literal["mean", "majority"]
+StepRule = Literal["floor", "dithered"]
+
+
+def zoqo(
+    learning_rate: Schedule,
+    radius: Schedule,
+    *,
+    key: Key[Array, ""],
+    num_queries: int = 1,
+    noise: Law = "uniform",
+    structure: Structure = "dense",
+    density: float | Array = 1.0,
+    vote: Vote = "mean",
+    step: StepRule = "floor",
+    boundary: Boundary = "clamp",
+    query_batch: int | None = 1,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Quantized sign descent along integer noise, two forward passes for each query.
+
+    With s the step of the grid and n the codes, one step is
+
+    .. math::
+        m &= \max(\lfloor \mu / s \rfloor, 1), \quad u \in \{-m, \dots, m\}^d \\
+        n_\pm &= \mathrm{clamp}(n \pm u), \quad g = \mathrm{sign}(\ell_+ - \ell_-)\,\mathrm{sign}(u) \\
+        E &= \max(\lfloor \eta / s \rfloor, 1), \quad n \leftarrow \mathrm{clamp}(n - E g)
+
+    On a companded grid, s is the mean distance between levels.
+
+    Args:
+        learning_rate: eta, value units; a positive number or an optax schedule.
+        radius: mu, value units; a positive number or an optax schedule.
+        key: all of the run's randomness.
+        num_queries: query pairs a step, q.
+        noise: law of an entry of u: "uniform" or "gaussian" on {-m .. m}, "rademacher" on {-m, m}.
+        structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
+        density: expected fraction of coordinates that a sparse direction probes and moves, in (0, 1].
+        vote: for q > 1, g is the sign of the mean of (l+ - l-) u ("mean") or of the sum of the single
+            queries' signs ("majority").
+        step: "floor", the paper's E, or "dithered": E = floor(eta / s + U) with U uniform in [0, 1) for each
+            coordinate, so that the expected move is eta even below one code; where mu < s an entry of u
+            is then zero with probability 1 - mu / s.
+        boundary: "clamp" (the paper's), "mask" or "reflect".
+        query_batch: query pairs evaluated at once, None for all; more is faster and takes more memory.
+        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+
+    Returns:
+        A transformation; call `tx.update(None, state, params, value_fn=f)` and `optax.apply_updates`. Its
+        state is a `StepState`.
+
+    Raises:
+        ValueError: an argument outside what is said above, naming it and its value.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, zoqo_jax as zq
+        >>> params = zq.quantize({"w": jnp.zeros((2, 2))}, zq.Quantizer(bits=8, range=1.0))
+        >>> tx = zq.zoqo(learning_rate=0.05, radius=0.02, key=jax.random.key(0))
+        >>> loss = lambda params: jnp.sum((params["w"] - 0.5) ** 2)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     updates, state = tx.update(None, state, params, value_fn=loss)
+        ...     return optax.apply_updates(params, updates), state
+        >>> state = tx.init(params)
+        >>> for _ in range(100):
+        ...     params, state = step(params, state)
+        >>> loss(zq.dequantize(params)).item() < 0.05, state.queries.item()
+        (True, 200)
+    """
+    stepping.check_positive("learning_rate", learning_rate)
+    stepping.check_positive("radius", radius)
+    stencils.check(noise, structure, boundary, density)
+    stepping.check_choice("vote", vote, get_args(Vote))
+    stepping.check_choice("step", step, get_args(StepRule))
+    dithered = step == "dithered"
+
+    def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
+        mu, s = value_at(radius, count), array.step
+        return stencils.describe(
+            key,
+            array,
+            mu / s,
+            law=noise,
+            structure=structure,
+            boundary=boundary,
+            density=density,
+            dithered=dithered,
+        )
+
+    def weigh(difference: Array, u: Array) -> Float[Array, "..."]:
+        if vote == "majority":
+            return jnp.sign(difference) * jnp.sign(u)
+        return difference * u
+
+    def move(
+        key: Array, array: QuantizedArray, votes: Array, count: Array, residual: Any
+    ) -> tuple[Array, Any]:
+        eta, s = value_at(learning_rate, count), array.step
+        g = jnp.sign(votes).astype(jnp.int32)
+        if dithered:
+            E = stencils.dithered_reach(key, eta / s, array)
+        else:
+            E = array.spread(stencils.reach(eta / s, array.grid))
+        return -E * g, residual
+
+    return stepping.by_queries(Rules(describe, weigh, move), key, num_queries, query_batch, axis_name)
