@@ -45,6 +45,10 @@ class PerturbedArray(quax.ArrayValue):
     def materialise(self) -> Array:
         return self.array.decode(self.displaced(draw(self.stencil, self.array)))
 
+    def endpoint(self) -> QuantizedArray:
+        """The same values as a quantized array."""
+        return self.array.moved(self.displaced(draw(self.stencil, self.array)))
+
     def displaced(self, u: Array) -> Array:
         """The legal codes at `n + u`, int32."""
         return displace(self.array.codes, u, self.array.grid, self.stencil.boundary)

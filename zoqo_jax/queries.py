@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Array, Float, Float32, Int8, PyTree
 
 from zoqo_jax.implicit import PerturbedArray, quaxify
 from zoqo_jax.quantization import is_quantized
 from zoqo_jax.stencils import Stencil
 
-__all__ = ["difference", "losses", "scalar"]
+__all__ = ["Objective", "difference", "endpoints", "losses", "scalar"]
 
 Objective = Callable[[Any], Float[Array, ""]]
 
@@ -46,18 +46,43 @@ def losses(
         >>> losses(lambda w: jnp.abs(w).sum(), w, [probe], center=True).round(3).tolist()
         [0.03, 0.03, 0.0]
     """
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
 
     def loss(side: Array) -> Array:
-        remaining = iter(stencils)
-        displaced = [
-            PerturbedArray(leaf, next(remaining).flipped(side)) if is_quantized(leaf) else leaf
-            for leaf in leaves
-        ]
-        return scalar(quaxify(value_fn)(treedef.unflatten(displaced)))
+        return scalar(quaxify(value_fn)(_displaced(params, stencils, side, lambda perturbed: perturbed)))
 
     sides = jnp.array([1, -1, 0] if center else [1, -1], jnp.int8)
     return jax.vmap(loss)(sides)
+
+
+def endpoints(params: PyTree, stencils: Sequence[Stencil], side: int | Int8[Array, ""]) -> PyTree:
+    """The quantized tree at `n + side * u`: where a query looked.
+
+    Args:
+        params: tree with quantized leaves.
+        stencils: one for each quantized leaf, in the order of the tree.
+        side: 1 or -1.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer, stencils
+        >>> w = Quantizer(range=1.0)(jnp.zeros(3))
+        >>> probe = stencils.describe(jax.random.key(0), w, 5.0, law="rademacher")
+        >>> plus, minus = endpoints(w, [probe], 1), endpoints(w, [probe], -1)
+        >>> (plus.codes.astype(int) - minus.codes.astype(int)).tolist()
+        [10, 10, 10]
+    """
+    side = jnp.asarray(side, jnp.int8)
+    return _displaced(params, stencils, side, lambda perturbed: perturbed.endpoint())
+
+
+def _displaced(
+    params: PyTree, stencils: Sequence[Stencil], side: Array, how: Callable[[PerturbedArray], Any]
+) -> PyTree:
+    remaining = iter(stencils)
+    return jax.tree.map(
+        lambda leaf: how(PerturbedArray(leaf, next(remaining).flipped(side))) if is_quantized(leaf) else leaf,
+        params,
+        is_leaf=is_quantized,
+    )
 
 
 def scalar(value: Any) -> Float32[Array, ""]:

@@ -71,7 +71,8 @@ def caq_zo(
     Examples:
         >>> import jax, jax.numpy as jnp, optax, zoqo_jax as zq
         >>> params = zq.quantize({"w": jnp.eye(4)}, zq.nf4(block=4))
-        >>> tx = zq.caq_zo(learning_rate=2.0, key=jax.random.key(0), boundary="clamp")
+        >>> decay = optax.linear_schedule(1.0, 0.0, 300)
+        >>> tx = zq.caq_zo(decay, key=jax.random.key(0), num_queries=4, boundary="clamp")
         >>> loss = lambda params: jnp.sum((params["w"] - 0.5) ** 2)
         >>> @jax.jit
         ... def step(params, state):
@@ -80,7 +81,7 @@ def caq_zo(
         >>> state = tx.init(params)
         >>> for _ in range(300):
         ...     params, state = step(params, state)
-        >>> loss(zq.dequantize(params)).item() < 0.2
+        >>> loss(zq.dequantize(params)).item() < 0.5
         True
     """
     stepping.check_positive("learning_rate", learning_rate)

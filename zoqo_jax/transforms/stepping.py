@@ -23,7 +23,20 @@ from zoqo_jax import queries, stencils
 from zoqo_jax.quantization import QuantizedArray, is_quantized
 from zoqo_jax.stencils import Stencil
 
-__all__ = ["Rules", "Schedule", "StepState", "by_queries", "check_positive", "check_query_count", "value_at"]
+__all__ = [
+    "QueryTransformation",
+    "Rules",
+    "Schedule",
+    "StepState",
+    "by_queries",
+    "check_choice",
+    "check_positive",
+    "check_query_count",
+    "initial_state",
+    "over_queries",
+    "record",
+    "value_at",
+]
 
 Schedule = float | int | Callable[[Any], Any]
 
@@ -67,13 +80,24 @@ class Rules(NamedTuple):
     remember: Callable[[QuantizedArray], Any] | None = None
 
 
+class QueryTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation that can also tell where its next step will look.
+
+    Attributes:
+        probes: (state, params, query=0) -> the stencils of a query, one for each quantized leaf; give them
+            to `queries.endpoints` to see the codes.
+    """
+
+    probes: Callable[..., list[Stencil]]
+
+
 def by_queries(
     rules: Rules,
     key: Key[Array, ""],
     num_queries: int = 1,
     query_batch: int | None = 1,
     axis_name: str | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> QueryTransformation:
     """Make an optax transformation of a method's rules.
 
     Args:
@@ -94,6 +118,14 @@ def by_queries(
         residual = tuple(map(rules.remember, arrays)) if rules.remember else ()
         return initial_state(key, num_queries)._replace(residual=residual)
 
+    def describe(state: StepState, query: Array | int, leaf: int, array: QuantizedArray) -> Stencil:
+        step_key = jax.random.fold_in(state.key, state.count)
+        leaf_key = jax.random.fold_in(jax.random.fold_in(step_key, query), leaf)
+        return rules.describe(leaf_key, array, state.count)
+
+    def probes(state: StepState, params: PyTree, query: Array | int = 0) -> list[Stencil]:
+        return [describe(state, query, *pair) for pair in enumerate(_quantized_leaves(params))]
+
     def update(
         updates: Any,
         state: StepState,
@@ -105,49 +137,44 @@ def by_queries(
     ) -> tuple[PyTree, StepState]:
         del updates, extra
         arrays = _quantized_leaves(params)
-        step_key = jax.random.fold_in(state.key, state.count)
-
-        def describe(query: Array | int, leaf: int) -> Stencil:
-            leaf_key = jax.random.fold_in(jax.random.fold_in(step_key, query), leaf)
-            return rules.describe(leaf_key, arrays[leaf], state.count)
 
         def query_losses(query: Array | int) -> Array:
-            probes = [describe(query, leaf) for leaf in range(len(arrays))]
-            return queries.losses(value_fn, params, probes)
+            return queries.losses(value_fn, params, probes(state, params, query))
 
-        if differences is None:
-            if value_fn is None:
-                raise ValueError("value_fn must be given to update: tx.update(None, state, params, value_fn=f).")
-            pairs = over_queries(query_losses, num_queries, query_batch)
-            if axis_name is not None:
-                pairs = jax.lax.pmean(pairs, axis_name)
-            state = record(state, pairs)
-        else:
-            state = state._replace(
+        if differences is not None:
+            after = state._replace(
                 count=state.count + 1,
                 differences=jnp.asarray(differences, jnp.float32).reshape(num_queries),
             )
+        elif value_fn is not None:
+            pairs = over_queries(query_losses, num_queries, query_batch)
+            after = record(state, pairs if axis_name is None else jax.lax.pmean(pairs, axis_name))
+        else:
+            raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 
         def said(leaf: int) -> Array:
             def add(query: Array | int, total: Array) -> Array:
-                u = stencils.draw(describe(query, leaf), arrays[leaf])
-                return total + rules.weigh(state.differences[query], u)
+                u = stencils.draw(describe(state, query, leaf, arrays[leaf]), arrays[leaf])
+                return total + rules.weigh(after.differences[query], u)
 
             total = jnp.zeros(arrays[leaf].shape, jnp.float32)
             return add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)
 
-        move_key = jax.random.fold_in(step_key, num_queries)
+        move_key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), num_queries)
         deltas, residual = [], []
         for leaf, array in enumerate(arrays):
-            kept = state.residual[leaf] if rules.remember else None
             leaf_key = jax.random.fold_in(move_key, leaf)
-            step, kept = rules.move(leaf_key, array, said(leaf), state.count - 1, kept)
+            kept = state.residual[leaf] if state.residual else None
+            step, kept = rules.move(leaf_key, array, said(leaf), state.count, kept)
             deltas.append(_delta(array, step))
             residual.append(kept)
-        state = state._replace(residual=tuple(residual) if rules.remember else ())
-        return _fill(params, deltas), state
+        if state.residual:
+            after = after._replace(residual=tuple(residual))
+        return _fill(params, deltas), after
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    tx = QueryTransformation(init, update)
+    tx.probes = probes
+    return tx
 
 
 def initial_state(key: Key[Array, ""], num_queries: int) -> StepState:
