@@ -14,6 +14,7 @@ Two kinds, told apart by `Compander.levels`:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -88,7 +89,7 @@ def mu_law(mu: float = 255.0) -> Compander:
         0.591
     """
     _require_positive("mu", mu)
-    height = np.log1p(mu)
+    height = math.log1p(mu)
 
     def forward(x: Array) -> Array:
         return jnp.sign(x) * jnp.log1p(mu * jnp.abs(x)) / height
@@ -114,7 +115,7 @@ def a_law(a: float = 87.6) -> Compander:
     """
     if not 1.0 <= a < np.inf:
         raise ValueError(f"a must be at least 1 and finite, got {a}.")
-    height = 1.0 + np.log(a)
+    height = 1.0 + math.log(a)
 
     def forward(x: Array) -> Array:
         size = jnp.abs(x)
@@ -167,8 +168,8 @@ def gaussian(sigma: float = 1.0 / 3.0) -> Compander:
     """
     if not 0.25 <= sigma <= 10.0:
         raise ValueError(f"sigma must be in [0.25, 10], got {sigma}.")
-    width = sigma * np.sqrt(2.0)
-    height = float(jax.scipy.special.erf(1.0 / width))
+    width = sigma * math.sqrt(2.0)
+    height = math.erf(1.0 / width)
 
     def forward(x: Array) -> Array:
         return erf(x / width) / height

@@ -168,10 +168,13 @@ def _sliceable(leaf: PyTree) -> PyTree:
 
 
 def _spread_leading(per_block: Array | None, array: QuantizedArray) -> Array | None:
-    """Repeat along the axes that a scan may walk: all but a matrix's two, yet the first at least."""
-    if per_block is None or per_block.ndim < 1:
-        return per_block
-    leading = max(per_block.ndim - 2, 1)
+    """Repeat along the axes that a scan may walk: all but a matrix's two, of a matrix its first.
+
+    Never along the last, within which draws depend on what is shared (`stencils.bernoulli`).
+    """
+    if per_block is None:
+        return None
+    leading = max(per_block.ndim - 2, min(per_block.ndim - 1, 1))
     axes = enumerate(zip(array.codes.shape, per_block.shape, strict=True))
     target = [n if axis < leading and blocks == 1 else blocks for axis, (n, blocks) in axes]
     return jnp.broadcast_to(per_block, target)

@@ -41,7 +41,7 @@ def stochastic(key: Key[Array, ""], step: Float[Array, "..."]) -> Int32[Array, "
     size = jnp.abs(_bounded(step))  # the bound also keeps the product in `step` out of the difference below
     whole = jnp.floor(size)
     chance = ((size - whole) * 2.0**32).astype(jnp.uint32)
-    up = jax.random.bits(key, step.shape) < chance
+    up = jax.random.bits(key, step.shape, jnp.uint32) < chance
     moved = whole.astype(jnp.int32) + up.astype(jnp.int32)
     return jnp.where(step < 0, -moved, moved)
 

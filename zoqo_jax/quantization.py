@@ -259,6 +259,20 @@ class Quantizer:
             return -float(self.range), float(self.range)
         return float(self.range[0]), float(self.range[1])
 
+    @functools.cached_property
+    def _given(self) -> tuple[np.ndarray, float | None]:
+        """Scale and offset of a given range, such that rounding takes no legal value out of it."""
+        (lo, hi), grid = self._bounds, self.grid
+        offset = None if self._is_uniform or self._is_symmetric else float(np.float32((hi + lo) / 2))
+        middle = offset or 0.0
+        widest = (hi - lo) / (2**self.bits - 1) if self._is_uniform else min(hi - middle, middle - lo)
+        scale = np.asarray(widest, self.scale_dtype)
+        ends = np.float32(scale) * np.float32([grid.levels[grid.low], grid.levels[grid.high]])
+        first, last = ends + np.float32(middle)
+        if first < np.float32(lo) or last > np.float32(hi):
+            scale = np.nextafter(scale, np.zeros_like(scale))
+        return scale, offset
+
     @property
     def _is_symmetric(self) -> bool:
         if self._bounds is None:
@@ -306,8 +320,10 @@ class Quantizer:
         shape = tuple(n if axis in axes else 1 for axis, n in enumerate(blocks.shape[:-1]))
         top = 2**self.bits - 1
         if self._bounds is not None:
-            lo, hi = (jnp.full(shape, bound, jnp.float32) for bound in self._bounds)
-        elif blocks.size == 0:
+            scale, offset = self._given
+            offset = None if offset is None else jnp.full(shape, offset, jnp.float32)
+            return jnp.full(shape, scale, self.scale_dtype), offset
+        if blocks.size == 0:
             lo = hi = jnp.zeros(shape, jnp.float32)
         elif self.range == "minmax":
             lo = jnp.nanmin(blocks, axis=reduced).reshape(shape)
@@ -320,9 +336,9 @@ class Quantizer:
             offset = None if self._is_symmetric else (hi + lo) / 2
             return ((hi - lo) / 2).astype(self.scale_dtype), offset
         if self.range != "minmax":
-            return ((hi - lo) / top).astype(self.scale_dtype), None
+            return ((hi - lo) * (1 / top)).astype(self.scale_dtype), None
         lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)  # zero must be within reach
-        scale = jax.lax.reduce_precision((hi - lo) / top, 8, 15).astype(self.scale_dtype)
+        scale = jax.lax.reduce_precision((hi - lo) * (1 / top), 8, 15).astype(self.scale_dtype)
         zero = jnp.round(-lo / jnp.where(scale > 0, scale, 1).astype(jnp.float32))
         return scale, -zero * scale.astype(jnp.float32)
 
@@ -341,24 +357,28 @@ class Quantizer:
             rounded = _lookup(self.grid, self._codes(blocks, scale, None)) * scale
             return jnp.nanmean((rounded - blocks) ** 2, axis=reduced, keepdims=True)
 
-        fractions = jnp.linspace(1.0, 0.2, 81)  # absmax first: it wins ties
+        fractions = jnp.linspace(1.0, 0.2, 81, dtype=jnp.float32)  # absmax first: it wins ties
         best = jnp.argmin(jax.lax.map(error, fractions), axis=0)
         return largest * fractions[best]
 
     def _codes(self, values: Array, scale: Array, offset: Array | None) -> Array:
-        """Nearest legal code of each value, int32; rounds in z, as Q = inverse . U . forward says."""
+        """Nearest legal code of each value, int32; rounds in z, as Q = inverse . U . forward says.
+
+        XLA may replace a division by a product with the reciprocal, or fuse a product with a sum. Neither is
+        left to it here, so that uniform codes are the same compiled or not.
+        """
         centred = values if offset is None else values - offset
-        normalised = centred / jnp.where(scale > 0, scale, 1).astype(jnp.float32)
+        normalised = centred * (1 / jnp.where(scale > 0, scale, 1).astype(jnp.float32))
         grid, top = self.grid, 2**self.bits - 1
         if self._is_uniform:
-            z = normalised - grid.levels[0]
+            z, zero = normalised, -grid.levels[0]
         elif self.compander.levels is not None:
-            z = self.compander.forward(normalised)
+            z, zero = self.compander.forward(normalised), 0.0
         else:
             clipped = jnp.clip(normalised, -1.0, 1.0)
-            z = self.compander.forward(clipped) * (top / 2) + 2 ** (self.bits - 1)
-        z = jnp.where(scale > 0, z, float(np.argmin(np.abs(grid.levels))))
-        return jnp.clip(jnp.round(z), grid.low, grid.high).astype(jnp.int32)
+            z, zero = self.compander.forward(clipped) * (top / 2), 2.0 ** (self.bits - 1)
+        n = jnp.where(scale > 0, jnp.round(z) + zero, float(np.argmin(np.abs(grid.levels))))
+        return jnp.clip(n, grid.low, grid.high).astype(jnp.int32)
 
     def _encode(
         self, values: Array, scale: Array, offset: Array | None, block: tuple[int, int] | None

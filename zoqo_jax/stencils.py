@@ -238,7 +238,7 @@ def signs(key: Key[Array, ""], count: int) -> Int8[Array, " count"]:
         >>> sorted(set(signs(jax.random.key(0), 100).tolist()))
         [-1, 1]
     """
-    return (2 * _unpack(jax.random.bits(key, (-(-count // 32),)), count) - 1).astype(jnp.int8)
+    return (2 * _unpack(jax.random.bits(key, (-(-count // 32),), jnp.uint32), count) - 1).astype(jnp.int8)
 
 
 def bernoulli(
@@ -273,7 +273,7 @@ def bernoulli(
     if columns >= 32 and p.shape[-1] == 1:
         whole = jnp.round(p * 2.0**digits).astype(jnp.uint32)
         words = -(-columns // 32)
-        random = _per_row(lambda key, _: jax.random.bits(key, (digits * words,)), keys, digits * words)
+        random = _per_row(lambda key, _: jax.random.bits(key, (digits * words,), jnp.uint32), keys, digits * words)
         random = random.reshape(*keys.shape, digits, words)
         below = jnp.zeros((*keys.shape, words), jnp.uint32)
         for digit in range(digits):
@@ -281,7 +281,7 @@ def bernoulli(
             below = jnp.where((whole >> digit) & 1, below | word, below & word)
         below = jnp.where(whole >> digits, jnp.uint32(0xFFFFFFFF), below)
         return _unpack(below, columns).astype(bool)
-    words = _per_row(lambda key, n: jax.random.bits(key, (n,)), keys, columns)
+    words = _per_row(lambda key, n: jax.random.bits(key, (n,), jnp.uint32), keys, columns)
     return (words >> 8).astype(jnp.float32) * 2.0**-24 < p
 
 
@@ -342,8 +342,8 @@ def _per_row(draws: Callable[[Array, int], Array], keys: Array, columns: int) ->
 def _random_words(key: Array, count: int, bits: int) -> UInt32[Array, " count"]:
     """Random words of 16 or 32 bits, two of the short ones from each long one."""
     if bits == 32:
-        return jax.random.bits(key, (count,))
-    pairs = jax.random.bits(key, (-(-count // 2),))
+        return jax.random.bits(key, (count,), jnp.uint32)
+    pairs = jax.random.bits(key, (-(-count // 2),), jnp.uint32)
     return jnp.stack([pairs & 0xFFFF, pairs >> 16], axis=-1).reshape(-1)[:count]
 
 

@@ -155,7 +155,7 @@ def by_queries(
         def said(leaf: int) -> Array:
             def add(query: Array | int, total: Array) -> Array:
                 u = stencils.draw(describe(state, query, leaf, arrays[leaf]), arrays[leaf])
-                return total + rules.weigh(after.differences[query], u)
+                return total + rules.weigh(after.differences[query], u.astype(jnp.float32))
 
             total = jnp.zeros(arrays[leaf].shape, jnp.float32)
             return add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)

@@ -1,0 +1,54 @@
+# Everything runs in an environment of its own, made on first use: Python 3.11 or newer and make are enough.
+# Another interpreter: make PYTHON=/path/to/python3.12 (and VENV=folder to keep several environments side by side).
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS := experiments,test,notebooks
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.complete
+NOTEBOOKS := $(wildcard notebooks/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint style notebook wheel clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s  %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP)  ## attack a bundled model with ZOQO and report
+	@$(RUN) -m experiments.attack
+
+test: style  ## check the style, then run every fast test and doctest
+	@$(RUN) -m pytest
+
+test-slow: $(STAMP)  ## run the slow tests
+	@$(RUN) -m pytest -m slow
+
+lint: style  ## check style, formatting and types
+	@$(RUN) -m pyright --pythonpath $(RUN)
+
+style: $(STAMP)
+	@$(RUN) -m ruff check --quiet
+	@$(RUN) -m ruff format --check --quiet
+
+notebook: $(STAMP)  ## write each notebook from its .py pair and execute it
+	@$(RUN) -m jupytext --quiet --to ipynb --update $(NOTEBOOKS)
+	@PYTHONPATH="$(CURDIR)" $(RUN) -m jupyter execute --inplace $(NOTEBOOKS:.py=.ipynb)
+
+wheel: $(STAMP)  ## build the wheel into dist/
+	@rm -rf build
+	@$(RUN) -m build --wheel --no-isolation
+
+clean:  ## remove caches and build products (the environment stays: rm -rf .venv)
+	@rm -rf build dist site *.egg-info .hypothesis .pytest_cache .ruff_cache
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+# The stamp is taken away before an installation and put back after it, so an interrupted one starts afresh.
+$(STAMP): setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "zoqo_jax needs Python 3.11 or newer and '$(PYTHON)' is none: name one, as in make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Preparing $(VENV): this is done once and takes a few minutes." >&2
+	@test -f $@ || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $@
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
