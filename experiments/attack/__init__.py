@@ -1,0 +1,1 @@
+"""Black-box attacks on an image classifier: the data, the attacked model, and its training."""

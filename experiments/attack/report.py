@@ -1,0 +1,96 @@
+"""What a person sees of attack runs: one table and one figure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.attack.run import Metrics
+
+__all__ = ["figure", "table"]
+
+_SHOWN = 5  # images to a row of the figure
+
+
+def table(runs: Sequence[Metrics]) -> str:
+    """The runs as a Markdown table, failures first."""
+    rows = [["attack", "failure rate", "mean queries", "median", "seconds", "images/s"]]
+    for run in runs:
+        rows.append(
+            [
+                run.config.name,
+                f"{run.failure_rate:.3f}",
+                f"{run.mean_queries:.1f}",
+                f"{run.median_queries:.0f}",
+                f"{run.seconds:.1f}",
+                f"{run.images_per_second:.1f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return " | ".join([first[0].ljust(first[1])] + [cell.rjust(width) for cell, width in rest])
+
+    rule = "-|-".join(["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
+    return "\n".join(f"| {text} |" for text in [line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def figure(runs: Sequence[Metrics], path: str | Path) -> None:
+    """Draw images before and after, and failures against queries; PNG, SVG or PDF by the path's suffix."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(11.0, 5.6), layout="constrained")
+    FigureCanvasAgg(fig)
+    left, right = fig.subfigures(1, 2, width_ratios=(1.05, 1.0))
+    _draw_images(left, runs[0])
+    _draw_failures(right, runs)
+    fig.savefig(path, dpi=150)
+
+
+def _draw_images(fig, run: Metrics) -> None:
+    shown = np.flatnonzero(run.success)[:_SHOWN]
+    fig.suptitle(f"{run.config.name}: the first images it fooled the network on", fontsize=10)
+    if not len(shown):
+        fig.text(0.5, 0.5, "none", ha="center")
+        return
+    axes = fig.subplots(3, len(shown), squeeze=False)
+    epsilon = run.config.epsilon
+    for column, place in enumerate(shown):
+        clean, adversarial = run.clean[place, ..., 0], run.adversarial[place, ..., 0]
+        pictures = (clean, adversarial - clean, adversarial)
+        for axis, picture, scale in zip(
+            axes[:, column],
+            pictures,
+            (("gray", 0, 1), ("RdBu_r", -epsilon, epsilon), ("gray", 0, 1)),
+            strict=True,
+        ):
+            axis.imshow(picture, cmap=scale[0], vmin=scale[1], vmax=scale[2])
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[0, column].set_title(f"{run.labels[place]}", fontsize=10)
+        axes[1, column].set_title(f"{run.queries[place]} queries", fontsize=8)
+        axes[2, column].set_title(f"read as {run.predicted[place]}", fontsize=10, color="C3")
+    for axis, name in zip(axes[:, 0], ("clean", "perturbation", "adversarial"), strict=True):
+        axis.set_ylabel(name, fontsize=9)
+
+
+def _draw_failures(fig, runs: Sequence[Metrics]) -> None:
+    axis = fig.subplots()
+    for run in runs:
+        queries = np.sort(run.queries[run.success])
+        still = 1 - np.arange(1, len(queries) + 1) / run.images
+        x = np.concatenate([[1], queries, [run.config.budget]])
+        y = np.concatenate([[1.0], still, still[-1:] if len(still) else [1.0]])
+        axis.step(x, y, where="post", label=run.config.name)
+    axis.set_xscale("log")
+    axis.set_xlim(1, max(run.config.budget for run in runs))
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel("evaluations of the network, for one image")
+    axis.set_ylabel("images not yet misclassified")
+    axis.set_title(
+        f"{runs[0].images} images, $\\epsilon$ = {runs[0].config.epsilon:g}", fontsize=10
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
