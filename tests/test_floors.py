@@ -1,11 +1,11 @@
 """How close the methods come to the floor of their grid, Delta^2 tr(H) / 24, on convex quadratics.
 
-Once at the optimum a sign method cannot stay: probing n - 1 and n + 1 it learns the slope's sign, never that
-n is best, so each coordinate swings between the two levels next to the optimum. With an error e uniform in
-[0, 1/2] steps at the nearer level, the swing costs E[(e^2 + (1 - e)^2) / 2] = 1/3 against the floor's 1/12:
-ZOQO's limit cycle lies at 4 times the floor on average, and passes below twice the floor now and then.
-CAQ-ZO's stochastic rounding moves in proportion to the slope, stays at a level in inverse proportion, and
-averages E[e (1 - e)] = 1/6: twice the floor.
+Once at the optimum a sign method cannot stay: probing n - 1 and n + 1 it learns the slope's sign,
+never that n is best, so each coordinate swings between the two levels next to the optimum. With an
+error e uniform in [0, 1/2] steps at the nearer level, the swing costs E[(e^2 + (1 - e)^2) / 2] =
+1/3 against the floor's 1/12: ZOQO's limit cycle lies at 4 times the floor on average, and passes
+below twice the floor now and then. CAQ-ZO's stochastic rounding moves in proportion to the slope,
+stays at a level in inverse proportion, and averages E[e (1 - e)] = 1/6: twice the floor.
 """
 
 import jax
@@ -78,7 +78,8 @@ def test_zoqo_swings_at_four_times_the_floor():
 
 
 def test_stochastic_rounding_swings_at_twice_the_floor():
-    # Chance of a move: eta |l+ - l-| / 2, at most 1/4 code; several probed coordinates would disturb each other.
+    # Chance of a move: eta |l+ - l-| / 2, at most 1/4 code; several probed coordinates would
+    # disturb each other.
     steps, bits = 24_000, 8
     scale = (2 / 255) ** 2
     tx = zq.caq_zo(

@@ -1,14 +1,16 @@
 """Companders: the monotone maps that bend a uniform grid into any other.
 
-A quantizer is `Q = inverse . U . forward`: `forward` takes a normalised value to the coordinate `z` in
-which the grid is uniform, `U` rounds there, `inverse` returns (Shu & Zhu, "CAQ-ZO", arXiv:2605.10673).
-A compander is needed only where a code becomes a value or a value a code; optimizers never see one.
+A quantizer is `Q = inverse . U . forward`: `forward` takes a normalised value to the coordinate `z`
+in which the grid is uniform, `U` rounds there, `inverse` returns (Shu & Zhu, "CAQ-ZO",
+arXiv:2605.10673). A compander is needed only where a code becomes a value or a value a code;
+optimizers never see one.
 
 Two kinds, told apart by `Compander.levels`:
 
-- *parametric* (`identity`, `mu_law`, `a_law`, `power`, `gaussian`): values in [-1, 1] to z in [-1, 1];
-- *codebooks* (`nf4`, `fp4`, `codebook`, `quantile`, `lloyd_max`): piecewise linear through given levels,
-  `forward(levels[j]) = j`.
+- *parametric* (`identity`, `mu_law`, `a_law`, `power`, `gaussian`): values in [-1, 1] to z in [-1,
+  1];
+- *codebooks* (`nf4`, `fp4`, `codebook`, `quantile`, `lloyd_max`): piecewise linear through given
+  levels, `forward(levels[j]) = j`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import erf, erfinv
@@ -156,8 +157,8 @@ def gaussian(sigma: float = 1.0 / 3.0) -> Compander:
     z = erf(x / (sigma sqrt 2)) / erf(1 / (sigma sqrt 2)), so that [-1, 1] maps onto itself.
 
     Args:
-        sigma: standard deviation of the weights as a fraction of the range, in [0.25, 10]. Narrower, and
-            float32 could not tell the outer levels apart.
+        sigma: standard deviation of the weights as a fraction of the range, in [0.25, 10].
+            Narrower, and float32 could not tell the outer levels apart.
 
     Raises:
         ValueError: `sigma` is outside [0.25, 10].
@@ -186,11 +187,13 @@ def codebook(levels: Sequence[float] | np.ndarray, name: str = "codebook") -> Co
     Rounding in z is then rounding to the nearest level, with the midpoints as borders.
 
     Args:
-        levels: 2 to 256 finite numbers, strictly increasing in float32; usually scaled to |level| <= 1.
+        levels: 2 to 256 finite numbers, strictly increasing in float32; usually scaled to |level|
+            <= 1.
         name: what the compander calls itself.
 
     Raises:
-        ValueError: too few or too many levels, a level that is not finite, or an order that does not
+        ValueError: too few or too many levels, a level that is not finite, or an order that does
+        not
             increase strictly.
 
     Examples:
@@ -226,7 +229,7 @@ def nf4() -> Compander:
 
 
 def fp4() -> Compander:
-    """The 15 distinct values of a 4-bit float with 2 exponent bits and 1 of mantissa (e2m1), over 6.
+    """The 15 distinct values of a 4-bit float, 2 bits exponent and 1 mantissa (e2m1), over 6.
 
     Plus and minus zero are one level, so one of the 16 codes is never legal.
 
@@ -241,8 +244,8 @@ def fp4() -> Compander:
 def quantile(samples: Float[ArrayLike, "..."], bits: int) -> Compander:
     """A codebook that holds equally many samples in every cell.
 
-    Levels are quantiles of `samples / max|samples|` at (j + 1/2) / 2^bits; levels that coincide become
-    one, so a sample with many equal values gives fewer than 2^bits.
+    Levels are quantiles of `samples / max|samples|` at (j + 1/2) / 2^bits; levels that coincide
+    become one, so a sample with many equal values gives fewer than 2^bits.
 
     Args:
         samples: at least two different finite numbers, any shape, any unit.
@@ -266,8 +269,8 @@ def quantile(samples: Float[ArrayLike, "..."], bits: int) -> Compander:
 def lloyd_max(samples: Float[ArrayLike, "..."], bits: int, iterations: int = 200) -> Compander:
     """The codebook of least mean squared error on the samples (Lloyd 1982, Max 1960).
 
-    Lloyd's iteration from quantiles: every level moves to the mean of its cell until none moves. Levels
-    are in units of max|samples|, like `quantile`'s.
+    Lloyd's iteration from quantiles: every level moves to the mean of its cell until none moves.
+    Levels are in units of max|samples|, like `quantile`'s.
 
     Args:
         samples: at least two different finite numbers, any shape, any unit.
@@ -278,7 +281,8 @@ def lloyd_max(samples: Float[ArrayLike, "..."], bits: int, iterations: int = 200
         ValueError: `bits` outside 2..8, or samples that are not finite or all equal.
 
     Examples:
-        >>> [round(level, 3) for level in lloyd_max(np.array([-1, -1, -0.9, 0, 0.1, 0.9, 1, 1.0]), 2).levels]
+        >>> samples = np.array([-1, -1, -0.9, 0, 0.1, 0.9, 1, 1])
+        >>> [round(level, 3) for level in lloyd_max(samples, bits=2).levels]
         [-0.967, 0.0, 0.1, 0.967]
     """
     values = _normalised(samples, bits)

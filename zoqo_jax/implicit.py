@@ -1,12 +1,13 @@
 """Implicit arrays: quantized and perturbed weights that an unmodified model computes with.
 
-`quaxify(fn)` runs `fn` with `QuantizedArray` and `PerturbedArray` leaves in place of float arrays (quax does
-the interpreting). Operations with a rule here keep the array implicit; any other sees the values, made for
-that operation alone. No perturbed copy of a model ever exists.
+`quaxify(fn)` runs `fn` with `QuantizedArray` and `PerturbedArray` leaves in place of float arrays
+(quax does the interpreting). Operations with a rule here keep the array implicit; any other sees
+the values, made for that operation alone. No perturbed copy of a model ever exists.
 
-The rule that pays: for a rank-one direction with rows `a` and columns `b`, and legal neighbours at `+m` and
-`-m`, `value(n +- m a b^T) = M +- D * (a b^T)` with M and D half the sum and difference of the neighbours'
-values, so `x @ value(n +- m a b^T) = x @ M +- ((x * a) @ D) * b`, exact for every compander and at the grid's
+The rule that pays: for a rank-one direction with rows `a` and columns `b`, and legal neighbours at
+`+m` and `-m`, `value(n +- m a b^T) = M +- D * (a b^T)` with M and D half the sum and difference of
+the neighbours' values, so `x @ value(n +- m a b^T) = x @ M +- ((x * a) @ D) * b`, exact for every
+compander and at the grid's
 edges: both sides of a query, and every query, share the two weight matrices.
 """
 
@@ -29,7 +30,7 @@ __all__ = ["PerturbedArray", "quaxify"]
 
 
 class PerturbedArray(quax.ArrayValue):
-    """A quantized array displaced by a stencil, as an implicit float array: `value(boundary(n + u))`.
+    """A quantized array displaced by a stencil, an implicit float array: `value(boundary(n + u))`.
 
     Attributes:
         array: where the codes are.
@@ -40,9 +41,11 @@ class PerturbedArray(quax.ArrayValue):
     stencil: Stencil
 
     def aval(self) -> jax.core.ShapedArray:
+        """The shape and dtype that JAX code sees."""
         return self.array.aval()
 
     def materialise(self) -> Array:
+        """The values; what an operation without a rule gets."""
         return self.array.decode(self.displaced(draw(self.stencil, self.array)))
 
     def endpoint(self) -> QuantizedArray:
@@ -98,7 +101,9 @@ def _convert_perturbed(w: PerturbedArray, *, new_dtype: Any, **params: Any) -> A
     return _convert(w, new_dtype, params)
 
 
-def _dot(w: PerturbedArray, x: ArrayLike, side: int, *, dimension_numbers: Any, **params: Any) -> Array:
+def _dot(
+    w: PerturbedArray, x: ArrayLike, side: int, *, dimension_numbers: Any, **params: Any
+) -> Array:
     """A product with a perturbed matrix; `side` is its place among the operands."""
 
     def dot(values: Array, x: ArrayLike) -> Array:
@@ -118,14 +123,14 @@ def _dot(w: PerturbedArray, x: ArrayLike, side: int, *, dimension_numbers: Any, 
 
 
 def _is_separable(w: PerturbedArray) -> bool:
-    """Whether the direction is, up to its reach and the grid's edges, a matrix of signs of rank one."""
+    """Whether the direction is, up to reach and the grid's edges, a matrix of signs of rank one."""
     stencil = w.stencil
     one_sign_each = stencil.law == "rademacher" and stencil.probability is None
     return stencil.structure == "rank_one" and one_sign_each and w.ndim == 2
 
 
 def _neighbours(w: PerturbedArray) -> tuple[Array, Array]:
-    """M and D: half the sum and half the difference of the values at +m and -m, legal at the edges."""
+    """M and D: half the sum and half the difference of the values at the neighbours +m and -m."""
     array = w.array
     m = jnp.broadcast_to(reach(array.spread(w.stencil.width), array.grid), array.codes.shape)
     above, below = (array.decode(w.displaced(u)).astype(jnp.float32) for u in (m, -m))
@@ -155,10 +160,12 @@ def _is_implicit(leaf: Any) -> bool:
 
 
 def _sliceable(leaf: PyTree) -> PyTree:
-    """Give every slice of a stack its own copy of what the slices share, so that `lax.scan` can take it."""
+    """Give every slice of a stack a copy of what slices share, so that `lax.scan` can take it."""
     if isinstance(leaf, PerturbedArray):
         array, stencil = leaf.array, leaf.stencil
-        width, probability = (_spread_leading(x, array) for x in (stencil.width, stencil.probability))
+        width, probability = (
+            _spread_leading(x, array) for x in (stencil.width, stencil.probability)
+        )
         stencil = dataclasses.replace(stencil, width=width, probability=probability)
         return PerturbedArray(_sliceable(array), stencil)
     if isinstance(leaf, QuantizedArray):

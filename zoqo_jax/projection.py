@@ -1,8 +1,8 @@
 """Projections: from a real-valued step in the uniform coordinate z to whole codes.
 
-CAQ-ZO (Shu & Zhu, arXiv:2605.10673) writes its update as `n <- Proj(n - eta g_z)`, where the step is nearly
-always far below one code: rounding to nearest would freeze it. Everything here ends in integer arithmetic,
-so that a step gives the same codes compiled or not, on every backend.
+CAQ-ZO (Shu & Zhu, arXiv:2605.10673) writes its update as `n <- Proj(n - eta g_z)`, where the step
+is nearly always far below one code: rounding to nearest would freeze it. Everything here ends in
+integer arithmetic, so that a step gives the same codes compiled or not, on every backend.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def stochastic(key: Key[Array, ""], step: Float[Array, "..."]) -> Int32[Array, "
         >>> sorted(set(moves.tolist())), round(moves.mean().item(), 2)
         ([-1, 0], -0.25)
     """
-    size = jnp.abs(_bounded(step))  # the bound also keeps the product in `step` out of the difference below
+    size = jnp.abs(
+        _bounded(step)
+    )  # the bound also keeps the product in `step` out of the difference below
     whole = jnp.floor(size)
     chance = ((size - whole) * 2.0**32).astype(jnp.uint32)
     up = jax.random.bits(key, step.shape, jnp.uint32) < chance
@@ -49,7 +51,7 @@ def stochastic(key: Key[Array, ""], step: Float[Array, "..."]) -> Int32[Array, "
 def error_feedback(
     step: Float[Array, "..."], residual: Int32[Array, "..."]
 ) -> tuple[Int32[Array, "..."], Int32[Array, "..."]]:
-    """Round to nearest what the step and all that was not applied before add up to, and keep the rest.
+    """Round to nearest the sum of the step and all that was not applied before, and keep the rest.
 
     Args:
         step: in codes.

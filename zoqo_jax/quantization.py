@@ -1,11 +1,12 @@
-"""Codes and the values they stand for: `Grid`, `QuantizedArray`, `Quantizer`, `quantize`, `dequantize`.
+"""Codes and the values they stand for.
 
-A code `n` is an unsigned integer; its value is `scale * levels[n] + offset` with one scale (and offset) for
-a tensor, a channel or a block. Optimizers move codes and never leave `grid.low .. grid.high`.
+A code `n` is an unsigned integer; its value is `scale * levels[n] + offset` with one scale (and
+offset) for a tensor, a channel or a block. Optimizers move codes and never leave `grid.low ..
+grid.high`.
 
 The uniform quantizer is ZOQO's (Bar & Giryes, arXiv:2501.06736, section III): step
-`s = (Rmax - Rmin) / (2^b - 1)`, an integer zero point, so that zero is exactly a level (mid-tread). Companded
-quantizers are CAQ-ZO's (Shu & Zhu, arXiv:2605.10673): `Q = inverse . U . forward`.
+`s = (Rmax - Rmin) / (2^b - 1)`, an integer zero point, so that zero is exactly a level (mid-tread).
+Companded quantizers are CAQ-ZO's (Shu & Zhu, arXiv:2605.10673): `Q = inverse . U . forward`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Grid:
     """The levels that codes index, at scale 1, and which codes are legal.
 
     Attributes:
-        levels: value of each code at scale 1, increasing over the legal codes. Whole numbers one apart
-            make a uniform grid.
+        levels: value of each code at scale 1, increasing over the legal codes. Whole numbers one
+            apart make a uniform grid.
         low: least legal code.
         high: greatest legal code.
 
@@ -61,7 +62,7 @@ class Grid:
 
     @functools.cached_property
     def spacing(self) -> float:
-        """Mean distance between neighbouring legal levels: the step s of a uniform grid at scale 1."""
+        """Mean distance between neighbouring legal levels; 1 for a uniform grid."""
         return (self.levels[self.high] - self.levels[self.low]) / (self.high - self.low)
 
     @functools.cached_property
@@ -75,14 +76,15 @@ class QuantizedArray(quax.ArrayValue):
 
     Invariants:
 
-    - `codes` are uint4 where the grid has at most 16 levels, else uint8, in the logical shape, and every one
-      lies in `grid.low .. grid.high`;
-    - `scale`, and `offset` unless it is None, have as many axes as `codes`. Along each axis they are 1 long
-      (shared), as long as `codes` (one each), or, along `block[0]` (counted from the end), one for each
-      `block[1]` neighbours with the last block cut short;
-    - the value is `scale * levels[codes] + offset`, computed in float32 and rounded once to `value_dtype`;
-    - where `offset` is the zero point of a uniform grid, `scale` has at most 16 significant bits, so the
-      product is exact in float32 and zero stays exactly a level, fused multiply-add or not.
+    - `codes` are uint4 where the grid has at most 16 levels, else uint8, in the logical shape, and
+      every one lies in `grid.low .. grid.high`;
+    - `scale`, and `offset` unless it is None, have as many axes as `codes`. Along each axis they
+      are 1 long (shared), as long as `codes` (one each), or, along `block[0]` (counted from the
+      end), one for each `block[1]` neighbours with the last block cut short;
+    - the value is `scale * levels[codes] + offset`, computed in float32 and rounded once to
+      `value_dtype`;
+    - where `offset` is the zero point of a uniform grid, `scale` has at most 16 significant bits,
+      so the product is exact in float32 and zero stays exactly a level, fused multiply-add or not.
 
     As a pytree its leaves are `codes`, `scale` and `offset`; the rest is static.
 
@@ -110,14 +112,16 @@ class QuantizedArray(quax.ArrayValue):
     value_dtype: Any = eqx.field(static=True)
 
     def aval(self) -> jax.core.ShapedArray:
+        """The shape and dtype that JAX code sees."""
         return jax.core.ShapedArray(self.codes.shape, self.value_dtype)
 
     def materialise(self) -> Array:
+        """The values."""
         return self.decode(self.codes)
 
     @property
     def step(self) -> Float[Array, "..."]:
-        """Mean distance between neighbouring levels, in value units, in `scale`'s shape and float32."""
+        """Mean distance between neighbouring levels, value units, float32 in the shape of `scale`."""
         return self.scale.astype(jnp.float32) * self.grid.spacing
 
     def decode(self, codes: Array) -> Float[Array, "..."]:
@@ -161,12 +165,13 @@ class Quantizer:
         compander: how levels are spaced; uniform by default.
         range: the values that the outermost levels stand for, in value units:
             "absmax" (default) the largest magnitude, symmetric; "minmax" smallest and largest;
-            "percentile" the `percentile`-th percentile of the magnitude; "mse" the symmetric range of least
-            mean squared rounding error; a number R for [-R, R]; a pair (lo, hi).
-            A given range is a bound: a code whose value would lie outside it is not legal. A fitted
-            "minmax" is shifted by less than half a step so that zero is a level and every code legal.
-        axis: None for one scale a tensor, or the axis or axes with a scale for every index (channels).
-            With `block`, the one axis cut into blocks, the last by default.
+            "percentile" the `percentile`-th percentile of the magnitude; "mse" the symmetric range
+            of least mean squared rounding error; a number R for [-R, R]; a pair (lo, hi). A given
+            range is a bound: a code whose value would lie outside it is not legal. A fitted
+            "minmax" is shifted by less than half a step so that zero is a level and every code
+            legal.
+        axis: None for one scale a tensor, or the axis or axes with a scale for every index
+            (channels). With `block`, the one axis cut into blocks, the last by default.
         block: length of a block with its own scale, or None.
         percentile: in (0, 100], for range="percentile".
         scale_dtype: dtype of the stored scales.
@@ -195,8 +200,8 @@ class Quantizer:
         levels = self.compander.levels
         if levels is not None and len(levels) > 2**self.bits:
             raise ValueError(
-                f"bits={self.bits} holds {2**self.bits} codes, too few for the {len(levels)} levels of "
-                f"{self.compander}."
+                f"bits={self.bits} holds {2**self.bits} codes, too few for the {len(levels)} levels "
+                f"of {self.compander}."
             )
         self._check_range()
         if self.block is not None:
@@ -221,9 +226,13 @@ class Quantizer:
             if not 0.0 < self.range < math.inf:
                 raise ValueError(f"range must be positive and finite, got {self.range}.")
         elif not isinstance(self.range, tuple) or len(self.range) != 2:
-            raise ValueError(f"range must be a name, a number or a pair (lo, hi), got {self.range}.")
+            raise ValueError(
+                f"range must be a name, a number or a pair (lo, hi), got {self.range}."
+            )
         elif not -math.inf < self.range[0] < self.range[1] < math.inf:
-            raise ValueError(f"range must be a finite pair (lo, hi) with lo < hi, got {self.range}.")
+            raise ValueError(
+                f"range must be a finite pair (lo, hi) with lo < hi, got {self.range}."
+            )
 
     @functools.cached_property
     def grid(self) -> Grid:
@@ -232,7 +241,8 @@ class Quantizer:
         if compander.levels is not None:
             return Grid(compander.levels, 0, len(compander.levels) - 1)
         if not self._is_uniform:
-            # z = (n - 2^(b-1)) Delta with Delta = 2 / (2^b - 1): zero is a level, code 0 falls off [-1, 1].
+            # z = (n - 2^(b-1)) Delta with Delta = 2 / (2^b - 1): zero is a level, code 0 falls off
+            # [-1, 1].
             z = (np.arange(top + 1, dtype=np.float32) - 2 ** (self.bits - 1)) * np.float32(2 / top)
             with jax.ensure_compile_time_eval():
                 levels = compander.inverse(jnp.asarray(np.maximum(z, -1.0)))
@@ -263,9 +273,13 @@ class Quantizer:
     def _given(self) -> tuple[np.ndarray, float | None]:
         """Scale and offset of a given range, such that rounding takes no legal value out of it."""
         (lo, hi), grid = self._bounds, self.grid
-        offset = None if self._is_uniform or self._is_symmetric else float(np.float32((hi + lo) / 2))
+        offset = (
+            None if self._is_uniform or self._is_symmetric else float(np.float32((hi + lo) / 2))
+        )
         middle = offset or 0.0
-        widest = (hi - lo) / (2**self.bits - 1) if self._is_uniform else min(hi - middle, middle - lo)
+        widest = (
+            (hi - lo) / (2**self.bits - 1) if self._is_uniform else min(hi - middle, middle - lo)
+        )
         scale = np.asarray(widest, self.scale_dtype)
         ends = np.float32(scale) * np.float32([grid.levels[grid.low], grid.levels[grid.high]])
         first, last = ends + np.float32(middle)
@@ -283,7 +297,8 @@ class Quantizer:
         """Fit scale and offset to one array and round it to codes.
 
         Args:
-            values: float16, bfloat16 or float32, any shape, also empty; finite (checked unless traced).
+            values: float16, bfloat16 or float32, any shape, also empty; finite (checked unless
+                traced).
 
         Returns:
             The array's codes, scales and grid. The value dtype stays that of `values`.
@@ -316,7 +331,7 @@ class Quantizer:
 
     def _fit(self, blocks: Array, axes: tuple[int, ...]) -> tuple[Array, Array | None]:
         """Scale and offset for each block of an array cut by `_in_blocks` (NaN where padded)."""
-        reduced = tuple(axis for axis in range(blocks.ndim - 1) if axis not in axes) + (-1,)
+        reduced = (*(axis for axis in range(blocks.ndim - 1) if axis not in axes), -1)
         shape = tuple(n if axis in axes else 1 for axis, n in enumerate(blocks.shape[:-1]))
         top = 2**self.bits - 1
         if self._bounds is not None:
@@ -332,7 +347,8 @@ class Quantizer:
             hi = self._magnitude(blocks, reduced).reshape(shape)
             lo = -hi
         if not self._is_uniform:
-            # Levels of a companded grid are for [-1, 1]: the scale is the half-width, the offset the middle.
+            # Levels of a companded grid are for [-1, 1]: the scale is the half-width, the offset
+            # the middle.
             offset = None if self._is_symmetric else (hi + lo) / 2
             return ((hi - lo) / 2).astype(self.scale_dtype), offset
         if self.range != "minmax":
@@ -364,8 +380,8 @@ class Quantizer:
     def _codes(self, values: Array, scale: Array, offset: Array | None) -> Array:
         """Nearest legal code of each value, int32; rounds in z, as Q = inverse . U . forward says.
 
-        XLA may replace a division by a product with the reciprocal, or fuse a product with a sum. Neither is
-        left to it here, so that uniform codes are the same compiled or not.
+        XLA may replace a division by a product with the reciprocal, or fuse a product with a sum.
+        Neither is left to it here, so that uniform codes are the same compiled or not.
         """
         centred = values if offset is None else values - offset
         normalised = centred * (1 / jnp.where(scale > 0, scale, 1).astype(jnp.float32))
@@ -391,7 +407,9 @@ class Quantizer:
         return array.moved(codes)
 
 
-def nf4(block: int | None = 64, *, axis: int | None = None, scale_dtype: Any = jnp.float32) -> Quantizer:
+def nf4(
+    block: int | None = 64, *, axis: int | None = None, scale_dtype: Any = jnp.float32
+) -> Quantizer:
     """QLoRA's NF4: 16 levels, one absmax for every `block` neighbours along `axis` (the last).
 
     Source: Dettmers et al., "QLoRA", 2023, arXiv:2305.14314. The scales are frozen in training.
@@ -413,7 +431,9 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
 
     The names matter where layers are stacked for a scan: a stack of biases has two axes as well.
     """
-    names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path[-2:]}  # nnx ends in "value"
+    names = {
+        str(getattr(key, "key", getattr(key, "name", ""))) for key in path[-2:]
+    }  # nnx ends in "value"
     floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     return floating and leaf.ndim >= 2 and names.isdisjoint({"bias", "scale"})
 
@@ -431,7 +451,8 @@ def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> 
         The tree with a `QuantizedArray` for each chosen leaf.
 
     Raises:
-        ValueError: `where` chose no leaf, or a chosen one cannot be quantized; the message names it.
+        ValueError: `where` chose no leaf, or a chosen one cannot be quantized; the message names
+        it.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
@@ -478,7 +499,7 @@ def _lookup(grid: Grid, codes: Array) -> Array:
 
 
 def _in_blocks(values: Array, block: tuple[int, int] | None) -> Array:
-    """Move a block's elements to a new last axis, padded with NaN; without blocks that axis is 1 long."""
+    """Move a block's elements to a new last axis, padded with NaN; 1 long without blocks."""
     if block is None:
         return values[..., None]
     axis, length = block

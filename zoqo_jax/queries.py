@@ -1,7 +1,8 @@
-"""Queries: the losses at `n + u` and `n - u`, for a plain `value_fn(params)`, without copying the model.
+"""Queries: the losses at `n + u` and `n - u` of a plain `value_fn(params)`, no copy of the model.
 
-A query pair is one vectorised evaluation of the objective over the side, +1 and -1, with every quantized
-leaf replaced by an implicit array (`implicit.py`); what does not depend on the side is computed once.
+A query pair is one vectorised evaluation of the objective over the side, +1 and -1, with every
+quantized leaf replaced by an implicit array (`implicit.py`); what does not depend on the side is
+computed once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def losses(
         center: evaluate at the present codes too.
 
     Returns:
-        Float32 losses at +u, -u and, with `center`, at the present codes: two or three forward passes.
+        Float32 losses at +u, -u and, with `center`, at the present codes: two or three forward
+        passes.
 
     Raises:
         ValueError: `value_fn` does not return a real scalar.
@@ -48,7 +50,9 @@ def losses(
     """
 
     def loss(side: Array) -> Array:
-        return scalar(quaxify(value_fn)(_displaced(params, stencils, side, lambda perturbed: perturbed)))
+        return scalar(
+            quaxify(value_fn)(_displaced(params, stencils, side, lambda perturbed: perturbed))
+        )
 
     sides = jnp.array([1, -1, 0] if center else [1, -1], jnp.int8)
     return jax.vmap(loss)(sides)
@@ -79,7 +83,9 @@ def _displaced(
 ) -> PyTree:
     remaining = iter(stencils)
     return jax.tree.map(
-        lambda leaf: how(PerturbedArray(leaf, next(remaining).flipped(side))) if is_quantized(leaf) else leaf,
+        lambda leaf: (
+            how(PerturbedArray(leaf, next(remaining).flipped(side))) if is_quantized(leaf) else leaf
+        ),
         params,
         is_leaf=is_quantized,
     )
@@ -96,7 +102,9 @@ def scalar(value: Any) -> Float32[Array, ""]:
         shape, dtype = (), jnp.float32
     real = dtype is not None and not jnp.issubdtype(dtype, jnp.complexfloating)
     if shape != () or not real:
-        got = f"shape {shape} and dtype {dtype}" if dtype is not None else f"a {type(value).__name__}"
+        got = (
+            f"shape {shape} and dtype {dtype}" if dtype is not None else f"a {type(value).__name__}"
+        )
         raise ValueError(f"value_fn must return a real scalar, got {got}.")
     return jnp.asarray(value, jnp.float32)
 
@@ -104,8 +112,8 @@ def scalar(value: Any) -> Float32[Array, ""]:
 def difference(pair: Float32[Array, "... 2"]) -> Float32[Array, "..."]:
     """l+ - l-, with 16 significant bits, and 0 where either loss is NaN or inf.
 
-    The product with a code (at most 8 bits) is then exact in float32, so sums over queries have the same
-    bits fused or not, on every backend, and a run can be replayed from its differences.
+    The product with a code (at most 8 bits) is then exact in float32, so sums over queries have the
+    same bits fused or not, on every backend, and a run can be replayed from its differences.
 
     Examples:
         >>> difference(jnp.array([[0.75, 0.5], [jnp.nan, 0.5]])).tolist()

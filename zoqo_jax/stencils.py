@@ -1,19 +1,20 @@
 """Stencils: the integer directions in which a quantized array is probed, made from a key alone.
 
-A direction `u` holds whole numbers of codes. It is described by a `Stencil` and drawn where it is needed,
-in the forward pass and again in the update, never kept. Three choices make one:
+A direction `u` holds whole numbers of codes. It is described by a `Stencil` and drawn where it is
+needed, in the forward pass and again in the update, never kept. Three choices make one:
 
-- *law*, what one entry may be, for a reach `m = max(floor(mu / s), 1)` in codes: `uniform` on {-m .. m},
-  `gaussian` p(k) ~ exp(-(k s)^2 / (2 mu^2)) on {-m .. m} (both of Bar & Giryes, "ZOQO", arXiv:2501.06736), or
-  `rademacher` on {-m, m} (with m = 1 that of Shu & Zhu, "CAQ-ZO", arXiv:2605.10673);
-- *structure*, how entries hang together: `dense` independent; `rank_one` one row of draws for a matrix, times
-  an independent sign for every row, so that entries stay uncorrelated and a matrix product can share its
-  weights; `sparse` dense entries on a random support;
-- *boundary*, what becomes of an end point that would leave the grid: `clamp` it to the edge, `mask` the
-  coordinate out of the direction, or `reflect` it.
+- *law*, what one entry may be, for a reach `m = max(floor(mu / s), 1)` in codes: `uniform` on {-m
+  .. m}, `gaussian` p(k) ~ exp(-(k s)^2 / (2 mu^2)) on {-m .. m} (both of Bar & Giryes, "ZOQO",
+  arXiv:2501.06736), or `rademacher` on {-m, m} (with m = 1 that of Shu & Zhu, "CAQ-ZO",
+  arXiv:2605.10673);
+- *structure*, how entries hang together: `dense` independent; `rank_one` one row of draws for a
+  matrix, times an independent sign for every row, so that entries stay uncorrelated and a matrix
+  product can share its weights; `sparse` dense entries on a random support;
+- *boundary*, what becomes of an end point that would leave the grid: `clamp` it to the edge, `mask`
+  the coordinate out of the direction, or `reflect` it.
 
-Randomness is drawn row by row (a row is the last axis), each from a key of its own, so a slice of a stack of
-layers draws what the whole stack draws for it, and 32 signs come from each random word.
+Randomness is drawn row by row (a row is the last axis), each from a key of its own, so a slice of a
+stack of layers draws what the whole stack draws for it, and 32 signs come from each random word.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ Law = Literal["uniform", "gaussian", "rademacher"]
 Structure = Literal["dense", "rank_one", "sparse"]
 Boundary = Literal["clamp", "mask", "reflect"]
 
-# float32 quotients of equal decimals can miss a whole number by an ulp or two: .02 / .001 must floor to 20.
+# float32 quotients of equal decimals can miss a whole number by an ulp or two: .02 / .001 must
+# floor to 20.
 _FLOOR_TOLERANCE = 1e-6
 _RESOLUTION = 24  # binary digits of a traced probability
 
@@ -57,13 +59,14 @@ class Stencil(eqx.Module):
     """A direction for one array, described.
 
     Attributes:
-        key: a key for the draws of every row, in the array's shape less its last axis; in a rank-one
-            stencil the rows of one matrix share theirs.
-        rows: a sign for every row, -1 or 1: random in a rank-one stencil, and times the side (+ or -) of the
-            query, so that the two sides differ in nothing else.
+        key: a key for the draws of every row, in the array's shape less its last axis; in a
+            rank-one stencil the rows of one matrix share theirs.
+        rows: a sign for every row, -1 or 1: random in a rank-one stencil, and times the side (+ or
+            -) of the query, so that the two sides differ in nothing else.
         width: mu / s in codes, not yet floored, in the shape of the array's scale.
         support_key: a key for the support of every row, or None where every entry is in it.
-        probability: chance of an entry to be in the support, in the shape of the scale, or None for 1.
+        probability: chance of an entry to be in the support, in the shape of the scale, or None for
+            1.
         digits: binary digits that represent `probability`, at most 24.
         law: the law of an entry.
         structure: how entries hang together.
@@ -106,8 +109,8 @@ def describe(
         structure: how entries hang together.
         boundary: what happens at the grid's edges.
         density: expected fraction of the support, in (0, 1], for structure="sparse".
-        dithered: where `width < 1`, keep an entry with probability `width` instead of widening its reach
-            to one whole code.
+        dithered: where `width < 1`, keep an entry with probability `width` instead of widening its
+            reach to one whole code.
 
     Returns:
         The stencil: about twenty bytes a row.
@@ -152,7 +155,9 @@ def draw(stencil: Stencil, array: QuantizedArray) -> Int32[Array, "..."]:
     u = _entries(stencil, array) * stencil.rows.astype(jnp.int32)[..., None]
     if stencil.probability is not None:
         probability = array.spread(stencil.probability)
-        u = jnp.where(bernoulli(stencil.support_key, probability, u.shape[-1:], stencil.digits), u, 0)
+        u = jnp.where(
+            bernoulli(stencil.support_key, probability, u.shape[-1:], stencil.digits), u, 0
+        )
     u = u.reshape(shape)
     if stencil.boundary == "mask":
         n, grid = array.codes.astype(jnp.int32), array.grid
@@ -186,10 +191,11 @@ def displace(
 
 
 def reach(width: Float[Array, "..."], grid: Grid) -> Int32[Array, "..."]:
-    """ZOQO's m = max(floor(mu / s), 1), with a tolerance for the floor, at most the width of the grid.
+    """ZOQO's m = max(floor(mu / s), 1), with a tolerance for the floor, at most the grid's width.
 
     Examples:
-        >>> reach(jnp.float32(0.02) / jnp.float32(0.001), Grid(tuple(map(float, range(256))), 0, 255)).item()
+        >>> grid = Grid(tuple(map(float, range(256))), 0, 255)
+        >>> reach(jnp.float32(0.02) / jnp.float32(0.001), grid).item()
         20
     """
     widest = float(grid.high - grid.low)
@@ -199,7 +205,7 @@ def reach(width: Float[Array, "..."], grid: Grid) -> Int32[Array, "..."]:
 def dithered_reach(
     key: Key[Array, ""], width: Float[Array, "..."], array: QuantizedArray
 ) -> Int32[Array, "..."]:
-    """floor(width + U) with U uniform in [0, 1) for each coordinate: a reach of `width` codes on average.
+    """floor(width + U), U uniform in [0, 1) for each coordinate: `width` codes on average.
 
     Args:
         key: a key for these draws alone.
@@ -217,9 +223,14 @@ def check(law: str, structure: str, boundary: str, density: Array | float) -> No
     """Refuse choices that no stencil can have.
 
     Raises:
-        ValueError: an unknown name, a density outside (0, 1], or one for a structure that is not sparse.
+        ValueError: an unknown name, a density outside (0, 1], or one for a structure that is not
+        sparse.
     """
-    given = (("noise", law, Law), ("structure", structure, Structure), ("boundary", boundary, Boundary))
+    given = (
+        ("noise", law, Law),
+        ("structure", structure, Structure),
+        ("boundary", boundary, Boundary),
+    )
     for name, value, choices in given:
         if value not in get_args(choices):
             raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}.")
@@ -228,7 +239,9 @@ def check(law: str, structure: str, boundary: str, density: Array | float) -> No
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must be in (0, 1], got {density}.")
     if density != 1.0 and structure != "sparse":
-        raise ValueError(f"density={density} needs structure='sparse', got structure={structure!r}.")
+        raise ValueError(
+            f"density={density} needs structure='sparse', got structure={structure!r}."
+        )
 
 
 def signs(key: Key[Array, ""], count: int) -> Int8[Array, " count"]:
@@ -238,7 +251,7 @@ def signs(key: Key[Array, ""], count: int) -> Int8[Array, " count"]:
         >>> sorted(set(signs(jax.random.key(0), 100).tolist()))
         [-1, 1]
     """
-    return (2 * _unpack(jax.random.bits(key, (-(-count // 32),), jnp.uint32), count) - 1).astype(jnp.int8)
+    return (2 * _unpack(_random_words(key, -(-count // 32)), count) - 1).astype(jnp.int8)
 
 
 def bernoulli(
@@ -249,13 +262,16 @@ def bernoulli(
 ) -> Bool[Array, "..."]:
     """Independent draws that are true with a given probability.
 
-    Where a row of at least 32 draws shares its probability, `digits` random words make 32 draws by bit
-    slicing: going up p's binary digits, OR with a random word where the digit is 1, AND where it is 0.
+    Where a row of at least 32 draws shares its probability, `digits` random words make 32 draws by
+    bit
+    slicing: going up p's binary digits, OR with a random word where the digit is 1, AND where it is
+        0.
     Elsewhere a word makes one draw.
 
     Args:
         keys: one for each row.
-        probability: in [0, 1], broadcastable to the rows' shape and one more axis; exact to 2^-digits.
+        probability: in [0, 1], broadcastable to the rows' shape and one more axis; exact to
+            2^-digits.
         shape: (columns,), the length of a row.
         digits: binary digits, at most 24.
 
@@ -273,7 +289,7 @@ def bernoulli(
     if columns >= 32 and p.shape[-1] == 1:
         whole = jnp.round(p * 2.0**digits).astype(jnp.uint32)
         words = -(-columns // 32)
-        random = _per_row(lambda key, _: jax.random.bits(key, (digits * words,), jnp.uint32), keys, digits * words)
+        random = _per_row(_random_words, keys, digits * words)
         random = random.reshape(*keys.shape, digits, words)
         below = jnp.zeros((*keys.shape, words), jnp.uint32)
         for digit in range(digits):
@@ -281,12 +297,12 @@ def bernoulli(
             below = jnp.where((whole >> digit) & 1, below | word, below & word)
         below = jnp.where(whole >> digits, jnp.uint32(0xFFFFFFFF), below)
         return _unpack(below, columns).astype(bool)
-    words = _per_row(lambda key, n: jax.random.bits(key, (n,), jnp.uint32), keys, columns)
+    words = _per_row(_random_words, keys, columns)
     return (words >> 8).astype(jnp.float32) * 2.0**-24 < p
 
 
 def _entries(stencil: Stencil, array: QuantizedArray) -> Int32[Array, "..."]:
-    """Draws of the law, before row signs and support; rank-one rows of a matrix share one row of words."""
+    """Draws of the law, before row signs and support; rank-one rows of a matrix share one draw."""
     columns = array.codes.shape[-1] if array.codes.ndim else 1
     shared = stencil.structure == "rank_one" and array.codes.ndim >= 2
     keys = stencil.key[..., :1] if shared else stencil.key
@@ -324,7 +340,7 @@ def _gaussian_size(random: Array, bits: int, m: Array, width: Array) -> Int32[Ar
     def invert(k: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         below, size = state
         below = below + weight(k) / total
-        return below, size + (uniform >= below)
+        return below, size + (uniform >= below).astype(jnp.int32)
 
     widest = jnp.max(m)
     zero = jnp.zeros(jnp.broadcast_shapes(m.shape, width.shape), jnp.float32)
@@ -339,11 +355,14 @@ def _per_row(draws: Callable[[Array, int], Array], keys: Array, columns: int) ->
     return rows.reshape(*keys.shape, columns)
 
 
-def _random_words(key: Array, count: int, bits: int) -> UInt32[Array, " count"]:
-    """Random words of 16 or 32 bits, two of the short ones from each long one."""
+def _random_words(key: Array, count: int, bits: int = 32) -> UInt32[Array, " count"]:
+    """Random words of 16 or 32 bits, two of the short ones from each long one.
+
+    The dtype is said: the default is 64 bits wide under jax_enable_x64.
+    """
     if bits == 32:
         return jax.random.bits(key, (count,), jnp.uint32)
-    pairs = jax.random.bits(key, (-(-count // 2),), jnp.uint32)
+    pairs = _random_words(key, -(-count // 2))
     return jnp.stack([pairs & 0xFFFF, pairs >> 16], axis=-1).reshape(-1)[:count]
 
 

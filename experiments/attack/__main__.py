@@ -1,7 +1,8 @@
 """Attack a black-box image classifier on an integer grid: `python -m experiments.attack --help`.
 
-By default it attacks 300 MNIST digits of the bundled network with ZOQO at 8 and at 4 bits and, beside them,
-with ZO-SignSGD in floats, prints a table, and writes the table and a figure to `results/attack`.
+By default it attacks 300 MNIST digits of the bundled network with ZOQO at 8 and at 4 bits and,
+beside them, with ZO-SignSGD in floats, prints a table, and writes the table and a figure to
+`results/attack`.
 """
 
 import csv

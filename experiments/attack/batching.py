@@ -1,8 +1,9 @@
-"""Many images attacked at once by one compiled program, each with its own key, query count and stop.
+"""Many images attacked at once by one compiled program, each with its own key, count and stop.
 
-The program advances a batch of fixed size by a few steps. Between two calls finished images leave and waiting
-ones take their places; when none waits any more the batch shrinks to the next power of two that holds what is
-left. So a program is compiled for each of a handful of sizes, never for an image.
+The program advances a batch of fixed size by a few steps. Between two calls finished images leave
+and waiting ones take their places; when none waits any more the batch shrinks to the next power of
+two that holds what is left. So a program is compiled for each of a handful of sizes, never for an
+image.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,8 @@ class Outcome(NamedTuple):
 
     Attributes:
       success: whether a misclassified point was found, bool (n,).
-      queries: evaluations of the model, up to and with the step that found it or ran out, int32 (n,).
+      queries: evaluations of the model, up to and with the step that found it or ran out, int32
+          (n,).
       perturbation: the last point in the ball, in pixel values, float32 in the images' shape.
     """
 
@@ -56,7 +58,8 @@ def attack(
     """Search an l_inf ball round each image for a point that the model misclassifies.
 
     Args:
-      logits_fn: images (n, height, width, channels) in [0, 1] -> logits (n, classes); JAX, but never
+      logits_fn: images (n, height, width, channels) in [0, 1] -> logits (n, classes); JAX, but
+          never
         differentiated.
       images: float32 (n, height, width, channels) in [0, 1], correctly classified.
       labels: int32 (n,).
@@ -64,7 +67,8 @@ def attack(
       on_progress: called with the number of images finished and found so far.
 
     Returns:
-      The outcome for each image. It depends on the image, its place and the seed, not on the batch size.
+      The outcome for each image. It depends on the image, its place and the seed, not on the batch
+      size.
 
     Raises:
       ValueError: images and labels that do not belong together.

@@ -1,8 +1,8 @@
 """Attack methods: how one image's perturbation changes from one set of queries to the next.
 
-A method is a pair of functions on a single image; `batching.py` maps it over many. Both spend the model's
-evaluations honestly: every one counts, and a point that a query has shown to be misclassified ends the attack
-there, so that no further evaluation is spent on looking.
+A method is a pair of functions on a single image; `batching.py` maps it over many. Both spend the
+model's evaluations honestly: every one counts, and a point that a query has shown to be
+misclassified ends the attack there, so that no further evaluation is spent on looking.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,8 @@ class Attack(NamedTuple):
 
     Attributes:
       init: key -> (perturbation, state).
-      step: (margin, perturbation, state) -> Step; `margin` maps a perturbation in pixel values, flat, to
+      step: (margin, perturbation, state) -> Step; `margin` maps a perturbation in pixel values,
+          flat, to
         the margin of the true class, negative when the perturbed image is misclassified.
       decode: perturbation -> pixel values, flat float32.
       queries_per_step: evaluations of the model that a step spends.
@@ -59,7 +60,7 @@ def make(config: Config, size: int) -> Attack:
 
 
 def _zoqo(config: Config, size: int) -> Attack:
-    """ZOQO on the codes of [-epsilon, epsilon]; legal codes lie inside, so it cannot leave the ball."""
+    """ZOQO on the codes of [-epsilon, epsilon]; legal ones lie inside, so it stays in the ball."""
     quantizer = zq.Quantizer(bits=config.bits, range=config.epsilon)
     step_size = 2 * config.epsilon / (2**config.bits - 1)
     num_queries = config.num_queries or 1
@@ -91,10 +92,11 @@ def _zoqo(config: Config, size: int) -> Attack:
 
 
 def _zo_sign_sgd(config: Config, size: int) -> Attack:
-    """ZO-SignSGD (Liu et al., ICLR 2019) on floats: the sign of a one-sided estimate from q directions.
+    """ZO-SignSGD (Liu et al., ICLR 2019) on floats: the sign of a one-sided estimate.
 
-    Defaults are those of SignHunter's comparison (Al-Dujaili & O'Reilly, ICLR 2020) on MNIST at epsilon
-    0.3: difference and step 0.1, q = 10. Only the centre is a candidate: its neighbours leave the ball.
+    Defaults are those of SignHunter's comparison (Al-Dujaili & O'Reilly, ICLR 2020) on MNIST at
+    epsilon 0.3: difference and step 0.1, q = 10. Only the centre is a candidate: its neighbours
+    leave the ball.
     """
     eta = config.learning_rate or config.epsilon / 3
     mu = config.radius or config.epsilon / 3

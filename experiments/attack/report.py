@@ -37,7 +37,7 @@ def table(runs: Sequence[Metrics]) -> str:
 
 
 def figure(runs: Sequence[Metrics], path: str | Path) -> None:
-    """Draw images before and after, and failures against queries; PNG, SVG or PDF by the path's suffix."""
+    """Draw images before and after, and failures against queries; the path's suffix says how."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -151,7 +151,7 @@ def _fit(
     per_epoch = len(images) // config.batch_size
     optimizer = _optimizer(config.learning_rate, config.epochs * per_epoch)
     init_key, shift_key = jax.random.split(jax.random.key(config.seed))
-    params = jax.jit(CNN().init)(init_key, jnp.zeros((1, *IMAGE_SHAPE)))["params"]
+    params = _init(init_key)
     state = optimizer.init(params)
     rng, losses = np.random.default_rng(config.seed), []
     with tqdm(total=config.epochs * per_epoch, unit="step", disable=not config.progress) as bar:
@@ -166,6 +166,11 @@ def _fit(
                 losses.append(loss)
                 bar.update()
     return params, losses
+
+
+@jax.jit
+def _init(key: jax.Array) -> Any:
+    return CNN().init(key, jnp.zeros((1, *IMAGE_SHAPE)))["params"]
 
 
 @cache  # A new but equal optimizer would compile the same step again.

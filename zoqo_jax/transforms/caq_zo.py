@@ -1,7 +1,8 @@
 """CAQ-ZO: codebook-aligned zeroth-order optimization.
 
-Shu and Zhu, "CAQ-ZO", 2026, arXiv:2605.10673. Queries are one grid step long in the coordinate z where the
-codebook is uniform, so both end points are codebook points and rounding them changes nothing.
+Shu and Zhu, "CAQ-ZO", 2026, arXiv:2605.10673. Queries are one grid step long in the coordinate z
+where the codebook is uniform, so both end points are codebook points and rounding them changes
+nothing.
 """
 
 from __future__ import annotations
@@ -47,23 +48,26 @@ def caq_zo(
     and with q queries g_z is their mean.
 
     Args:
-        learning_rate: eta, codes for each unit of d loss / d code; a positive number or an optax schedule.
+        learning_rate: eta, codes for each unit of d loss / d code; a positive number or an optax
+            schedule.
         key: all of the run's randomness.
         num_queries: query pairs a step, q.
         structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
-        density: expected fraction of coordinates that a sparse direction probes and moves, in (0, 1].
-        rounding: Proj. "stochastic" is unbiased; "nearest" freezes when steps are below half a code;
-            "error_feedback" adds what was not applied to the next step, for 4 bytes a code of state;
-            "threshold" moves one code where the step is at least `threshold` codes long.
+        density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
+            1].
+        rounding: Proj. "stochastic" is unbiased; "nearest" freezes when steps are below half a
+            code; "error_feedback" adds what was not applied to the next step, for 4 bytes a code of
+            state; "threshold" moves one code where the step is at least `threshold` codes long.
         threshold: in codes, for rounding="threshold".
-        boundary: "mask" (the paper's stencil stays on the codebook: a coordinate at an edge sits out, and so
-            stays there), "clamp" or "reflect".
-        query_batch: query pairs evaluated at once, None for all; more is faster and takes more memory.
+        boundary: "mask" (the paper's stencil stays on the codebook: a coordinate at an edge sits
+            out, and so stays there), "clamp" or "reflect".
+        query_batch: query pairs evaluated at once, None for all; more is faster and takes more
+            memory.
         axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
 
     Returns:
-        A transformation; call `tx.update(None, state, params, value_fn=f)` and `optax.apply_updates`. Its
-        state is a `StepState`.
+        A transformation; call `tx.update(None, state, params, value_fn=f)` and
+        `optax.apply_updates`. Its state is a `StepState`.
 
     Raises:
         ValueError: an argument outside what is said above, naming it and its value.
@@ -93,7 +97,13 @@ def caq_zo(
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
         del count
         return stencils.describe(
-            key, array, 1.0, law="rademacher", structure=structure, boundary=boundary, density=density
+            key,
+            array,
+            1.0,
+            law="rademacher",
+            structure=structure,
+            boundary=boundary,
+            density=density,
         )
 
     def weigh(difference: Array, r: Array) -> Float[Array, "..."]:

@@ -1,7 +1,7 @@
 """Replay: a trained model from the base model and a log of a few bytes a step.
 
-A step is determined by the run's key, its count and the differences of its losses; everything else is drawn
-again. No forward pass is made.
+A step is determined by the run's key, its count and the differences of its losses; everything else
+is drawn again. No forward pass is made.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def replay(
     if jnp.ndim(log) != 2:
         raise ValueError(f"log must have shape (steps, queries), got {jnp.shape(log)}.")
 
-    def step(carry: tuple[PyTree, PyTree], differences: Array) -> tuple[tuple[PyTree, PyTree], None]:
+    def step(
+        carry: tuple[PyTree, PyTree], differences: Array
+    ) -> tuple[tuple[PyTree, PyTree], None]:
         params, state = carry
         updates, state = tx.update(None, state, params, differences=differences)
         return (optax.apply_updates(params, updates), state), None

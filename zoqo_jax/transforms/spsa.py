@@ -1,8 +1,8 @@
 """SPSA: float gradients from two forward passes, for any optax chain.
 
 James C. Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient
-approximation", IEEE Transactions on Automatic Control 37(3), 1992. With noise="gaussian" and SGD behind it
-this is MeZO (Malladi et al., 2023, arXiv:2305.17333).
+approximation", IEEE Transactions on Automatic Control 37(3), 1992. With noise="gaussian" and SGD
+behind it this is MeZO (Malladi et al., 2023, arXiv:2305.17333).
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def spsa(
         del updates, extra
         if params is None or value_fn is None:
             missing = "params" if params is None else "value_fn"
-            raise ValueError(f"{missing} must be given: tx.update(None, state, params, value_fn=f).")
+            raise ValueError(
+                f"{missing} must be given: tx.update(None, state, params, value_fn=f)."
+            )
         step_key = jax.random.fold_in(state.key, state.count)
         mu = value_at(radius, state.count)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
@@ -109,7 +111,9 @@ def spsa(
                 ]
                 return queries.scalar(quaxify(value_fn)(treedef.unflatten(moved)))
 
-            return jax.lax.map(loss, jnp.array([1.0, -1.0], jnp.float32))  # one copy of the model at a time
+            return jax.lax.map(
+                loss, jnp.array([1.0, -1.0], jnp.float32)
+            )  # one copy of the model at a time
 
         pairs = stepping.over_queries(query_losses, num_queries, query_batch)
         if axis_name is not None:
@@ -118,10 +122,14 @@ def spsa(
 
         def gradient(index: int) -> Array:
             def add(query: Array | int, total: Array) -> Array:
-                return total + state.differences[query] * direction(query, index).astype(jnp.float32)
+                return total + state.differences[query] * direction(query, index).astype(
+                    jnp.float32
+                )
 
             total = jnp.zeros(leaves[index].shape, jnp.float32)
-            total = add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)
+            total = (
+                add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)
+            )
             return (total * (mean_over_2 / mu)).astype(leaves[index].dtype)
 
         gradients = [

@@ -1,11 +1,13 @@
 """One step of every quantized zeroth-order method: describe directions, query, weigh, move.
 
-The methods differ in three rules (`Rules`): how a direction is described, what a query pair says about it,
-and how many codes to move for what all said. This room does the rest: keys, the loop over queries, losses
-that are not finite, deltas that `optax.apply_updates` can add, and steps replayed from their differences.
+The methods differ in three rules (`Rules`): how a direction is described, what a query pair says
+about it, and how many codes to move for what all said. This room does the rest: keys, the loop over
+queries, losses that are not finite, deltas that `optax.apply_updates` can add, and steps replayed
+from their differences.
 
-Randomness: `fold_in(key, count)` makes the key of a step, folding in the query and then the leaf makes that of
-a direction. Nothing is stored, so the update draws again what the forward passes drew.
+Randomness: `fold_in(key, count)` makes the key of a step, folding in the query and then the leaf
+makes that of a direction. Nothing is stored, so the update draws again what the forward passes
+drew.
 """
 
 from __future__ import annotations
@@ -46,11 +48,13 @@ class StepState(NamedTuple):
 
     Attributes:
         count: steps taken.
-        key: the run's key, never changed; `state._replace(key=...)` gives vmapped problems their own.
+        key: the run's key, never changed; `state._replace(key=...)` gives vmapped problems their
+            own.
         queries: evaluations of the objective so far.
         losses: the last step's (l+, l-) for each query; inf before the first.
-        differences: the last step's l+ - l-, 16 significant bits, 0 where a loss was not finite. These,
-            `key` and `count` determine the step: keep them, and `replay` can rebuild the run.
+        differences: the last step's l+ - l-, 16 significant bits, 0 where a loss was not finite.
+            These, `key` and `count` determine the step: keep them, and `replay` can rebuild the
+            run.
         skipped: query pairs so far with a NaN or inf loss; they move nothing.
         residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
     """
@@ -70,7 +74,8 @@ class Rules(NamedTuple):
     Attributes:
         describe: (key, array, count) -> the stencil to probe `array` with.
         weigh: (l+ - l-, u) -> what one query pair says, in the shape of u, float32.
-        move: (key, array, sum over queries of `weigh`, count, residual) -> (codes to move, residual).
+        move: (key, array, sum over queries of `weigh`, count, residual) -> (codes to move,
+            residual).
         remember: array -> its first residual, or None for a method that keeps none.
     """
 
@@ -84,8 +89,8 @@ class QueryTransformation(optax.GradientTransformationExtraArgs):
     """An optax transformation that can also tell where its next step will look.
 
     Attributes:
-        probes: (state, params, query=0) -> the stencils of a query, one for each quantized leaf; give them
-            to `queries.endpoints` to see the codes.
+        probes: (state, params, query=0) -> the stencils of a query, one for each quantized leaf;
+            give them to `queries.endpoints` to see the codes.
     """
 
     probes: Callable[..., list[Stencil]]
@@ -105,7 +110,8 @@ def by_queries(
         key: the run's key.
         num_queries: query pairs a step.
         query_batch: how many of them to evaluate at once; 1 needs the least memory.
-        axis_name: average losses over this mapped axis, for data-parallel steps: only scalars travel.
+        axis_name: average losses over this mapped axis, for data-parallel steps: only scalars
+            travel.
 
     Returns:
         A transformation whose `update` takes `value_fn=` (or `differences=`, to replay a step).
@@ -158,7 +164,9 @@ def by_queries(
                 return total + rules.weigh(after.differences[query], u.astype(jnp.float32))
 
             total = jnp.zeros(arrays[leaf].shape, jnp.float32)
-            return add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)
+            return (
+                add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)
+            )
 
         move_key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), num_queries)
         deltas, residual = [], []
@@ -201,7 +209,9 @@ def record(state: StepState, pairs: Float32[Array, "queries 2"]) -> StepState:
     )
 
 
-def over_queries(losses: Callable[[Any], Array], num_queries: int, query_batch: int | None) -> Array:
+def over_queries(
+    losses: Callable[[Any], Array], num_queries: int, query_batch: int | None
+) -> Array:
     """The losses of each query, `query_batch` at a time, stacked."""
     if num_queries == 1:
         return losses(0)[None]
@@ -241,15 +251,17 @@ def _quantized_leaves(params: PyTree | None) -> list[QuantizedArray]:
         raise ValueError("params must be given: codes move from where they are.")
     leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(leaf)]
     if not leaves:
-        raise ValueError("params must hold a QuantizedArray, got none: call zoqo_jax.quantize first.")
+        raise ValueError(
+            "params must hold a QuantizedArray, got none: call zoqo_jax.quantize first."
+        )
     return leaves
 
 
 def _delta(array: QuantizedArray, step: Int32[Array, "..."]) -> Array:
     """The codes' change for a step kept on the grid, modulo 2^width, in the codes' own dtype.
 
-    Two's complement: `codes + delta` wraps to the true sum, so `optax.apply_updates` is exact and needs no
-    wider copy.
+    Two's complement: `codes + delta` wraps to the true sum, so `optax.apply_updates` is exact and
+    needs no wider copy.
     """
     n = array.codes.astype(jnp.int32)
     moved = jnp.clip(n + step, array.grid.low, array.grid.high)

@@ -1,7 +1,8 @@
 """ZOQO: zero-order quantized optimization.
 
-Noga Bar and Raja Giryes, "ZOQO: Zero-Order Quantized Optimization", 2025, arXiv:2501.06736, Algorithm 1.
-Weights, noise and update all live on the quantizer's grid, and only the sign of a loss difference is used.
+Noga Bar and Raja Giryes, "ZOQO: Zero-Order Quantized Optimization", 2025, arXiv:2501.06736,
+Algorithm 1. Weights, noise and update all live on the quantizer's grid, and only the sign of a loss
+difference is used.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def zoqo(
 
     .. math::
         m &= \max(\lfloor \mu / s \rfloor, 1), \quad u \in \{-m, \dots, m\}^d \\
-        n_\pm &= \mathrm{clamp}(n \pm u), \quad g = \mathrm{sign}(\ell_+ - \ell_-)\,\mathrm{sign}(u) \\
-        E &= \max(\lfloor \eta / s \rfloor, 1), \quad n \leftarrow \mathrm{clamp}(n - E g)
+        n_\pm &= \mathrm{clamp}(n \pm u), \quad g = \mathrm{sign}(\ell_+ - \ell_-)\,\mathrm{sign}(u)
+        \\ E &= \max(\lfloor \eta / s \rfloor, 1), \quad n \leftarrow \mathrm{clamp}(n - E g)
 
     On a companded grid, s is the mean distance between levels.
 
@@ -57,19 +58,21 @@ def zoqo(
         num_queries: query pairs a step, q.
         noise: law of an entry of u: "uniform" or "gaussian" on {-m .. m}, "rademacher" on {-m, m}.
         structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
-        density: expected fraction of coordinates that a sparse direction probes and moves, in (0, 1].
-        vote: for q > 1, g is the sign of the mean of (l+ - l-) u ("mean") or of the sum of the single
-            queries' signs ("majority").
-        step: "floor", the paper's E, or "dithered": E = floor(eta / s + U) with U uniform in [0, 1) for each
-            coordinate, so that the expected move is eta even below one code; where mu < s an entry of u
-            is then zero with probability 1 - mu / s.
+        density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
+            1].
+        vote: for q > 1, g is the sign of the mean of (l+ - l-) u ("mean") or of the sum of the
+            single queries' signs ("majority").
+        step: "floor", the paper's E, or "dithered": E = floor(eta / s + U) with U uniform in [0, 1)
+            for each coordinate, so that the expected move is eta even below one code; where mu < s
+            an entry of u is then zero with probability 1 - mu / s.
         boundary: "clamp" (the paper's), "mask" or "reflect".
-        query_batch: query pairs evaluated at once, None for all; more is faster and takes more memory.
+        query_batch: query pairs evaluated at once, None for all; more is faster and takes more
+            memory.
         axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
 
     Returns:
-        A transformation; call `tx.update(None, state, params, value_fn=f)` and `optax.apply_updates`. Its
-        state is a `StepState`.
+        A transformation; call `tx.update(None, state, params, value_fn=f)` and
+        `optax.apply_updates`. Its state is a `StepState`.
 
     Raises:
         ValueError: an argument outside what is said above, naming it and its value.
@@ -125,4 +128,6 @@ def zoqo(
             E = array.spread(stencils.reach(eta / s, array.grid))
         return -E * g, residual
 
-    return stepping.by_queries(Rules(describe, weigh, move), key, num_queries, query_batch, axis_name)
+    return stepping.by_queries(
+        Rules(describe, weigh, move), key, num_queries, query_batch, axis_name
+    )
