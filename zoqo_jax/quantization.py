@@ -121,7 +121,7 @@ class QuantizedArray(quax.ArrayValue):
 
     @property
     def step(self) -> Float[Array, "..."]:
-        """Mean distance between neighbouring levels, value units, float32 in the shape of `scale`."""
+        """Mean distance between neighbouring levels: value units, float32, shape of `scale`."""
         return self.scale.astype(jnp.float32) * self.grid.spacing
 
     def decode(self, codes: Array) -> Float[Array, "..."]:
@@ -200,8 +200,8 @@ class Quantizer:
         levels = self.compander.levels
         if levels is not None and len(levels) > 2**self.bits:
             raise ValueError(
-                f"bits={self.bits} holds {2**self.bits} codes, too few for the {len(levels)} levels "
-                f"of {self.compander}."
+                f"bits={self.bits} holds {2**self.bits} codes, too few for the "
+                f"{len(levels)} levels of {self.compander}."
             )
         self._check_range()
         if self.block is not None:
@@ -365,7 +365,8 @@ class Quantizer:
         if self.range == "absmax":
             return largest
         if self.range == "percentile":
-            return jnp.nanpercentile(size, self.percentile, axis=reduced, keepdims=True)
+            percentile = jnp.float32(self.percentile)
+            return jnp.nanpercentile(size, percentile, axis=reduced, keepdims=True)
 
         def error(fraction: Array) -> Array:
             radius = largest * fraction
