@@ -242,10 +242,11 @@ def fp4() -> Compander:
 
 
 def quantile(samples: Float[ArrayLike, "..."], bits: int) -> Compander:
-    """A codebook that holds equally many samples in every cell.
+    """A codebook of quantiles: about equally many samples round to each level.
 
-    Levels are quantiles of `samples / max|samples|` at (j + 1/2) / 2^bits; levels that coincide
-    become one, so a sample with many equal values gives fewer than 2^bits.
+    Levels are quantiles of `samples / max|samples|` at (j + 1/2) / 2^bits, the medians of equal
+    shares. Cells end midway between levels all the same, so their counts differ a little where the
+    density bends. Levels that coincide become one: many equal samples give fewer than 2^bits.
 
     Args:
         samples: at least two different finite numbers, any shape, any unit.

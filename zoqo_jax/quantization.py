@@ -304,15 +304,18 @@ class Quantizer:
             The array's codes, scales and grid. The value dtype stays that of `values`.
 
         Raises:
-            ValueError: NaN or inf in `values`, another dtype, or an `axis` that `values` lacks.
+            ValueError: NaN or inf in `values`, another dtype, values too large for `scale_dtype`,
+                or an `axis` that `values` lacks.
         """
         values = jnp.asarray(values)
         if not _is_value_dtype(values.dtype):
             raise ValueError(f"values must be float16, bfloat16 or float32, got {values.dtype}.")
-        if not isinstance(values, jax.core.Tracer) and not bool(jnp.isfinite(values).all()):
+        if not _is_finite(values):
             raise ValueError("values must be finite, got NaN or inf.")
         axes, block = self._layout(values.ndim)
         scale, offset = self._fit(_in_blocks(values.astype(jnp.float32), block), axes)
+        if not _is_finite(scale):
+            raise ValueError(f"scale_dtype must hold the scales, got one beyond {scale.dtype}.")
         return self._encode(values, scale, offset, block)
 
     def _layout(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, int] | None]:
@@ -493,6 +496,11 @@ def dequantize(tree: PyTree) -> PyTree:
 
 def _is_value_dtype(dtype: Any) -> bool:
     return jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16, jnp.float32)
+
+
+def _is_finite(array: Array) -> bool:
+    """Whether all of an array is finite, as far as can be told: a traced one counts as finite."""
+    return isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all())
 
 
 def _lookup(grid: Grid, codes: Array) -> Array:

@@ -263,10 +263,8 @@ def bernoulli(
     """Independent draws that are true with a given probability.
 
     Where a row of at least 32 draws shares its probability, `digits` random words make 32 draws by
-    bit
-    slicing: going up p's binary digits, OR with a random word where the digit is 1, AND where it is
-        0.
-    Elsewhere a word makes one draw.
+    bit slicing: going up p's binary digits, OR with a random word where the digit is 1, AND where
+    it is 0. Elsewhere a word makes one draw.
 
     Args:
         keys: one for each row.
@@ -289,12 +287,15 @@ def bernoulli(
     if columns >= 32 and p.shape[-1] == 1:
         whole = jnp.round(p * 2.0**digits).astype(jnp.uint32)
         words = -(-columns // 32)
-        random = _per_row(_random_words, keys, digits * words)
-        random = random.reshape(*keys.shape, digits, words)
+
+        def add_digit(digit: Array, below: Array) -> Array:
+            word = _per_row(
+                lambda k, n: _random_words(jax.random.fold_in(k, digit), n), keys, words
+            )
+            return jnp.where((whole >> digit) & 1, below | word, below & word)
+
         below = jnp.zeros((*keys.shape, words), jnp.uint32)
-        for digit in range(digits):
-            word = random[..., digit, :]
-            below = jnp.where((whole >> digit) & 1, below | word, below & word)
+        below = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(digits), add_digit, below)
         below = jnp.where(whole >> digits, jnp.uint32(0xFFFFFFFF), below)
         return _unpack(below, columns).astype(bool)
     words = _per_row(_random_words, keys, columns)

@@ -25,6 +25,7 @@ class Config:
       radius: mu, in pixel values; 0 takes the method's default.
       num_queries: directions a step; 0 takes the method's default.
       noise: law of zoqo's directions, "uniform", "gaussian" or "rademacher".
+      step: zoqo's step rule, "floor" (the paper's: at least one whole code) or "dithered".
       seed: of all randomness.
       batch_size: images attacked at a time.
 
@@ -43,6 +44,7 @@ class Config:
     radius: float = 0.0
     num_queries: int = 0
     noise: str = "rademacher"
+    step: str = "dithered"
     seed: int = 0
     batch_size: int = 128
 

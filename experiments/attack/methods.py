@@ -62,14 +62,14 @@ def make(config: Config, size: int) -> Attack:
 def _zoqo(config: Config, size: int) -> Attack:
     """ZOQO on the codes of [-epsilon, epsilon]; legal ones lie inside, so it stays in the ball."""
     quantizer = zq.Quantizer(bits=config.bits, range=config.epsilon)
-    step_size = 2 * config.epsilon / (2**config.bits - 1)
     num_queries = config.num_queries or 1
     tx = zq.zoqo(
-        learning_rate=config.learning_rate or max(config.epsilon * _ZOQO_LEARNING_RATE, step_size),
-        radius=config.radius or max(config.epsilon * _ZOQO_RADIUS, step_size),
+        learning_rate=config.learning_rate or config.epsilon * _ZOQO_LEARNING_RATE,
+        radius=config.radius or config.epsilon * _ZOQO_RADIUS,
         key=jax.random.key(config.seed),
         num_queries=num_queries,
         noise=config.noise,
+        step=config.step,
         query_batch=None,
     )
 

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from zoqo_jax import projection, stencils
 from zoqo_jax.projection import Rounding
@@ -27,7 +27,7 @@ __all__ = ["caq_zo"]
 def caq_zo(
     learning_rate: Schedule,
     *,
-    key: Key[Array, ""],
+    key: PRNGKeyArray,
     num_queries: int = 1,
     structure: Structure = "dense",
     density: float | Array = 1.0,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from zoqo_jax import queries, stencils
 from zoqo_jax.implicit import quaxify
@@ -29,7 +29,7 @@ Noise = Literal["rademacher", "gaussian"]
 def spsa(
     radius: Schedule,
     *,
-    key: Key[Array, ""],
+    key: PRNGKeyArray,
     num_queries: int = 1,
     noise: Noise = "rademacher",
     query_batch: int | None = 1,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Float32, Int32, Key, PyTree
+from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
 
 from zoqo_jax import queries, stencils
 from zoqo_jax.quantization import QuantizedArray, is_quantized
@@ -98,7 +98,7 @@ class QueryTransformation(optax.GradientTransformationExtraArgs):
 
 def by_queries(
     rules: Rules,
-    key: Key[Array, ""],
+    key: PRNGKeyArray,
     num_queries: int = 1,
     query_batch: int | None = 1,
     axis_name: str | None = None,
@@ -117,7 +117,6 @@ def by_queries(
         A transformation whose `update` takes `value_fn=` (or `differences=`, to replay a step).
     """
     check_query_count(num_queries, query_batch)
-    key = _as_typed(key)
 
     def init(params: PyTree) -> StepState:
         arrays = _quantized_leaves(params)
@@ -185,11 +184,11 @@ def by_queries(
     return tx
 
 
-def initial_state(key: Key[Array, ""], num_queries: int) -> StepState:
+def initial_state(key: PRNGKeyArray, num_queries: int) -> StepState:
     """The state before the first step."""
     return StepState(
         count=jnp.zeros((), jnp.int32),
-        key=_as_typed(key),
+        key=jnp.copy(_as_typed(key)),  # the caller keeps his when a state is donated
         queries=jnp.zeros((), jnp.int32),
         losses=jnp.full((num_queries, 2), jnp.inf, jnp.float32),
         differences=jnp.zeros((num_queries,), jnp.float32),

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from zoqo_jax import stencils
 from zoqo_jax.quantization import QuantizedArray
@@ -29,7 +29,7 @@ def zoqo(
     learning_rate: Schedule,
     radius: Schedule,
     *,
-    key: Key[Array, ""],
+    key: PRNGKeyArray,
     num_queries: int = 1,
     noise: Law = "uniform",
     structure: Structure = "dense",
