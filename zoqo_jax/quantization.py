@@ -53,6 +53,10 @@ class Grid:
     low: int
     high: int
 
+    def __repr__(self) -> str:
+        spaced = "uniform" if self.is_uniform else "nonuniform"
+        return f"Grid({len(self.levels)} {spaced} levels, legal {self.low}..{self.high})"
+
     def __hash__(self) -> int:  # every jitted call compares grids: hash 256 floats once only
         return self._hash
 
@@ -110,6 +114,15 @@ class QuantizedArray(quax.ArrayValue):
     grid: Grid = eqx.field(static=True)
     block: tuple[int, int] | None = eqx.field(static=True)
     value_dtype: Any = eqx.field(static=True)
+
+    def __repr__(self) -> str:
+        def kind(x: Any) -> str:
+            return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
+
+        block = "" if self.block is None else f", block={self.block}"
+        offset = "" if self.offset is None else f", offset={kind(self.offset)}"
+        scale = f"scale={kind(self.scale)}{offset}{block}"
+        return f"QuantizedArray({kind(self.codes)}, {self.grid}, {scale})"
 
     def aval(self) -> jax.core.ShapedArray:
         """The shape and dtype that JAX code sees."""
@@ -245,7 +258,7 @@ class Quantizer:
             # [-1, 1].
             z = (np.arange(top + 1, dtype=np.float32) - 2 ** (self.bits - 1)) * np.float32(2 / top)
             with jax.ensure_compile_time_eval():
-                levels = compander.inverse(jnp.asarray(np.maximum(z, -1.0)))
+                levels = np.asarray(compander.inverse(jnp.asarray(np.maximum(z, -1.0))))
             return Grid(tuple(map(float, levels)), 1, top)
         if self.range == "minmax":
             return Grid(tuple(map(float, range(top + 1))), 0, top)
@@ -270,28 +283,20 @@ class Quantizer:
         return float(self.range[0]), float(self.range[1])
 
     @functools.cached_property
-    def _given(self) -> tuple[np.ndarray, float | None]:
+    def _given(self) -> tuple[float, float | None]:
         """Scale and offset of a given range, such that rounding takes no legal value out of it."""
-        (lo, hi), grid = self._bounds, self.grid
-        offset = (
-            None if self._is_uniform or self._is_symmetric else float(np.float32((hi + lo) / 2))
-        )
-        middle = offset or 0.0
-        widest = (
-            (hi - lo) / (2**self.bits - 1) if self._is_uniform else min(hi - middle, middle - lo)
-        )
-        scale = np.asarray(widest, self.scale_dtype)
+        (lo, hi), grid, middle = self._bounds, self.grid, 0.0
+        if self._is_uniform:
+            size = (hi - lo) / (2**self.bits - 1)
+        else:
+            middle = float(np.float32((hi + lo) / 2))
+            size = min(hi - middle, middle - lo)
+        scale = np.asarray(size, self.scale_dtype)
         ends = np.float32(scale) * np.float32([grid.levels[grid.low], grid.levels[grid.high]])
         first, last = ends + np.float32(middle)
         if first < np.float32(lo) or last > np.float32(hi):
             scale = np.nextafter(scale, np.zeros_like(scale))
-        return scale, offset
-
-    @property
-    def _is_symmetric(self) -> bool:
-        if self._bounds is None:
-            return self.range != "minmax"
-        return self._bounds[0] == -self._bounds[1]
+        return float(scale), middle or None
 
     def __call__(self, values: Float[Array, "..."]) -> QuantizedArray:
         """Fit scale and offset to one array and round it to codes.
@@ -352,7 +357,7 @@ class Quantizer:
         if not self._is_uniform:
             # Levels of a companded grid are for [-1, 1]: the scale is the half-width, the offset
             # the middle.
-            offset = None if self._is_symmetric else (hi + lo) / 2
+            offset = (hi + lo) / 2 if self.range == "minmax" else None
             return ((hi - lo) / 2).astype(self.scale_dtype), offset
         if self.range != "minmax":
             return ((hi - lo) * (1 / top)).astype(self.scale_dtype), None
