@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, PyTree
+from jaxtyping import Array, Float, Float32, Integer, PyTree
 
 from zoqo_jax.implicit import PerturbedArray, quaxify
 from zoqo_jax.quantization import is_quantized
@@ -49,16 +49,17 @@ def losses(
         [0.03, 0.03, 0.0]
     """
 
-    def loss(side: Array) -> Array:
-        return scalar(
-            quaxify(value_fn)(_displaced(params, stencils, side, lambda perturbed: perturbed))
-        )
+    def loss(tree: PyTree) -> Array:
+        return scalar(quaxify(value_fn)(tree))
 
-    sides = jnp.array([1, -1, 0] if center else [1, -1], jnp.int8)
-    return jax.vmap(loss)(sides)
+    def displaced_loss(side: Array) -> Array:
+        return loss(_displaced(params, stencils, side, lambda perturbed: perturbed))
+
+    pair = jax.vmap(displaced_loss)(jnp.array([1, -1], jnp.int8))
+    return jnp.append(pair, loss(params)) if center else pair
 
 
-def endpoints(params: PyTree, stencils: Sequence[Stencil], side: int | Int8[Array, ""]) -> PyTree:
+def endpoints(params: PyTree, stencils: Sequence[Stencil], side: int | Integer[Array, ""]) -> PyTree:
     """The quantized tree at `n + side * u`: where a query looked.
 
     Args:

@@ -336,7 +336,8 @@ def _gaussian_size(random: Array, bits: int, m: Array, width: Array) -> Int32[Ar
 
     def weight(k: Array) -> Array:
         both = jnp.where(k == 0, 1.0, 2.0)
-        return jnp.where(k <= m, both * jnp.exp(-0.5 * (k / width) ** 2), 0.0)
+        deviations = k.astype(jnp.float32) / width
+        return jnp.where(k <= m, both * jnp.exp(-0.5 * deviations**2), 0.0)
 
     def invert(k: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         below, size = state

@@ -45,16 +45,24 @@ _SETTINGS = {
         "budget", _DEFAULT.budget, "most model evaluations for an image"
     ),
     "learning_rate": flags.DEFINE_float(
-        "learning_rate", _DEFAULT.learning_rate, "step in pixel values; 0: epsilon/32 (float: /3)"
+        "learning_rate", _DEFAULT.learning_rate, "first step in pixel values; 0: epsilon/3"
+    ),
+    "decay_steps": flags.DEFINE_integer(
+        "decay_steps",
+        _DEFAULT.decay_steps,
+        "ZOQO's learning rate falls as 1/sqrt(1 + t/decay_steps); 0: constant",
     ),
     "radius": flags.DEFINE_float(
         "radius", _DEFAULT.radius, "size of the probes in pixel values; 0: epsilon/3"
     ),
     "num_queries": flags.DEFINE_integer(
-        "num_queries", _DEFAULT.num_queries, "directions a step; 0: 1 (float: 10)"
+        "num_queries", _DEFAULT.num_queries, "directions a step; 0: ZOQO 1, up to 5 bits 5; float 10"
     ),
     "noise": flags.DEFINE_enum(
         "noise", _DEFAULT.noise, ["uniform", "gaussian", "rademacher"], "law of ZOQO's directions"
+    ),
+    "step": flags.DEFINE_enum(
+        "step", _DEFAULT.step, ["floor", "dithered"], "ZOQO's step rule; floor is the paper's"
     ),
     "seed": flags.DEFINE_integer("seed", _DEFAULT.seed, "seed of all randomness"),
     "batch_size": flags.DEFINE_integer(

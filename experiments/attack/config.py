@@ -22,6 +22,8 @@ class Config:
       budget: most evaluations of the model that one image may cost.
       bits: of the perturbation's codes, 2 to 8 (zoqo).
       learning_rate: eta, in pixel values; 0 takes the method's default.
+      decay_steps: zoqo's learning rate falls as 1 / sqrt(1 + t / decay_steps) after t steps; 0 keeps
+        it constant.
       radius: mu, in pixel values; 0 takes the method's default.
       num_queries: directions a step; 0 takes the method's default.
       noise: law of zoqo's directions, "uniform", "gaussian" or "rademacher".
@@ -41,6 +43,7 @@ class Config:
     budget: int = 2_000
     bits: int = 8
     learning_rate: float = 0.0
+    decay_steps: int = 5
     radius: float = 0.0
     num_queries: int = 0
     noise: str = "rademacher"
@@ -57,7 +60,7 @@ class Config:
         for name in ("num_images", "budget", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "radius", "num_queries"):
+        for name in ("learning_rate", "decay_steps", "radius", "num_queries"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {value}.")

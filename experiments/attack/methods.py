@@ -60,12 +60,22 @@ def make(config: Config, size: int) -> Attack:
 
 
 def _zoqo(config: Config, size: int) -> Attack:
-    """ZOQO on the codes of [-epsilon, epsilon]; legal ones lie inside, so it stays in the ball."""
+    """ZOQO on the codes of [-epsilon, epsilon]; legal ones lie inside, so it stays in the ball.
+
+    On a coarse grid a step is a long one, so its sign has to be surer: up to 5 bits the default is
+    five directions a step.
+    """
     quantizer = zq.Quantizer(bits=config.bits, range=config.epsilon)
-    num_queries = config.num_queries or 1
+    first = config.learning_rate or config.epsilon / 3
+    num_queries = config.num_queries or (1 if config.bits > 5 else 5)
+
+    def learning_rate(count: jax.Array) -> jax.Array:
+        passed = count / config.decay_steps if config.decay_steps else jnp.zeros(())
+        return first / jnp.sqrt(1.0 + passed)
+
     tx = zq.zoqo(
-        learning_rate=config.learning_rate or config.epsilon * _ZOQO_LEARNING_RATE,
-        radius=config.radius or config.epsilon * _ZOQO_RADIUS,
+        learning_rate=learning_rate,
+        radius=config.radius or config.epsilon / 3,
         key=jax.random.key(config.seed),
         num_queries=num_queries,
         noise=config.noise,
@@ -117,7 +127,3 @@ def _zo_sign_sgd(config: Config, size: int) -> Attack:
 
     return Attack(init, step, lambda perturbation: perturbation, num_queries + 1)
 
-
-# As fractions of epsilon: on MNIST at epsilon .3 these are m = 42 and E = 4 codes of 8 bits.
-_ZOQO_RADIUS = 1 / 3
-_ZOQO_LEARNING_RATE = 1 / 32

@@ -32,8 +32,8 @@ def table(runs: Sequence[Metrics]) -> str:
         first, *rest = zip(cells, widths, strict=True)
         return " | ".join([first[0].ljust(first[1])] + [cell.rjust(width) for cell, width in rest])
 
-    rule = "-|-".join(["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
-    return "\n".join(f"| {text} |" for text in [line(rows[0]), rule, *map(line, rows[1:])])
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {text} |" for text in map(line, [rows[0], rule, *rows[1:]]))
 
 
 def figure(runs: Sequence[Metrics], path: str | Path) -> None:
