@@ -143,3 +143,10 @@ class TestMakefile:
         assert process.returncode != 0
         assert "3.11" in process.stderr and python in process.stderr
         assert not (tmp_path / "venv").exists()
+
+
+def test_readme_example_trains(capsys):
+    readme = (_ROOT / "README.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    exec(compile(example, "README.md", "exec"), {})
+    assert float(capsys.readouterr().out) < 0.4

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.attack import report
 from experiments.attack.config import Config
@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the attacks that the flags name; finished ones are reported even when interrupted."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)  # or JAX tells of each accelerator that it did not find
     try:
         configs = _configs()
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""CAQ-ZO: codebook-aligned zeroth-order optimization.
+"""CAQ-ZO: compander-aligned queries for zeroth-order optimization.
 
-Shu and Zhu, "CAQ-ZO", 2026, arXiv:2605.10673. Queries are one grid step long in the coordinate z
-where the codebook is uniform, so both end points are codebook points and rounding them changes
-nothing.
+Yao Shu and Zilin Zhu, "Compander-Aligned Query Geometry for Quantized Zeroth-Order Optimization",
+2026, arXiv:2605.10673. Queries are one grid step long in the coordinate z where the codebook is
+uniform, so both end points are codebook points and rounding them changes nothing.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def replay(
         The tree that the run ended with.
 
     Raises:
-        ValueError: `log` does not have two axes.
+        ValueError: `log` does not have two axes, or not the queries of `tx` along the second.
 
     Examples:
         >>> import zoqo_jax as zq

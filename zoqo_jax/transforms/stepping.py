@@ -147,10 +147,11 @@ def by_queries(
             return queries.losses(value_fn, params, probes(state, params, query))
 
         if differences is not None:
-            after = state._replace(
-                count=state.count + 1,
-                differences=jnp.asarray(differences, jnp.float32).reshape(num_queries),
-            )
+            if jnp.shape(differences) != (num_queries,):
+                shape = jnp.shape(differences)
+                raise ValueError(f"differences must have shape ({num_queries},), got {shape}.")
+            heard = jnp.asarray(differences, jnp.float32)
+            after = state._replace(count=state.count + 1, differences=heard)
         elif value_fn is not None:
             pairs = over_queries(query_losses, num_queries, query_batch)
             after = record(state, pairs if axis_name is None else jax.lax.pmean(pairs, axis_name))
