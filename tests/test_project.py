@@ -146,7 +146,7 @@ class TestMakefile:
 
 
 def test_readme_example_trains(capsys):
-    readme = (_ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
     exec(compile(example, "README.md", "exec"), {})
     assert float(capsys.readouterr().out) < 0.4
