@@ -58,7 +58,9 @@ def test_every_evaluation_is_counted():
     evaluated = []
 
     def logits_fn(images):
-        jax.debug.callback(lambda _: evaluated.append(1), images.sum())  # once for each mapped image
+        jax.debug.callback(
+            lambda _: evaluated.append(1), images.sum()
+        )  # once for each mapped image
         return jnp.stack([jnp.ones(len(images)), jnp.zeros(len(images))], axis=-1)  # never fooled
 
     images, labels = np.full((1, 4, 4, 1), 0.5, np.float32), np.zeros(1, np.int32)
@@ -76,7 +78,7 @@ def test_outcomes_do_not_depend_on_the_batch(digits, attacked):
     logits_fn, images, labels = digits
     config = Config(num_images=20, budget=10_000, batch_size=16)
     few = batching.attack(logits_fn, images[:20], labels[:20], config)
-    # Sums inside a convolution may be ordered by the batch's size, so a near tie may turn out otherwise.
+    # A batch's size may order the sums in a convolution, so a near tie may turn out otherwise.
     assert (few.queries == attacked.queries[:20]).mean() >= 0.8
     assert few.success.all()
 

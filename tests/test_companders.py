@@ -235,7 +235,7 @@ def test_bad_arguments_are_named_with_their_value(make, message):
 
 
 def test_the_grid_of_a_compander_does_not_depend_on_x64():
-    for compander in PARAMETRIC.values():
+    for compander in (companders.mu_law(), companders.a_law(), companders.gaussian()):
         with jax.enable_x64(True):
             wide = Quantizer(8, compander).grid
         assert wide == Quantizer(8, compander).grid

@@ -100,7 +100,7 @@ def test_error_feedback_loses_nothing():
     applied = np.cumsum(np.asarray(moves, np.int64), axis=0)
     residuals = np.asarray(residuals, np.int64)
     np.testing.assert_array_equal(applied * UNIT + residuals, np.cumsum(fixed, axis=0))
-    assert (-UNIT / 2 <= residuals).all() and (residuals <= UNIT / 2).all()
+    assert (residuals >= -UNIT / 2).all() and (residuals <= UNIT / 2).all()
     # In real numbers: never more than half a code behind, but for 2^-23 a step of fixed point.
     behind = np.abs(applied - np.cumsum(wanted, axis=0)).max(axis=1)
     assert (behind <= 0.5 + np.arange(1, 1001) * 2.0**-23).all()

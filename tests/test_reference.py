@@ -237,7 +237,10 @@ def test_zoqo_is_algorithm_1(queries, law, boundary, model):
 
 @pytest.mark.parametrize(
     ("model", "structure", "density", "boundary"),
-    [(MODELS[0], "rank_one", 1.0, "mask"), (MODELS[1], "sparse", 0.375, "clamp")],
+    [
+        (MODELS[0], "rank_one", 1.0, "mask"),
+        pytest.param(MODELS[1], "sparse", 0.375, "clamp", marks=pytest.mark.slow),
+    ],
 )
 def test_zoqo_is_algorithm_1_in_any_structure(model, structure, density, boundary):
     assert_zoqo_is_algorithm_1(
@@ -253,7 +256,11 @@ def uniforms(key, shape):
 
 
 @pytest.mark.parametrize(
-    ("model", "num_queries", "boundary"), [(MODELS[0], 1, "reflect"), (MODELS[1], 3, "clamp")]
+    ("model", "num_queries", "boundary"),
+    [
+        (MODELS[0], 1, "reflect"),
+        pytest.param(MODELS[1], 3, "clamp", marks=pytest.mark.slow),
+    ],
 )
 def test_dithered_zoqo_moves_floor_of_eta_over_s_plus_u(model, num_queries, boundary):
     tx = zq.zoqo(

@@ -290,7 +290,7 @@ def test_bernoulli_draws_have_their_probabilities(columns, shared):
 
 
 def test_bernoulli_draws_are_independent():
-    draws = stencils.bernoulli(jax.random.split(KEY, 20_000), 0.3, (64,))
+    draws = stencils.bernoulli(jax.random.split(KEY, 20_000), 0.3, 64)
     assert_identity_covariance((np.asarray(draws) - 0.3) / np.sqrt(0.21))
 
 
@@ -378,7 +378,7 @@ GRIDDED = {  # a quantizer for its grid, and where its scales stand
 }
 
 
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(
     kind=st.sampled_from(sorted(GRIDDED)),
     shape=st.sampled_from([(), (2, 3, 9)]),

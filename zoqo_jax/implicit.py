@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import quax
+from jax.core import ShapedArray
 from jaxtyping import Array, ArrayLike, PyTree
 
-from zoqo_jax.quantization import QuantizedArray
+from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.stencils import Stencil, displace, draw, reach, signs
 
 __all__ = ["PerturbedArray", "quaxify"]
@@ -40,7 +41,7 @@ class PerturbedArray(quax.ArrayValue):
     array: QuantizedArray
     stencil: Stencil
 
-    def aval(self) -> jax.core.ShapedArray:
+    def aval(self) -> ShapedArray:
         """The shape and dtype that JAX code sees."""
         return self.array.aval()
 

@@ -1,8 +1,4 @@
-"""Codes and the values they stand for.
-
-A code `n` is an unsigned integer; its value is `scale * levels[n] + offset` with one scale (and
-offset) for a tensor, a channel or a block. Optimizers move codes and never leave `grid.low ..
-grid.high`.
+"""From floats to codes: `Quantizer`, which finds scales and rounds, and `quantize` for trees.
 
 The uniform quantizer is ZOQO's (Bar & Giryes, arXiv:2501.06736, section III): step
 `s = (Rmax - Rmin) / (2^b - 1)`, an integer zero point, so that zero is exactly a level (mid-tread).
@@ -18,155 +14,20 @@ import numbers
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import quax
-from jaxtyping import Array, Float, PyTree, UInt
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
 
 from zoqo_jax import companders
+from zoqo_jax.arrays import Grid, QuantizedArray, is_quantized
 
-__all__ = ["Grid", "QuantizedArray", "Quantizer", "dequantize", "is_quantized", "nf4", "quantize"]
+__all__ = ["Quantizer", "is_matrix", "nf4", "quantize"]
 
 Range = str | float | int | tuple[float | int, float | int]
 Where = Callable[[tuple[Any, ...], Any], bool]
 _RANGES = ("absmax", "minmax", "percentile", "mse")
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The levels that codes index, at scale 1, and which codes are legal.
-
-    Attributes:
-        levels: value of each code at scale 1, increasing over the legal codes. Whole numbers one
-            apart make a uniform grid.
-        low: least legal code.
-        high: greatest legal code.
-
-    Examples:
-        >>> Grid((-2.0, -1.0, 0.0, 1.0), 1, 3).spacing
-        1.0
-    """
-
-    levels: tuple[float, ...]
-    low: int
-    high: int
-
-    def __repr__(self) -> str:
-        spaced = "uniform" if self.is_uniform else "nonuniform"
-        return f"Grid({len(self.levels)} {spaced} levels, legal {self.low}..{self.high})"
-
-    def __hash__(self) -> int:  # every jitted call compares grids: hash 256 floats once only
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.levels, self.low, self.high))
-
-    @functools.cached_property
-    def spacing(self) -> float:
-        """Mean distance between neighbouring legal levels; 1 for a uniform grid."""
-        return (self.levels[self.high] - self.levels[self.low]) / (self.high - self.low)
-
-    @functools.cached_property
-    def is_uniform(self) -> bool:
-        """Whether a level is its code plus a whole number, so that no table need be read."""
-        return all(b - a == 1.0 for a, b in zip(self.levels, self.levels[1:], strict=False))
-
-
-class QuantizedArray(quax.ArrayValue):
-    """An array stored as integer codes; to JAX code under `quaxify` an ordinary float array.
-
-    Invariants:
-
-    - `codes` are uint4 where the grid has at most 16 levels, else uint8, in the logical shape, and
-      every one lies in `grid.low .. grid.high`;
-    - `scale`, and `offset` unless it is None, have as many axes as `codes`. Along each axis they
-      are 1 long (shared), as long as `codes` (one each), or, along `block[0]` (counted from the
-      end), one for each `block[1]` neighbours with the last block cut short;
-    - the value is `scale * levels[codes] + offset`, computed in float32 and rounded once to
-      `value_dtype`;
-    - where `offset` is the zero point of a uniform grid, `scale` has at most 16 significant bits,
-      so the product is exact in float32 and zero stays exactly a level, fused multiply-add or not.
-
-    As a pytree its leaves are `codes`, `scale` and `offset`; the rest is static.
-
-    Attributes:
-        codes: unsigned integers, any shape.
-        scale: value units per level unit; zero where a whole block was zero.
-        offset: value units, or None for 0.
-        grid: levels and legal codes.
-        block: (negative axis, length) or None.
-        value_dtype: dtype of the values, float16, bfloat16 or float32.
-
-    Examples:
-        >>> array = Quantizer(bits=4, range=1.0)(jnp.array([-1.0, 0.0, 0.4]))
-        >>> array.codes.dtype.name, array.codes.tolist()
-        ('uint4', [1, 8, 11])
-        >>> [round(value, 3) for value in dequantize(array).tolist()]
-        [-0.933, 0.0, 0.4]
-    """
-
-    codes: UInt[Array, "..."]
-    scale: Float[Array, "..."]
-    offset: Float[Array, "..."] | None
-    grid: Grid = eqx.field(static=True)
-    block: tuple[int, int] | None = eqx.field(static=True)
-    value_dtype: Any = eqx.field(static=True)
-
-    def __repr__(self) -> str:
-        def kind(x: Any) -> str:
-            return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
-
-        block = "" if self.block is None else f", block={self.block}"
-        offset = "" if self.offset is None else f", offset={kind(self.offset)}"
-        scale = f"scale={kind(self.scale)}{offset}{block}"
-        return f"QuantizedArray({kind(self.codes)}, {self.grid}, {scale})"
-
-    def aval(self) -> jax.core.ShapedArray:
-        """The shape and dtype that JAX code sees."""
-        return jax.core.ShapedArray(self.codes.shape, self.value_dtype)
-
-    def materialise(self) -> Array:
-        """The values."""
-        return self.decode(self.codes)
-
-    @property
-    def step(self) -> Float[Array, "..."]:
-        """Mean distance between neighbouring levels: value units, float32, shape of `scale`."""
-        return self.scale.astype(jnp.float32) * self.grid.spacing
-
-    def decode(self, codes: Array) -> Float[Array, "..."]:
-        """Values of other codes of the same shape, under this array's scale, in `value_dtype`."""
-        if self.grid.is_uniform:
-            levels = codes.astype(jnp.int32).astype(jnp.float32) + self.grid.levels[0]
-        else:
-            table = np.asarray(self.grid.levels, np.float32)
-            levels = jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
-        values = self.spread(self.scale).astype(jnp.float32) * levels
-        if self.offset is not None:
-            values = values + self.spread(self.offset).astype(jnp.float32)
-        return values.astype(self.value_dtype)
-
-    def spread(self, per_block: Array) -> Array:
-        """Repeat something in `scale`'s shape so that it broadcasts against `codes`."""
-        if self.block is None:
-            return per_block
-        axis, length = self.block
-        longer = jnp.repeat(per_block, length, axis=axis)
-        return jax.lax.slice_in_dim(longer, 0, self.codes.shape[axis], axis=axis)
-
-    def moved(self, codes: Array) -> QuantizedArray:
-        """The same array at other codes."""
-        return QuantizedArray(
-            codes.astype(self.codes.dtype),
-            self.scale,
-            self.offset,
-            self.grid,
-            self.block,
-            self.value_dtype,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,17 +96,17 @@ class Quantizer:
                 raise ValueError(
                     f"range must be one of {_RANGES}, a number or a pair, got {self.range!r}."
                 )
-        elif isinstance(self.range, numbers.Real):
-            if not 0.0 < self.range < math.inf:
-                raise ValueError(f"range must be positive and finite, got {self.range}.")
-        elif not isinstance(self.range, tuple) or len(self.range) != 2:
+        elif isinstance(self.range, tuple):
+            if len(self.range) != 2 or not -math.inf < self.range[0] < self.range[1] < math.inf:
+                raise ValueError(
+                    f"range must be a finite pair (lo, hi) with lo < hi, got {self.range}."
+                )
+        elif not isinstance(self.range, numbers.Real):
             raise ValueError(
                 f"range must be a name, a number or a pair (lo, hi), got {self.range}."
             )
-        elif not -math.inf < self.range[0] < self.range[1] < math.inf:
-            raise ValueError(
-                f"range must be a finite pair (lo, hi) with lo < hi, got {self.range}."
-            )
+        elif not 0.0 < self.range < math.inf:
+            raise ValueError(f"range must be positive and finite, got {self.range}.")
 
     @functools.cached_property
     def grid(self) -> Grid:
@@ -259,7 +120,7 @@ class Quantizer:
             z = (np.arange(top + 1, dtype=np.float32) - 2 ** (self.bits - 1)) * np.float32(2 / top)
             with jax.ensure_compile_time_eval():
                 levels = np.asarray(compander.inverse(jnp.asarray(np.maximum(z, -1.0))))
-            return Grid(tuple(map(float, levels)), 1, top)
+            return Grid(tuple(levels.tolist()), 1, top)
         if self.range == "minmax":
             return Grid(tuple(map(float, range(top + 1))), 0, top)
         lo, hi = self._bounds or (-1.0, 1.0)
@@ -278,22 +139,21 @@ class Quantizer:
         """The given range as (lo, hi), or None when it is fitted to the data."""
         if isinstance(self.range, str):
             return None
-        if isinstance(self.range, numbers.Real):
-            return -float(self.range), float(self.range)
-        return float(self.range[0]), float(self.range[1])
+        if isinstance(self.range, tuple):
+            return float(self.range[0]), float(self.range[1])
+        return -float(self.range), float(self.range)
 
-    @functools.cached_property
-    def _given(self) -> tuple[float, float | None]:
+    def _fit_within(self, lo: float, hi: float) -> tuple[float, float | None]:
         """Scale and offset of a given range, such that rounding takes no legal value out of it."""
-        (lo, hi), grid, middle = self._bounds, self.grid, 0.0
+        grid, middle = self.grid, 0.0
         if self._is_uniform:
             size = (hi - lo) / (2**self.bits - 1)
         else:
             middle = float(np.float32((hi + lo) / 2))
             size = min(hi - middle, middle - lo)
         scale = np.asarray(size, self.scale_dtype)
-        ends = np.float32(scale) * np.float32([grid.levels[grid.low], grid.levels[grid.high]])
-        first, last = ends + np.float32(middle)
+        ends = np.asarray([grid.levels[grid.low], grid.levels[grid.high]], np.float32)
+        first, last = ends * scale.astype(np.float32) + np.float32(middle)
         if first < np.float32(lo) or last > np.float32(hi):
             scale = np.nextafter(scale, np.zeros_like(scale))
         return float(scale), middle or None
@@ -343,7 +203,7 @@ class Quantizer:
         shape = tuple(n if axis in axes else 1 for axis, n in enumerate(blocks.shape[:-1]))
         top = 2**self.bits - 1
         if self._bounds is not None:
-            scale, offset = self._given
+            scale, offset = self._fit_within(*self._bounds)
             offset = None if offset is None else jnp.full(shape, offset, jnp.float32)
             return jnp.full(shape, scale, self.scale_dtype), offset
         if blocks.size == 0:
@@ -430,11 +290,6 @@ def nf4(
     return Quantizer(4, companders.nf4(), axis=axis, block=block, scale_dtype=scale_dtype)
 
 
-def is_quantized(leaf: Any) -> bool:
-    """Whether a leaf is a `QuantizedArray`; the `is_leaf` for maps over quantized trees."""
-    return isinstance(leaf, QuantizedArray)
-
-
 def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     """`quantize`'s default choice: floating leaves of two or more axes not named "bias" or "scale".
 
@@ -487,25 +342,13 @@ def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> 
     return quantized
 
 
-def dequantize(tree: PyTree) -> PyTree:
-    """Replace every `QuantizedArray` of a tree by its values.
-
-    Examples:
-        >>> dequantize({"w": Quantizer(range=1.0)(jnp.zeros(2))})["w"].tolist()
-        [0.0, 0.0]
-    """
-    return jax.tree.map(
-        lambda leaf: leaf.materialise() if is_quantized(leaf) else leaf, tree, is_leaf=is_quantized
-    )
-
-
 def _is_value_dtype(dtype: Any) -> bool:
     return jnp.dtype(dtype) in (jnp.float16, jnp.bfloat16, jnp.float32)
 
 
 def _is_finite(array: Array) -> bool:
     """Whether all of an array is finite, as far as can be told: a traced one counts as finite."""
-    return isinstance(array, jax.core.Tracer) or bool(jnp.isfinite(array).all())
+    return isinstance(array, Tracer) or bool(jnp.isfinite(array).all())
 
 
 def _lookup(grid: Grid, codes: Array) -> Array:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Integer, PyTree
 
+from zoqo_jax.arrays import is_quantized
 from zoqo_jax.implicit import PerturbedArray, quaxify
-from zoqo_jax.quantization import is_quantized
 from zoqo_jax.stencils import Stencil
 
 __all__ = ["Objective", "difference", "endpoints", "losses", "scalar"]
@@ -59,7 +59,9 @@ def losses(
     return jnp.append(pair, loss(params)) if center else pair
 
 
-def endpoints(params: PyTree, stencils: Sequence[Stencil], side: int | Integer[Array, ""]) -> PyTree:
+def endpoints(
+    params: PyTree, stencils: Sequence[Stencil], side: int | Integer[Array, ""]
+) -> PyTree:
     """The quantized tree at `n + side * u`: where a query looked.
 
     Args:

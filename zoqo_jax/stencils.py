@@ -26,9 +26,10 @@ from typing import Literal, get_args
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int8, Int32, Integer, Key, UInt32
 
-from zoqo_jax.quantization import Grid, QuantizedArray
+from zoqo_jax.arrays import Grid, QuantizedArray
 
 __all__ = [
     "Boundary",
@@ -153,16 +154,13 @@ def draw(stencil: Stencil, array: QuantizedArray) -> Int32[Array, "..."]:
     if array.codes.size == 0:
         return jnp.zeros(shape, jnp.int32)
     u = _entries(stencil, array) * stencil.rows.astype(jnp.int32)[..., None]
-    if stencil.probability is not None:
+    if stencil.support_key is not None and stencil.probability is not None:
         probability = array.spread(stencil.probability)
-        u = jnp.where(
-            bernoulli(stencil.support_key, probability, u.shape[-1:], stencil.digits), u, 0
-        )
+        support = bernoulli(stencil.support_key, probability, u.shape[-1], stencil.digits)
+        u = jnp.where(support, u, 0)
     u = u.reshape(shape)
     if stencil.boundary == "mask":
-        n, grid = array.codes.astype(jnp.int32), array.grid
-        inside = (n + jnp.abs(u) <= grid.high) & (n - jnp.abs(u) >= grid.low)
-        u = jnp.where(inside, u, 0)
+        u = jnp.where(_both_sides_fit(array.codes, u, array.grid), u, 0)
     return u
 
 
@@ -182,8 +180,7 @@ def displace(
     n = codes.astype(jnp.int32)
     moved = n + u
     if boundary == "mask":
-        inside = (n + jnp.abs(u) <= grid.high) & (n - jnp.abs(u) >= grid.low)
-        return jnp.where(inside, moved, n)
+        return jnp.where(_both_sides_fit(codes, u, grid), moved, n)
     if boundary == "reflect":
         moved = jnp.where(moved > grid.high, 2 * grid.high - moved, moved)
         moved = jnp.where(moved < grid.low, 2 * grid.low - moved, moved)
@@ -215,7 +212,7 @@ def dithered_reach(
     shape = array.codes.shape
     whole = jnp.clip(jnp.floor(width * (1.0 + _FLOOR_TOLERANCE)), 0.0, float(array.grid.high))
     rest = array.spread(jnp.clip(width - whole, 0.0, 1.0))
-    up = bernoulli(jax.random.split(key, shape[:-1]), rest, (shape[-1] if shape else 1,))
+    up = bernoulli(jax.random.split(key, shape[:-1]), rest, shape[-1] if shape else 1)
     return array.spread(whole).astype(jnp.int32) + up.reshape(shape).astype(jnp.int32)
 
 
@@ -234,7 +231,7 @@ def check(law: str, structure: str, boundary: str, density: Array | float) -> No
     for name, value, choices in given:
         if value not in get_args(choices):
             raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}.")
-    if isinstance(density, Array | jax.core.Tracer):
+    if isinstance(density, Array | Tracer):
         return
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must be in (0, 1], got {density}.")
@@ -257,7 +254,7 @@ def signs(key: Key[Array, ""], count: int) -> Int8[Array, " count"]:
 def bernoulli(
     keys: Key[Array, "..."],
     probability: Float[Array, "..."] | float,
-    shape: tuple[int, ...],
+    columns: int,
     digits: int = _RESOLUTION,
 ) -> Bool[Array, "..."]:
     """Independent draws that are true with a given probability.
@@ -270,18 +267,17 @@ def bernoulli(
         keys: one for each row.
         probability: in [0, 1], broadcastable to the rows' shape and one more axis; exact to
             2^-digits.
-        shape: (columns,), the length of a row.
+        columns: length of a row.
         digits: binary digits, at most 24.
 
     Returns:
         Draws in the shape of `keys` and one more axis.
 
     Examples:
-        >>> draws = bernoulli(jax.random.key(0), 0.25, (100_000,))
+        >>> draws = bernoulli(jax.random.key(0), 0.25, 100_000)
         >>> round(draws.mean().item(), 2)
         0.25
     """
-    (columns,) = shape
     p = jnp.asarray(probability, jnp.float32)
     p = p if p.ndim else p[None]
     if columns >= 32 and p.shape[-1] == 1:
@@ -352,6 +348,11 @@ def _gaussian_size(random: Array, bits: int, m: Array, width: Array) -> Int32[Ar
     return jnp.minimum(size, m)
 
 
+def _both_sides_fit(codes: Array, u: Array, grid: Grid) -> Bool[Array, "..."]:
+    n, size = codes.astype(jnp.int32), jnp.abs(u)
+    return (n + size <= grid.high) & (n - size >= grid.low)
+
+
 def _per_row(draws: Callable[[Array, int], Array], keys: Array, columns: int) -> Array:
     rows = jax.vmap(lambda key: draws(key, columns))(keys.reshape(-1))
     return rows.reshape(*keys.shape, columns)
@@ -376,7 +377,7 @@ def _unpack(words: UInt32[Array, "... words"], count: int) -> Int32[Array, "... 
 
 def _digits(density: Array | float) -> int:
     """The fewest binary digits that hold a known density exactly, or all of them."""
-    if isinstance(density, Array | jax.core.Tracer):
+    if isinstance(density, Array | Tracer):
         return _RESOLUTION
-    exact = (k for k in range(1, _RESOLUTION) if (density * 2.0**k).is_integer())
+    exact = (k for k in range(1, _RESOLUTION) if float(density * 2.0**k).is_integer())
     return next(exact, _RESOLUTION)

@@ -56,7 +56,9 @@ _SETTINGS = {
         "radius", _DEFAULT.radius, "size of the probes in pixel values; 0: epsilon/3"
     ),
     "num_queries": flags.DEFINE_integer(
-        "num_queries", _DEFAULT.num_queries, "directions a step; 0: ZOQO 1, up to 5 bits 5; float 10"
+        "num_queries",
+        _DEFAULT.num_queries,
+        "directions a step; 0: ZOQO 1, up to 5 bits 5; float 10",
     ),
     "noise": flags.DEFINE_enum(
         "noise", _DEFAULT.noise, ["uniform", "gaussian", "rademacher"], "law of ZOQO's directions"

@@ -22,8 +22,8 @@ class Config:
       budget: most evaluations of the model that one image may cost.
       bits: of the perturbation's codes, 2 to 8 (zoqo).
       learning_rate: eta, in pixel values; 0 takes the method's default.
-      decay_steps: zoqo's learning rate falls as 1 / sqrt(1 + t / decay_steps) after t steps; 0 keeps
-        it constant.
+      decay_steps: zoqo's learning rate falls as 1 / sqrt(1 + t / decay_steps) after t steps; with 0
+        it is constant.
       radius: mu, in pixel values; 0 takes the method's default.
       num_queries: directions a step; 0 takes the method's default.
       noise: law of zoqo's directions, "uniform", "gaussian" or "rademacher".

@@ -126,4 +126,3 @@ def _zo_sign_sgd(config: Config, size: int) -> Attack:
         return Step(jnp.where(found, perturbation, moved), key, found, margins[0])
 
     return Attack(init, step, lambda perturbation: perturbation, num_queries + 1)
-

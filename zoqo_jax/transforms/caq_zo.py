@@ -15,8 +15,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from zoqo_jax import projection, stencils
+from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.projection import Rounding
-from zoqo_jax.quantization import QuantizedArray
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.stepping import Rules, Schedule, value_at

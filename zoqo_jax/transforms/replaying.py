@@ -50,7 +50,7 @@ def replay(
         carry: tuple[PyTree, PyTree], differences: Array
     ) -> tuple[tuple[PyTree, PyTree], None]:
         params, state = carry
-        updates, state = tx.update(None, state, params, differences=differences)
+        updates, state = tx.update((), state, params, differences=differences)
         return (optax.apply_updates(params, updates), state), None
 
     @jax.jit

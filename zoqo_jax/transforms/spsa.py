@@ -16,8 +16,8 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from zoqo_jax import queries, stencils
+from zoqo_jax.arrays import is_quantized
 from zoqo_jax.implicit import quaxify
-from zoqo_jax.quantization import is_quantized
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.stepping import Schedule, StepState, value_at
 
@@ -78,7 +78,7 @@ def spsa(
 
     def update(
         updates: Any,
-        state: StepState,
+        state: Any,
         params: PyTree | None = None,
         *,
         value_fn: queries.Objective | None = None,

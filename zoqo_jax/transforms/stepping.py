@@ -22,7 +22,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
 
 from zoqo_jax import queries, stencils
-from zoqo_jax.quantization import QuantizedArray, is_quantized
+from zoqo_jax.arrays import QuantizedArray, is_quantized
 from zoqo_jax.stencils import Stencil
 
 __all__ = [
@@ -133,7 +133,7 @@ def by_queries(
 
     def update(
         updates: Any,
-        state: StepState,
+        state: Any,
         params: PyTree | None = None,
         *,
         value_fn: queries.Objective | None = None,
@@ -143,9 +143,6 @@ def by_queries(
         del updates, extra
         arrays = _quantized_leaves(params)
 
-        def query_losses(query: Array | int) -> Array:
-            return queries.losses(value_fn, params, probes(state, params, query))
-
         if differences is not None:
             if jnp.shape(differences) != (num_queries,):
                 shape = jnp.shape(differences)
@@ -153,7 +150,11 @@ def by_queries(
             heard = jnp.asarray(differences, jnp.float32)
             after = state._replace(count=state.count + 1, differences=heard)
         elif value_fn is not None:
-            pairs = over_queries(query_losses, num_queries, query_batch)
+            pairs = over_queries(
+                lambda query: queries.losses(value_fn, params, probes(state, params, query)),
+                num_queries,
+                query_batch,
+            )
             after = record(state, pairs if axis_name is None else jax.lax.pmean(pairs, axis_name))
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
@@ -282,6 +283,6 @@ def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
 
 def _as_typed(key: Any) -> Array:
     """A typed key; old uint32 keys are wrapped."""
-    if jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+    if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         return key
     return jax.random.wrap_key_data(key)

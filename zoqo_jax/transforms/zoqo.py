@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from zoqo_jax import stencils
-from zoqo_jax.quantization import QuantizedArray
+from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.stencils import Boundary, Law, Stencil, Structure
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.stepping import Rules, Schedule, value_at
