@@ -64,6 +64,7 @@ for axis, (name, quantizer) in zip(axes, choices.items(), strict=True):
 figure.suptitle(
     "4-bit grids (red), the staircase they round with (blue), Gaussian weights (grey)", fontsize=10
 )
+plt.show()
 # %% [markdown]
 # ## A small Flax network and real digits
 #
@@ -110,6 +111,7 @@ start = zq.quantize(floats, quantizer)
 start
 
 
+# %%
 def train(tx, params, steps=STEPS, batch=256):
     def step(carry, count):
         params, state = carry
@@ -179,6 +181,7 @@ for name, (params, losses) in runs.items():
 axis.set_xlabel("forward passes on a batch of 256")
 axis.set_ylabel("training loss")
 axis.legend(frameon=False, fontsize=9)
+plt.show()
 # %% [markdown]
 # ## Where the codes went
 #
@@ -207,6 +210,7 @@ for axis, unit in zip(axes, busiest, strict=True):
     axis.set_title(f"unit {unit}", fontsize=8)
     axis.set_axis_off()
 figure.colorbar(picture, ax=axes, label="codes moved", shrink=0.8)
+plt.show()
 # %% [markdown]
 # ## What a probe looks like
 #
@@ -231,6 +235,7 @@ for axis, (name, tx) in zip(axes, state_of.items(), strict=True):
     axis.set_xlabel("column")
 axes[0].set_ylabel("row")
 figure.colorbar(picture, ax=axes, label="codes", shrink=0.7)
+plt.show()
 # %% [markdown]
 # ## A run in a few bytes a step
 #

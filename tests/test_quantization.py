@@ -163,6 +163,7 @@ def test_minmax_spans_the_values_and_uses_every_code(bits):
 
 
 BITWISE = {
+    "absmax": Quantizer(8),
     "pair": Quantizer(8, range=(-0.3, 0.7)),
     "minmax by blocks": Quantizer(5, range="minmax", block=5, axis=0, scale_dtype=jnp.bfloat16),
     "nf4": zq.nf4(block=8),
@@ -176,16 +177,18 @@ OTHERS = {
 
 @pytest.mark.parametrize("quantizer", BITWISE.values(), ids=BITWISE)
 def test_compiled_vectorised_and_plain_calls_give_the_same_bits(quantizer):
-    stack = normal(3, 40, 65)
+    stack = normal(5, 40, 65)
     # Midpoints and ulps around them, where a reciprocal or a fused product could tip the balance.
-    levels = np.float32(quantizer.grid.levels)
+    levels = np.asarray(quantizer.grid.levels, np.float32)
     midway = (levels[:-1] + levels[1:]) / 2 * np.float32(1 / 255 if quantizer.bits == 8 else 0.3)
     ties = np.concatenate([midway, np.nextafter(midway, np.float32(9)), np.nextafter(midway, -9)])
-    stack = stack.at[1, 1:30].set(jnp.resize(jnp.asarray(ties, jnp.float32), (29, 65)))
-    plain = with_values(quantizer)(stack[1])
-    assert_identical(jax.jit(with_values(quantizer))(stack[1]), plain)
+    stack = stack.at[:, 1:30].set(jnp.resize(jnp.asarray(ties, jnp.float32), (29, 65)))
+    compiled = jax.jit(with_values(quantizer))
     stacked = jax.jit(jax.vmap(with_values(quantizer)))(stack)
-    assert_identical(jax.tree.map(lambda leaf: leaf[1], stacked), plain)
+    for i, x in enumerate(stack):
+        plain = with_values(quantizer)(x)
+        assert_identical(compiled(x), plain)
+        assert_identical(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), plain)
 
 
 @pytest.mark.parametrize("quantizer", OTHERS.values(), ids=OTHERS)
@@ -422,9 +425,11 @@ def test_tiny_and_huge_values_stay_finite(size):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_up_to_four_bits_are_stored_in_four_else_in_eight(bits):
-    array = Quantizer(bits)(normal(256))
-    assert array.codes.dtype == (jnp.uint4 if bits <= 4 else jnp.uint8)
+def test_up_to_16_levels_are_stored_in_four_bits_else_in_eight(bits):
+    assert Quantizer(bits)(normal(256)).codes.dtype == (jnp.uint4 if bits <= 4 else jnp.uint8)
+    if bits >= 4:
+        few = Quantizer(bits, companders.nf4())(normal(256))
+        assert few.codes.dtype == jnp.uint4
 
 
 @pytest.mark.parametrize(

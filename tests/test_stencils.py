@@ -283,7 +283,7 @@ def test_bernoulli_draws_have_their_probabilities(columns, shared):
     p = jnp.asarray(PROBABILITIES, jnp.float32)
     keys = jax.random.split(KEY, (rows, p.size))
     probability = p[:, None] if shared else jnp.broadcast_to(p[:, None], (p.size, columns))
-    draws = np.asarray(jax.jit(stencils.bernoulli, static_argnums=2)(keys, probability, (columns,)))
+    draws = np.asarray(jax.jit(stencils.bernoulli, static_argnums=2)(keys, probability, columns))
     assert draws.shape == (rows, p.size, columns)
     for i, probability in enumerate(PROBABILITIES):
         assert_binomial(draws[:, i].sum(), draws[:, i].size, probability)
@@ -295,7 +295,7 @@ def test_bernoulli_draws_are_independent():
 
 
 def test_a_few_digits_suffice_for_a_dyadic_probability():
-    draws = functools.partial(stencils.bernoulli, shape=(320_000,), digits=3)
+    draws = functools.partial(stencils.bernoulli, columns=320_000, digits=3)
     assert_binomial(np.asarray(draws(KEY, 5 / 8)).sum(), 320_000, 5 / 8)
     assert random_words(lambda key: draws(key, 5 / 8), KEY, rounds=3) == 3 * 10_000
 

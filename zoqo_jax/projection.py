@@ -38,9 +38,8 @@ def stochastic(key: Key[Array, ""], step: Float[Array, "..."]) -> Int32[Array, "
         >>> sorted(set(moves.tolist())), round(moves.mean().item(), 2)
         ([-1, 0], -0.25)
     """
-    size = jnp.abs(
-        _bounded(step)
-    )  # the bound also keeps the product in `step` out of the difference below
+    # The bound also keeps a product that made `step` from being fused with the difference below.
+    size = jnp.abs(_bounded(step))
     whole = jnp.floor(size)
     chance = ((size - whole) * 2.0**32).astype(jnp.uint32)
     up = jax.random.bits(key, step.shape, jnp.uint32) < chance
