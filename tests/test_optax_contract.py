@@ -21,6 +21,7 @@ from zoqo_jax import stencils
 KEY = jax.random.key(3)
 NAMES = ["zoqo", "caq_zo", "spsa"]
 QUANTIZED = ["zoqo", "caq_zo"]
+ONE_OF_EACH = ["zoqo", pytest.param("caq_zo", marks=pytest.mark.slow), "spsa"]
 four_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 
 
@@ -212,7 +213,7 @@ def test_codes_move_both_ways_and_never_leave_the_grid(bits, dtype):
 # What JAX does with one
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_eager_jitted_and_scanned_steps_are_the_same(name):
     tx = make(name)
     eager = loop(stepper(tx), start(), tx.init(start()), steps=3)
@@ -258,7 +259,7 @@ def test_donated_buffers_are_reused(name):
     assert_equal(loop(donating, *after, steps=2), loop(stepper(tx), start(), tx.init(start()), 3))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_vmap_over_64_problems_with_their_own_keys_equals_64_runs(name):
     tx = make(name, num_queries=2)
     keys, targets = jax.random.split(KEY, 64), integers(5, 64, 8, 6, size=9)
@@ -275,7 +276,7 @@ def test_vmap_over_64_problems_with_their_own_keys_equals_64_runs(name):
 
 
 @four_devices
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_runs_sharded_over_four_devices_equal_runs_on_one(name):
     tx = make(name)
 
@@ -292,7 +293,7 @@ def test_runs_sharded_over_four_devices_equal_runs_on_one(name):
 
 
 @four_devices
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_data_parallel_steps_equal_steps_on_one_device(name):
     tx = make(name, num_queries=4, axis_name="data")
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
@@ -334,10 +335,10 @@ def test_state_holds_the_losses_and_differences_of_the_last_step(name):
     [
         ("zoqo", 3),
         ("zoqo", None),
-        ("caq_zo", 2),
         ("spsa", 3),
         ("spsa", None),
         pytest.param("zoqo", 2, marks=pytest.mark.slow),
+        pytest.param("caq_zo", 2, marks=pytest.mark.slow),
         pytest.param("caq_zo", 3, marks=pytest.mark.slow),
         pytest.param("caq_zo", None, marks=pytest.mark.slow),
     ],
@@ -414,7 +415,7 @@ def test_an_objective_may_ignore_its_params(name, constant):
     assert (step_state(state).losses == constant).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_losses_that_are_not_finite_move_nothing_and_are_counted(name):
     tx = make(name, num_queries=2)
 

@@ -207,11 +207,12 @@ def test_a_first_call_may_be_compiled(compander):
 # Nearest, and again
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("compander", [companders.identity(), *SHAPED[-2:]], ids=repr)
+@pytest.mark.parametrize(
+    ("compander", "bits"),
+    [(companders.identity(), bits) for bits in (2, 3, 4, 8)]
+    + [(compander, bits) for compander in SHAPED[-2:] for bits in (4, 8)],
+)
 def test_rounding_is_to_the_nearest_legal_level(compander, bits):
-    if compander.levels is not None and len(compander.levels) > 2**bits:
-        pytest.skip("more levels than codes")
     quantizer = Quantizer(bits, compander, range=1.0)
     legal = legal_values(quantizer).astype(np.float64)
     x = np.linspace(-1.1, 1.1, 5001, dtype=np.float32)

@@ -208,26 +208,24 @@ def assert_zoqo_is_algorithm_1(model, num_queries, vote, law, boundary, **struct
     assert_same_run(model, tx, num_queries, us, step)
 
 
-def covering(*choices, every):
-    """Every choice on either model, all but a spread-out few of them slow."""
+def product(*choices, fast):
+    """Every choice on either model; those whose indices are not in `fast` are slow."""
     cases = []
-    for indices in itertools.product(*(range(len(choice)) for choice in choices)):
-        for which, model in enumerate(MODELS):
-            fast = sum(indices) % every == 0 and which == indices[-1] % 2
-            values = [choice[i] for choice, i in zip(choices, indices, strict=True)]
-            name = "-".join(map(str, [*values, *model]))
-            marks = () if fast else pytest.mark.slow
-            cases.append(pytest.param(*values, model, id=name, marks=marks))
+    for indices in itertools.product(*(range(len(choice)) for choice in [*choices, MODELS])):
+        values = [choice[i] for choice, i in zip([*choices, MODELS], indices, strict=True)]
+        name = "-".join(map(str, [*values[:-1], *values[-1]]))
+        marks = () if indices in fast else pytest.mark.slow
+        cases.append(pytest.param(*values, id=name, marks=marks))
     return cases
 
 
 @pytest.mark.parametrize(
     ("queries", "law", "boundary", "model"),
-    covering(
+    product(
         [(1, "mean"), (3, "mean"), (3, "majority")],
         ["uniform", "gaussian", "rademacher"],
         BOUNDARIES,
-        every=3,  # each pair of choices once
+        fast=[(0, 0, 0, 0), (0, 2, 1, 1), (1, 1, 1, 1), (1, 0, 2, 0), (2, 2, 2, 0)],
     ),
 )
 def test_zoqo_is_algorithm_1(queries, law, boundary, model):
@@ -295,7 +293,12 @@ def test_dithered_zoqo_moves_floor_of_eta_over_s_plus_u(model, num_queries, boun
 
 @pytest.mark.parametrize(
     ("rounding", "boundary", "num_queries", "model"),
-    covering(["nearest", "threshold", "stochastic", "error_feedback"], BOUNDARIES, [1, 3], every=4),
+    product(
+        ["stochastic", "error_feedback", "nearest", "threshold"],
+        BOUNDARIES,
+        [1, 3],
+        fast=[(0, 1, 1, 0), (0, 2, 0, 1), (1, 0, 1, 1), (2, 1, 0, 0), (3, 2, 1, 0)],
+    ),
 )
 def test_caq_zo_is_its_formula(rounding, boundary, num_queries, model):
     eta = caq_schedule if num_queries > 1 else CAQ_LEARNING_RATE

@@ -156,8 +156,9 @@ def test_a_direction_is_made_from_its_key_alone(name, structure):
 
     sides = both_sides(jnp.asarray([1, -1, 0], jnp.int8), width)
     np.testing.assert_array_equal(sides, [u, -u, 0 * u])
-    with jax.enable_x64(True):
-        np.testing.assert_array_equal(jax.jit(draws)(array, KEY, width), u)
+    if name != "uniform":  # all integers, and the words are the gaussian's
+        with jax.enable_x64(True):
+            np.testing.assert_array_equal(jax.jit(draws)(array, KEY, width), u)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,8 @@ def test_a_slice_of_a_stack_draws_what_the_stack_draws(structure, layout):
         width += np.arange(3).reshape(3, 1, 1)
     density = 0.3 if structure == "sparse" else 1.0
     width = jnp.asarray(width, jnp.float32)
-    stencil = stencils.describe(KEY, array, width, structure=structure, density=density)
+    describe = functools.partial(stencils.describe, structure=structure, density=density)
+    stencil = jax.jit(describe)(KEY, array, width)
     draws = jax.jit(stencils.draw)
     whole = draws(stencil, array)
 
@@ -246,7 +248,8 @@ def test_entries_of_a_rank_one_direction_are_uncorrelated(shape):
 
 
 def test_slices_of_a_rank_one_stack_share_nothing():
-    u = np.asarray(sample(centred((50, 4, 64)), KEY, 1.0, law="rademacher", structure="rank_one"))
+    draws = jax.jit(functools.partial(sample, law="rademacher", structure="rank_one"))
+    u = np.asarray(draws(centred((50, 4, 64)), KEY, 1.0))
     rows, columns = u[:, 0, :], u[:, :, 0] * u[:, :1, 0]
     assert len(np.unique(rows, axis=0)) == 50
     assert len(np.unique(columns, axis=0)) == 8  # every pattern of three signs
@@ -276,7 +279,7 @@ def test_a_traced_density_is_kept():
 PROBABILITIES = [0.0, 2.0**-24, 1e-5, 2.0**-11, 0.01, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1 - 2.0**-11, 1.0]
 
 
-@pytest.mark.parametrize(("columns", "shared"), [(32_768, True), (33, True), (64, False)], ids=str)
+@pytest.mark.parametrize(("columns", "shared"), [(33, True), (64, False)], ids=str)
 def test_bernoulli_draws_have_their_probabilities(columns, shared):
     """By bit slicing where a long row shares one probability, a word each elsewhere."""
     rows = -(-32_768 // columns)
@@ -378,7 +381,7 @@ GRIDDED = {  # a quantizer for its grid, and where its scales stand
 }
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(
     kind=st.sampled_from(sorted(GRIDDED)),
     shape=st.sampled_from([(), (2, 3, 9)]),
@@ -433,13 +436,14 @@ def test_no_direction_leaves_the_grid(
         np.testing.assert_array_equal(minus, n - u)
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0)])
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0)], ids=str)
 def test_an_empty_array_has_an_empty_direction(shape):
-    array = Quantizer(4, block=3)(jnp.zeros(shape, jnp.float32))
+    array = jax.jit(Quantizer(4, block=3))(jnp.zeros(shape, jnp.float32))
     for structure in STRUCTURES:
-        assert sample(array, KEY, 1.0, structure=structure, dithered=True).shape == shape
+        draws = jax.jit(functools.partial(sample, structure=structure, dithered=True))
+        assert draws(array, KEY, 1.0).shape == shape
     width = jnp.ones(array.scale.shape, jnp.float32)
-    assert stencils.dithered_reach(KEY, width, array).shape == shape
+    assert jax.jit(stencils.dithered_reach)(KEY, width, array).shape == shape
 
 
 @pytest.mark.parametrize(
