@@ -419,6 +419,14 @@ def test_float_leaves_and_operations_without_a_rule_are_served():
     assert_implicit_is_materialised(value_fn, params, **STRUCTURES["rank_one"])
 
 
+def test_an_objective_may_return_a_scalar_parameter_as_it_is():
+    array = zq.Quantizer(8, range=1.0)(jnp.float32(0.5))
+    (probe,) = describe(array, law="rademacher")
+    actual = queries.losses(lambda w: w, array, [probe], center=True)
+    expected = [displaced(array, [probe], side) for side in (1, -1, 0)]
+    np.testing.assert_array_equal(actual, jnp.stack(expected))
+
+
 # CAQ-ZO: queries stay on the codebook
 
 

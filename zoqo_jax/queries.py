@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import quax
 from jaxtyping import Array, Float, Float32, Integer, PyTree
 
 from zoqo_jax.arrays import is_quantized
@@ -100,6 +101,8 @@ def scalar(value: Any) -> Float32[Array, ""]:
     Raises:
         ValueError: it is no real scalar.
     """
+    if isinstance(value, quax.ArrayValue):  # an objective that ends without an operation of its own
+        value = value.materialise()
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if isinstance(value, float | int):
         shape, dtype = (), jnp.float32
