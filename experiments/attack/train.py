@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> dict[str, float]:
       FileNotFoundError: the data are missing.
 
     Example:
-      >>> config = TrainConfig(data="../shared/data/mnist", output="/tmp/mnist_cnn.npz")
+      >>> config = TrainConfig(data="tfds:mnist", output="mnist_cnn.npz")
       >>> train(config)["test_accuracy"] > 0.985  # doctest: +SKIP
       True
     """
