@@ -85,7 +85,7 @@ class Stencil(eqx.Module):
     boundary: Boundary = eqx.field(static=True)
 
     def flipped(self, side: Int8[Array, ""]) -> Stencil:
-        """The stencil of `side * u`, side in {-1, 0, 1}."""
+        """The stencil of `side * u`, side in {-1, 1}."""
         return dataclasses.replace(self, rows=self.rows * side)
 
 
