@@ -62,6 +62,13 @@ class Grid:
         """Whether a level is its code plus a whole number, so that no table need be read."""
         return all(b - a == 1.0 for a, b in zip(self.levels, self.levels[1:], strict=False))
 
+    def at(self, codes: Array) -> Float[Array, "..."]:
+        """The levels of legal codes, float32."""
+        if self.is_uniform:
+            return codes.astype(jnp.int32).astype(jnp.float32) + self.levels[0]
+        table = jnp.asarray(np.asarray(self.levels, np.float32))
+        return table.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
 
 class QuantizedArray(quax.ArrayValue):
     """An array stored as integer codes; to JAX code under `quaxify` an ordinary float array.
@@ -128,12 +135,7 @@ class QuantizedArray(quax.ArrayValue):
 
     def decode(self, codes: Array) -> Float[Array, "..."]:
         """Values of other codes of the same shape, under this array's scale, in `value_dtype`."""
-        if self.grid.is_uniform:
-            levels = codes.astype(jnp.int32).astype(jnp.float32) + self.grid.levels[0]
-        else:
-            table = np.asarray(self.grid.levels, np.float32)
-            levels = jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
-        values = self.spread(self.scale).astype(jnp.float32) * levels
+        values = self.spread(self.scale).astype(jnp.float32) * self.grid.at(codes)
         if self.offset is not None:
             values = values + self.spread(self.offset).astype(jnp.float32)
         return values.astype(self.value_dtype)
@@ -148,14 +150,7 @@ class QuantizedArray(quax.ArrayValue):
 
     def moved(self, codes: Array) -> QuantizedArray:
         """The same array at other codes."""
-        return QuantizedArray(
-            codes.astype(self.codes.dtype),
-            self.scale,
-            self.offset,
-            self.grid,
-            self.block,
-            self.value_dtype,
-        )
+        return dataclasses.replace(self, codes=codes.astype(self.codes.dtype))
 
 
 def is_quantized(leaf: Any) -> bool:

@@ -239,7 +239,7 @@ class Quantizer:
         def error(fraction: Array) -> Array:
             radius = largest * fraction
             scale = radius * (2 / (2**self.bits - 1) if self._is_uniform else 1)
-            rounded = _lookup(self.grid, self._codes(blocks, scale, None)) * scale
+            rounded = self.grid.at(self._codes(blocks, scale, None)) * scale
             return jnp.nanmean((rounded - blocks) ** 2, axis=reduced, keepdims=True)
 
         fractions = jnp.linspace(1.0, 0.2, 81, dtype=jnp.float32)  # absmax first: it wins ties
@@ -295,9 +295,8 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
 
     The names matter where layers are stacked for a scan: a stack of biases has two axes as well.
     """
-    names = {
-        str(getattr(key, "key", getattr(key, "name", ""))) for key in path[-2:]
-    }  # nnx ends in "value"
+    # Two names from the end: nnx adds "value" to each.
+    names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path[-2:]}
     floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
     return floating and leaf.ndim >= 2 and names.isdisjoint({"bias", "scale"})
 
@@ -349,10 +348,6 @@ def _is_value_dtype(dtype: Any) -> bool:
 def _is_finite(array: Array) -> bool:
     """Whether all of an array is finite, as far as can be told: a traced one counts as finite."""
     return isinstance(array, Tracer) or bool(jnp.isfinite(array).all())
-
-
-def _lookup(grid: Grid, codes: Array) -> Array:
-    return jnp.asarray(np.asarray(grid.levels, np.float32))[codes]
 
 
 def _in_blocks(values: Array, block: tuple[int, int] | None) -> Array:

@@ -38,6 +38,7 @@ __all__ = [
     "Structure",
     "bernoulli",
     "check",
+    "check_choice",
     "describe",
     "displace",
     "dithered_reach",
@@ -229,8 +230,7 @@ def check(law: str, structure: str, boundary: str, density: Array | float) -> No
         ("boundary", boundary, Boundary),
     )
     for name, value, choices in given:
-        if value not in get_args(choices):
-            raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}.")
+        check_choice(name, value, get_args(choices))
     if isinstance(density, Array | Tracer):
         return
     if not 0.0 < density <= 1.0:
@@ -239,6 +239,12 @@ def check(law: str, structure: str, boundary: str, density: Array | float) -> No
         raise ValueError(
             f"density={density} needs structure='sparse', got structure={structure!r}."
         )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a name that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 
 
 def signs(key: Key[Array, ""], count: int) -> Int8[Array, " count"]:

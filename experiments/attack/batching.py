@@ -58,8 +58,7 @@ def attack(
     """Search an l_inf ball round each image for a point that the model misclassifies.
 
     Args:
-      logits_fn: images (n, height, width, channels) in [0, 1] -> logits (n, classes); JAX, but
-          never
+      logits_fn: images (n, height, width, channels) in [0, 1] -> logits (n, classes); never
         differentiated.
       images: float32 (n, height, width, channels) in [0, 1], correctly classified.
       labels: int32 (n,).

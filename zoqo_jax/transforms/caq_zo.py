@@ -91,7 +91,7 @@ def caq_zo(
     stepping.check_positive("learning_rate", learning_rate)
     stepping.check_positive("threshold", threshold)
     stencils.check("rademacher", structure, boundary, density)
-    stepping.check_choice("rounding", rounding, get_args(Rounding))
+    stencils.check_choice("rounding", rounding, get_args(Rounding))
     mean_over_2 = float(np.float32(0.5 / num_queries)) if num_queries > 0 else 0.0
 
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:

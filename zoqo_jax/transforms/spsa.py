@@ -68,7 +68,7 @@ def spsa(
         True
     """
     stepping.check_positive("radius", radius)
-    stepping.check_choice("noise", noise, get_args(Noise))
+    stencils.check_choice("noise", noise, get_args(Noise))
     stepping.check_query_count(num_queries, query_batch)
     mean_over_2 = float(np.float32(0.5 / num_queries))
 

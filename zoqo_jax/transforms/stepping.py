@@ -31,7 +31,6 @@ __all__ = [
     "Schedule",
     "StepState",
     "by_queries",
-    "check_choice",
     "check_positive",
     "check_query_count",
     "initial_state",
@@ -239,12 +238,6 @@ def check_query_count(num_queries: int, query_batch: int | None) -> None:
         raise ValueError(f"num_queries must be at least 1, got {num_queries}.")
     if query_batch is not None and query_batch < 1:
         raise ValueError(f"query_batch must be at least 1 or None, got {query_batch}.")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a name that is not among the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 
 
 def _quantized_leaves(params: PyTree | None) -> list[QuantizedArray]:

@@ -95,8 +95,8 @@ def zoqo(
     stepping.check_positive("learning_rate", learning_rate)
     stepping.check_positive("radius", radius)
     stencils.check(noise, structure, boundary, density)
-    stepping.check_choice("vote", vote, get_args(Vote))
-    stepping.check_choice("step", step, get_args(StepRule))
+    stencils.check_choice("vote", vote, get_args(Vote))
+    stencils.check_choice("step", step, get_args(StepRule))
     dithered = step == "dithered"
 
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
