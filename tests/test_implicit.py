@@ -63,7 +63,8 @@ def displaced(params, probes, side):
             return leaf
         stencil = next(remaining)
         u = stencils.draw(stencil, leaf)
-        return leaf.decode(stencils.displace(leaf.codes, side * u, leaf.grid, stencil.boundary))
+        side_u = jnp.asarray(side, jnp.int16) * u
+        return leaf.decode(stencils.displace(leaf.codes, side_u, leaf.grid, stencil.boundary))
 
     return jax.tree.map(one, params, is_leaf=zq.is_quantized)
 
@@ -344,26 +345,56 @@ def dots(jaxpr):
             yield from dots(inner)
 
 
-def test_both_sides_of_a_rank_one_query_share_the_weights():
+def dot_shapes(losses, params):
+    found = dots(jax.make_jaxpr(losses)(params).jaxpr)
+    return sorted(tuple(v.aval.shape for v in equation.invars) for equation in found)
+
+
+def tanh_network(x):
+    return lambda params: jnp.sum(jnp.tanh(x @ params["a"]) @ params["b"])
+
+
+def test_both_sides_of_a_rank_one_query_share_the_weights_of_a_uniform_grid():
+    x = normal(8, 5, 6)
+    params = zq.quantize({"a": normal(9, 6, 7), "b": normal(10, 7, 3)}, zq.Quantizer(8, range=9.0))
+
+    def losses(params):
+        probes = describe(params, **STRUCTURES["rank_one"])
+        return queries.losses(tanh_network(x), params, probes)
+
+    found = dot_shapes(losses, params)
+    # x a once for both sides; then the sides are rows of one product, and no weight is doubled.
+    assert found.count(((5, 6), (6, 7))) == 1
+    assert found.count(((2, 5, 7), (7, 3))) == 1
+    matrices = [w for _, w in found if w in ((6, 7), (7, 3))]
+    assert len(matrices) == 2
+
+
+def test_many_queries_share_two_weights_of_any_grid():
     x = normal(8, 5, 6)
     params = zq.quantize({"a": normal(9, 6, 7), "b": normal(10, 7, 3)}, QUANTIZERS["mu_law"])
 
-    def value_fn(params):
-        return jnp.sum(jnp.tanh(x @ params["a"]) @ params["b"])
-
     def losses(params):
-        return queries.losses(value_fn, params, describe(params, **STRUCTURES["rank_one"]))
+        def query(i):
+            probes = [
+                stencils.describe(jax.random.fold_in(jax.random.key(i), j), array, 1.0, **choices)
+                for j, array in enumerate(quantized_leaves(params))
+            ]
+            return queries.losses(tanh_network(x), params, probes, together=4)
 
-    jaxpr = jax.make_jaxpr(losses)(params)
-    found = [tuple(v.aval.shape for v in equation.invars) for equation in dots(jaxpr.jaxpr)]
-    # x M once for both sides; all else has the sides as rows of one product. No weight is doubled.
-    assert found.count(((5, 6), (6, 7))) == 1
-    assert sorted(found) == sorted(
-        [((5, 6), (6, 7)), ((2, 5, 6), (6, 7)), ((2, 5, 7), (7, 3)), ((2, 5, 7), (7, 3))]
+        choices = STRUCTURES["rank_one"]
+        return jax.vmap(query)(jnp.arange(4))
+
+    found = dot_shapes(losses, params)
+    # x M once for all, x D for all as rows of one product; and the same for b.
+    assert found == sorted(
+        [
+            ((5, 6), (6, 7)),
+            ((4, 2, 5, 6), (6, 7)),
+            ((4, 2, 5, 7), (7, 3)),
+            ((4, 2, 5, 7), (7, 3)),
+        ]
     )
-    for equation in dots(jaxpr.jaxpr):
-        _, batched = equation.params["dimension_numbers"]
-        assert batched == ((), ())
 
 
 def test_a_dense_query_is_one_product_a_side():
@@ -374,9 +405,8 @@ def test_a_dense_query_is_one_product_a_side():
         probes = describe(params, **STRUCTURES["dense"])
         return queries.losses(lambda params: jnp.sum(x @ params["a"]), params, probes)
 
-    jaxpr = jax.make_jaxpr(losses)(params)
-    (product,) = dots(jaxpr.jaxpr)
-    assert {v.aval.shape for v in product.invars} == {(5, 6), (2, 6, 7)}
+    # One after the other: no two decoded matrices at a time.
+    assert dot_shapes(losses, params) == [((5, 6), (6, 7))] * 2
 
 
 # Slices, rows and corners

@@ -15,12 +15,14 @@ from zoqo_jax.arrays import QuantizedArray as QuantizedArray
 from zoqo_jax.arrays import dequantize as dequantize
 from zoqo_jax.arrays import is_quantized as is_quantized
 from zoqo_jax.companders import Compander as Compander
+from zoqo_jax.explanation import Explanation as Explanation
+from zoqo_jax.explanation import explain as explain
 from zoqo_jax.implicit import PerturbedArray as PerturbedArray
-from zoqo_jax.implicit import quaxify as quaxify
 from zoqo_jax.quantization import Quantizer as Quantizer
 from zoqo_jax.quantization import is_matrix as is_matrix
 from zoqo_jax.quantization import nf4 as nf4
 from zoqo_jax.quantization import quantize as quantize
+from zoqo_jax.rules import quaxify as quaxify
 from zoqo_jax.transforms import StepState as StepState
 from zoqo_jax.transforms import caq_zo as caq_zo
 from zoqo_jax.transforms import replay as replay
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Compander",
+    "Explanation",
     "Grid",
     "PerturbedArray",
     "QuantizedArray",
@@ -39,6 +42,7 @@ __all__ = [
     "caq_zo",
     "companders",
     "dequantize",
+    "explain",
     "is_matrix",
     "is_quantized",
     "nf4",

@@ -3,6 +3,9 @@
 A code `n` is an unsigned integer; its value is `scale * levels[n] + offset` with one scale (and
 offset) for a tensor, a channel or a block. Optimizers move codes and never leave
 `grid.low .. grid.high`. How a scale is found is the business of `quantization.py`.
+
+Codes of few levels share bytes: two 4-bit codes, or four 2-bit codes, each. JAX has a uint4 of its
+own, but XLA's CPU backend writes it element by element, a hundred times slower than bytes.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import quax
 from jax.core import ShapedArray
-from jaxtyping import Array, Float, PyTree, UInt
+from jaxtyping import Array, Float, Integer, PyTree, UInt8
 
-__all__ = ["Grid", "QuantizedArray", "dequantize", "is_quantized"]
+__all__ = ["Grid", "QuantizedArray", "ScanAlongBlocks", "dequantize", "is_quantized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +68,29 @@ class Grid:
     def at(self, codes: Array) -> Float[Array, "..."]:
         """The levels of legal codes, float32."""
         if self.is_uniform:
-            return codes.astype(jnp.int32).astype(jnp.float32) + self.levels[0]
-        table = jnp.asarray(np.asarray(self.levels, np.float32))
-        return table.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+            return codes.astype(jnp.float32) + self.levels[0]
+        levels = np.asarray(self.levels, np.float32)
+        if len(levels) <= 16:
+            return _select(levels, codes)
+        return jnp.asarray(levels).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def _select(levels: np.ndarray, codes: Array) -> Float[Array, "..."]:
+    """Look up few levels by a tree of selections, one digit of the code at a time.
+
+    Vector instructions do this; a gather they do not. On a CPU it takes two thirds of the time.
+    """
+    digits = max(len(levels) - 1, 1).bit_length()
+    branches: list[Any] = [*levels, *[levels[-1]] * (2**digits - len(levels))]
+    for digit in range(digits):
+        odd = (codes >> digit) & 1 != 0
+        pairs = zip(branches[::2], branches[1::2], strict=True)
+        branches = [jnp.where(odd, above, below) for below, above in pairs]
+    return branches[0]
+
+
+class ScanAlongBlocks(ValueError):
+    """A slice of an array was taken along the axis that its blocks lie on."""
 
 
 class QuantizedArray(quax.ArrayValue):
@@ -75,8 +98,10 @@ class QuantizedArray(quax.ArrayValue):
 
     Invariants:
 
-    - `codes` are uint4 where the grid has at most 16 levels, else uint8, in the logical shape, and
-      every one lies in `grid.low .. grid.high`;
+    - `packed` holds `per_byte` codes in each byte, 8 / per_byte bits wide: as many (4, 2 or 1) as
+      fit the grid and divide the last axis of a matrix or stack of them. The last axis is cut into
+      `per_byte` equal parts, and byte j holds the j-th code of each, the first part's lowest;
+    - every code lies in `grid.low .. grid.high`;
     - `scale`, and `offset` unless it is None, have as many axes as `codes`. Along each axis they
       are 1 long (shared), as long as `codes` (one each), or, along `block[0]` (counted from the
       end), one for each `block[1]` neighbours with the last block cut short;
@@ -85,31 +110,58 @@ class QuantizedArray(quax.ArrayValue):
     - where `offset` is the zero point of a uniform grid, `scale` has at most 16 significant bits,
       so the product is exact in float32 and zero stays exactly a level, fused multiply-add or not.
 
-    As a pytree its leaves are `codes`, `scale` and `offset`; the rest is static.
+    As a pytree its leaves are `packed`, `scale` and `offset`; the rest is static. Make one with
+    `from_codes`, or from floats with a `Quantizer`.
 
     Attributes:
-        codes: unsigned integers, any shape.
+        packed: bytes; `codes` unpacks them.
         scale: value units per level unit; zero where a whole block was zero.
         offset: value units, or None for 0.
         grid: levels and legal codes.
         block: (negative axis, length) or None.
         value_dtype: dtype of the values, float16, bfloat16 or float32.
+        per_byte: codes in a byte.
+        has_copies: whether `scale` and `offset` are copies of one number each, made for a scan.
 
     Examples:
         >>> import zoqo_jax as zq
-        >>> array = zq.Quantizer(bits=4, range=1.0)(jnp.array([-1.0, 0.0, 0.4]))
-        >>> array.codes.dtype.name, array.codes.tolist()
-        ('uint4', [1, 8, 11])
-        >>> [round(value, 3) for value in dequantize(array).tolist()]
-        [-0.933, 0.0, 0.4]
+        >>> array = zq.Quantizer(bits=4, range=1.0)(jnp.array([[-1.0, 0.0], [0.4, 0.9]]))
+        >>> array.shape, array.codes.tolist(), array.packed.tolist()
+        ((2, 2), [[1, 8], [11, 15]], [[129], [251]])
+        >>> dequantize(array).round(3).tolist()
+        [[-0.933, 0.0], [0.4, 0.933]]
     """
 
-    codes: UInt[Array, "..."]
+    packed: UInt8[Array, "..."]
     scale: Float[Array, "..."]
     offset: Float[Array, "..."] | None
     grid: Grid = eqx.field(static=True)
     block: tuple[int, int] | None = eqx.field(static=True)
     value_dtype: Any = eqx.field(static=True)
+    per_byte: int = eqx.field(static=True, default=1)
+    has_copies: bool = eqx.field(static=True, default=False)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Integer[Array, "..."],
+        scale: Float[Array, "..."],
+        offset: Float[Array, "..."] | None,
+        grid: Grid,
+        block: tuple[int, int] | None = None,
+        value_dtype: Any = jnp.float32,
+    ) -> QuantizedArray:
+        """An array of the given codes, which must be legal, in the logical shape.
+
+        Examples:
+            >>> grid = Grid((-1.0, 0.0, 1.0, 2.0), 0, 3)
+            >>> QuantizedArray.from_codes(jnp.array([[3, 0]]), jnp.ones((1, 1)), None, grid).codes
+            Array([[3, 0]], dtype=uint8)
+        """
+        per_byte = _per_byte(grid, codes.shape)
+        parts = jnp.split(codes, per_byte, axis=-1) if per_byte > 1 else [codes]
+        dtype = jnp.dtype(value_dtype)
+        return cls(_pack(parts), scale, offset, grid, block, dtype, per_byte)
 
     def __repr__(self) -> str:
         def kind(x: Any) -> str:
@@ -118,15 +170,62 @@ class QuantizedArray(quax.ArrayValue):
         block = "" if self.block is None else f", block={self.block}"
         offset = "" if self.offset is None else f", offset={kind(self.offset)}"
         scale = f"scale={kind(self.scale)}{offset}{block}"
-        return f"QuantizedArray({kind(self.codes)}, {self.grid}, {scale})"
+        packed = f"uint{8 // self.per_byte}{list(self.shape)}"
+        return f"QuantizedArray({packed}, {self.grid}, {scale})"
 
     def aval(self) -> ShapedArray:
         """The shape and dtype that JAX code sees."""
-        return ShapedArray(self.codes.shape, self.value_dtype)
+        *leading, last = self.packed.shape or (None,)
+        shape = () if last is None else (*leading, last * self.per_byte)
+        return ShapedArray(shape, self.value_dtype)
+
+    @property
+    def codes(self) -> UInt8[Array, "..."]:
+        """The codes, one a byte, in the logical shape."""
+        if self.per_byte == 1:
+            return self.packed
+        return jnp.concatenate([part.packed for part in self.parts], axis=-1)
+
+    @property
+    def parts(self) -> list[QuantizedArray]:
+        """The parts of the last axis that share bytes, each with a byte for every code."""
+        if self.per_byte == 1:
+            return [self]
+        width = 8 // self.per_byte
+        aligned = self.block is None or self.block[0] != -1
+        if self.block is not None and self.block[0] == -1:
+            aligned = (self.packed.shape[-1] % self.block[1]) == 0
+        whole = self if aligned else dataclasses.replace(self, block=None)
+        offsets = self.split(self.offset) if self.offset is not None else [None] * self.per_byte
+        pairs = enumerate(zip(self.split(self.scale), offsets, strict=True))
+        return [
+            dataclasses.replace(
+                whole,
+                packed=(self.packed >> (i * width)) & (2**width - 1),
+                scale=scale,
+                offset=offset,
+                per_byte=1,
+            )
+            for i, (scale, offset) in pairs
+        ]
+
+    def split(self, per_block: Array) -> list[Array]:
+        """Something in `scale`'s shape, cut as `parts` are."""
+        if self.per_byte == 1 or per_block.shape[-1] == 1:
+            return [per_block] * self.per_byte
+        is_along_last = self.block is not None and self.block[0] == -1
+        if is_along_last and self.packed.shape[-1] % self.block[1] != 0:
+            per_block = self.spread(per_block)
+        return jnp.split(per_block, self.per_byte, axis=-1)
 
     def materialise(self) -> Array:
         """The values."""
         return self.decode(self.codes)
+
+    @property
+    def has_one_scale(self) -> bool:
+        """Whether one scale serves the whole array."""
+        return self.has_copies or self.scale.size == 1
 
     @property
     def step(self) -> Float[Array, "..."]:
@@ -145,12 +244,39 @@ class QuantizedArray(quax.ArrayValue):
         if self.block is None:
             return per_block
         axis, length = self.block
-        longer = jnp.repeat(per_block, length, axis=axis)
-        return jax.lax.slice_in_dim(longer, 0, self.codes.shape[axis], axis=axis)
+        if -axis > self.ndim:
+            raise ScanAlongBlocks(f"block must not lie along a scanned axis, got {self.block}.")
+        axis %= self.ndim
+        shape = list(per_block.shape)
+        shape.insert(axis + 1, length)
+        longer = jnp.broadcast_to(jnp.expand_dims(per_block, axis + 1), shape)
+        shape[axis : axis + 2] = [shape[axis] * length]
+        return jax.lax.slice_in_dim(longer.reshape(shape), 0, self.shape[axis], axis=axis)
 
-    def moved(self, codes: Array) -> QuantizedArray:
-        """The same array at other codes."""
-        return dataclasses.replace(self, codes=codes.astype(self.codes.dtype))
+    def moved(self, codes: Integer[Array, "..."]) -> QuantizedArray:
+        """The same array at other codes, which must be legal."""
+        parts = jnp.split(codes, self.per_byte, axis=-1) if self.per_byte > 1 else [codes]
+        return dataclasses.replace(self, packed=_pack(parts))
+
+    def stepped(self, steps: list[Integer[Array, "..."]]) -> QuantizedArray:
+        """The same array a number of codes on, kept on the grid; a step for each of `parts`."""
+        low, high = self.grid.low, self.grid.high
+        pairs = zip(self.parts, steps, strict=True)
+        moved = [part.packed.astype(jnp.int16) + step.astype(jnp.int16) for part, step in pairs]
+        return dataclasses.replace(self, packed=_pack([jnp.clip(n, low, high) for n in moved]))
+
+
+def _per_byte(grid: Grid, shape: tuple[int, ...]) -> int:
+    """How many codes of a grid to keep in a byte of an array of this shape."""
+    fits = {1: 256, 2: 16, 4: 4}
+    may = [n for n, levels in fits.items() if len(grid.levels) <= levels]
+    return max(n for n in may if n == 1 or (len(shape) > 1 and shape[-1] % n == 0))
+
+
+def _pack(parts: list[Array]) -> UInt8[Array, "..."]:
+    width = 8 // len(parts)
+    shifted = (part.astype(jnp.uint8) << (i * width) for i, part in enumerate(parts))
+    return functools.reduce(jnp.bitwise_or, shifted)
 
 
 def is_quantized(leaf: Any) -> bool:

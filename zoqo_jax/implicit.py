@@ -1,33 +1,75 @@
-"""Implicit arrays: quantized and perturbed weights that an unmodified model computes with.
+"""Implicit arrays: what stands in for a weight while an unmodified model computes with it.
 
-`quaxify(fn)` runs `fn` with `QuantizedArray` and `PerturbedArray` leaves in place of float arrays
-(quax does the interpreting). Operations with a rule here keep the array implicit; any other sees
-the values, made for that operation alone. No perturbed copy of a model ever exists.
-
-The rule that pays: for a rank-one direction with rows `a` and columns `b`, and legal neighbours at
-`+m` and `-m`, `value(n +- m a b^T) = M +- D * (a b^T)` with M and D half the sum and difference of
-the neighbours' values, so `x @ value(n +- m a b^T) = x @ M +- ((x * a) @ D) * b`, exact for every
-compander and at the grid's
-edges: both sides of a query, and every query, share the two weight matrices.
+A `QuantizedArray` (see `arrays.py`) is one; here are the two others, `PerturbedArray`, displaced by
+a stencil, and `TransposedArray`, either of them with its axes in another order. None holds a float.
+`rules.py` says what JAX operations make of them, `products.py` how they are multiplied.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
 from jax.core import ShapedArray
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, Float, Int16
 
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.stencils import Stencil, displace, draw, reach, signs
+from zoqo_jax.stencils import Stencil, displace, draw
 
-__all__ = ["PerturbedArray", "quaxify"]
+__all__ = ["Implicit", "PerturbedArray", "TransposedArray", "Use", "on_rows", "use", "watch"]
+
+
+class Use(NamedTuple):
+    """What an operation made of an implicit array.
+
+    Attributes:
+        label: the array's.
+        operation: name of the JAX primitive.
+        way: "shared", "halves", "direct" (see `products.py`), "rows" (only looked-up rows are
+            decoded) or "values" (the operation has no rule: it got a float array).
+        shape: of the array as the operation saw it, one layer of a scanned stack.
+        vectors: how many vectors a product multiplies for one displacement, else 0.
+    """
+
+    label: str
+    operation: str
+    way: str
+    shape: tuple[int, ...]
+    vectors: int
+
+
+_watchers: list[Callable[[Use], None]] = []
+
+
+@contextlib.contextmanager
+def watch(watcher: Callable[[Use], None]) -> Iterator[None]:
+    """Be told of every use of a displaced array while a function is traced."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def use(w: Any, operation: str, way: str, vectors: int = 0) -> None:
+    """Tell the watchers of a use."""
+    stored = w.array if isinstance(w, TransposedArray) else w
+    if isinstance(stored, PerturbedArray):
+        for watcher in _watchers:
+            watcher(Use(stored.label, operation, way, tuple(w.shape), vectors))
+
+
+def _without_rule(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
+    """What quax does for an operation without a rule, told to the watchers."""
+    for value in values:
+        use(value, primitive.name, "values")
+    return quax.ArrayValue.default(primitive, values, params)
 
 
 class PerturbedArray(quax.ArrayValue):
@@ -35,11 +77,16 @@ class PerturbedArray(quax.ArrayValue):
 
     Attributes:
         array: where the codes are.
-        stencil: where they would go; its row signs carry the side of the query.
+        stencil: where they would go; its side is that of the query.
+        population: how many displacements of the array are evaluated together, by `jax.vmap`.
+        label: what to call the array.
     """
 
     array: QuantizedArray
     stencil: Stencil
+    population: int = eqx.field(static=True, default=1)
+    label: str = eqx.field(static=True, default="")
+    default = staticmethod(_without_rule)
 
     def aval(self) -> ShapedArray:
         """The shape and dtype that JAX code sees."""
@@ -53,139 +100,81 @@ class PerturbedArray(quax.ArrayValue):
         """The same values as a quantized array."""
         return self.array.moved(self.displaced(draw(self.stencil, self.array)))
 
-    def displaced(self, u: Array) -> Array:
-        """The legal codes at `n + u`, int32."""
+    def displaced(self, u: Int16[Array, "..."]) -> Int16[Array, "..."]:
+        """The legal codes at `n + u`."""
         return displace(self.array.codes, u, self.array.grid, self.stencil.boundary)
 
 
-def quaxify(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function of float arrays take trees with quantized leaves, implicitly.
+class TransposedArray(quax.ArrayValue):
+    """An implicit array with its axes permuted.
+
+    Attributes:
+        array: the array as it is stored.
+        axes: the stored axis that each axis seen is.
+    """
+
+    array: QuantizedArray | PerturbedArray
+    axes: tuple[int, ...] = eqx.field(static=True)
+    default = staticmethod(_without_rule)
+
+    def aval(self) -> ShapedArray:
+        """The shape and dtype that JAX code sees."""
+        stored = self.array.aval()
+        return ShapedArray(tuple(stored.shape[axis] for axis in self.axes), stored.dtype)
+
+    def materialise(self) -> Float[Array, "..."]:
+        """The values."""
+        return jnp.transpose(self.array.materialise(), self.axes)
+
+
+Implicit = QuantizedArray | PerturbedArray | TransposedArray
+_Stored = TypeVar("_Stored", QuantizedArray, PerturbedArray)
+
+
+def on_rows(fn: Callable[[Array], Array], w: _Stored) -> _Stored:
+    """Apply what rearranges, picks or repeats whole rows, the last axis staying as it is.
 
     Args:
-        fn: any function of pytrees made of JAX operations, e.g. `model.apply`.
+        fn: maps (*rows, k) to (*new_rows, k) for any k, the same rows for every k.
+        w: an implicit array.
 
     Returns:
-        `fn`, but each `QuantizedArray` among its arguments stands for its values.
+        The implicit array whose values are `fn` of the values.
 
     Examples:
-        >>> from zoqo_jax import Quantizer, quantize
-        >>> params = quantize({"w": jnp.full((2, 2), 0.5)}, Quantizer(bits=8, range=1.0))
-        >>> quaxify(lambda params, x: x @ params["w"])(params, jnp.ones(2)).round(2).tolist()
-        [1.0, 1.0]
+        >>> from zoqo_jax import Quantizer
+        >>> w = Quantizer(range=1.275)(jnp.array([[0.5, 0.25], [0.75, 1.0]]))
+        >>> on_rows(lambda x: x[1], w).materialise().round(2).tolist()
+        [0.75, 1.0]
     """
-
-    @functools.wraps(fn)
-    def implicit(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = jax.tree.map(_sliceable, (args, kwargs), is_leaf=_is_implicit)
-        return quax.quaxify(fn)(*args, **kwargs)
-
-    return implicit
-
-
-@quax.register(jax.lax.dot_general_p)
-def _dot_right(x: ArrayLike, w: PerturbedArray, *, dimension_numbers: Any, **params: Any) -> Array:
-    return _dot(w, x, 1, dimension_numbers=dimension_numbers, **params)
-
-
-@quax.register(jax.lax.dot_general_p)
-def _dot_left(w: PerturbedArray, x: ArrayLike, *, dimension_numbers: Any, **params: Any) -> Array:
-    return _dot(w, x, 0, dimension_numbers=dimension_numbers, **params)
-
-
-@quax.register(jax.lax.convert_element_type_p)
-def _convert_quantized(w: QuantizedArray, *, new_dtype: Any, **params: Any) -> Any:
-    return _convert(w, new_dtype, params)
-
-
-@quax.register(jax.lax.convert_element_type_p)
-def _convert_perturbed(w: PerturbedArray, *, new_dtype: Any, **params: Any) -> Any:
-    return _convert(w, new_dtype, params)
-
-
-def _dot(
-    w: PerturbedArray, x: ArrayLike, side: int, *, dimension_numbers: Any, **params: Any
-) -> Array:
-    """A product with a perturbed matrix; `side` is its place among the operands."""
-
-    def dot(values: Array, x: ArrayLike) -> Array:
-        operands = (x, values) if side else (values, x)
-        return jax.lax.dot_general(*operands, dimension_numbers=dimension_numbers, **params)
-
-    contracted, batched = dimension_numbers
-    if not _is_separable(w) or len(contracted[side]) != 1 or batched[side]:
-        return dot(w.materialise(), x)
-    row_signs, column_signs = w.stencil.rows, signs(w.stencil.key[0], w.array.codes.shape[1])
-    across_rows = contracted[side][0] == 0
-    inner, outer = (row_signs, column_signs) if across_rows else (column_signs, row_signs)
-    mean, half = _neighbours(w)
-    turned = x * _along(inner, contracted[1 - side][0], jnp.ndim(x), jnp.result_type(x))
-    product = dot(half, turned)
-    return dot(mean, x) + product * _along(outer, -side, product.ndim, product.dtype)
-
-
-def _is_separable(w: PerturbedArray) -> bool:
-    """Whether the direction is, up to reach and the grid's edges, a matrix of signs of rank one."""
-    stencil = w.stencil
-    one_sign_each = stencil.law == "rademacher" and stencil.probability is None
-    return stencil.structure == "rank_one" and one_sign_each and w.ndim == 2
-
-
-def _neighbours(w: PerturbedArray) -> tuple[Array, Array]:
-    """M and D: half the sum and half the difference of the values at the neighbours +m and -m."""
-    array = w.array
-    m = jnp.broadcast_to(reach(array.spread(w.stencil.width), array.grid), array.codes.shape)
-    above, below = (array.decode(w.displaced(u)).astype(jnp.float32) for u in (m, -m))
-    mean, half = (above + below) / 2, (above - below) / 2
-    return mean.astype(array.value_dtype), half.astype(array.value_dtype)
-
-
-def _along(vector: Array, axis: int, ndim: int, dtype: Any) -> Array:
-    """A vector shaped to lie along one axis of an array."""
-    shape = [1] * ndim
-    shape[axis] = vector.shape[0]
-    return vector.reshape(shape).astype(dtype)
-
-
-def _convert(w: QuantizedArray | PerturbedArray, dtype: Any, params: dict[str, Any]) -> Any:
-    """Narrow implicitly; widening must keep the rounding that the narrower dtype made."""
-    array = w.array if isinstance(w, PerturbedArray) else w
-    narrows = jnp.dtype(dtype) in (array.value_dtype, *_NARROWER.get(array.value_dtype.name, ()))
-    if not narrows:
-        return jax.lax.convert_element_type_p.bind(w.materialise(), new_dtype=dtype, **params)
-    converted = dataclasses.replace(array, value_dtype=jnp.dtype(dtype))
-    return PerturbedArray(converted, w.stencil) if isinstance(w, PerturbedArray) else converted
-
-
-def _is_implicit(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedArray | PerturbedArray)
-
-
-def _sliceable(leaf: PyTree) -> PyTree:
-    """Give every slice of a stack a copy of what slices share, so that `lax.scan` can take it."""
-    if isinstance(leaf, PerturbedArray):
-        array, stencil = leaf.array, leaf.stencil
-        width, probability = (
-            _spread_leading(x, array) for x in (stencil.width, stencil.probability)
+    if isinstance(w, PerturbedArray):
+        stencil, per_block = w.stencil, _per_block(fn, w.array)
+        rows, side = jax.tree.map(lambda x: fn(x[..., None])[..., 0], (stencil.rows, stencil.side))
+        width, chance = per_block(stencil.width), per_block(stencil.probability)
+        stencil = dataclasses.replace(
+            stencil, rows=rows, side=side, width=width, probability=chance
         )
-        stencil = dataclasses.replace(stencil, width=width, probability=probability)
-        return PerturbedArray(_sliceable(array), stencil)
-    if isinstance(leaf, QuantizedArray):
-        scale, offset = (_spread_leading(x, leaf) for x in (leaf.scale, leaf.offset))
-        return dataclasses.replace(leaf, scale=scale, offset=offset)
-    return leaf
+        return dataclasses.replace(w, array=on_rows(fn, w.array), stencil=stencil)
+    per_block = _per_block(fn, w)
+    block = w.block if w.block is not None and w.block[0] == -1 else None
+    return dataclasses.replace(
+        w, packed=fn(w.packed), scale=per_block(w.scale), offset=per_block(w.offset), block=block
+    )
 
 
-def _spread_leading(per_block: Array | None, array: QuantizedArray) -> Array | None:
-    """Repeat along the axes that a scan may walk: all but a matrix's two, of a matrix its first.
+def _per_block(
+    fn: Callable[[Array], Array], array: QuantizedArray
+) -> Callable[[Array | None], Array | None]:
+    """`fn` for something in the shape of the scale, shared rows staying shared."""
+    rows = array.shape[:-1]
 
-    Never along the last, within which draws depend on what is shared (`stencils.bernoulli`).
-    """
-    if per_block is None:
-        return None
-    leading = max(per_block.ndim - 2, min(per_block.ndim - 1, 1))
-    axes = enumerate(zip(array.codes.shape, per_block.shape, strict=True))
-    target = [n if axis < leading and blocks == 1 else blocks for axis, (n, blocks) in axes]
-    return jnp.broadcast_to(per_block, target)
+    def apply(x: Array | None) -> Array | None:
+        if x is None:
+            return None
+        if all(n == 1 for n in x.shape[:-1]) and (array.block is None or array.block[0] == -1):
+            new = jax.eval_shape(fn, jax.ShapeDtypeStruct((*rows, x.shape[-1]), x.dtype))
+            return x.reshape((1,) * (len(new.shape) - 1) + x.shape[-1:])
+        spread = x if array.block is not None and array.block[0] == -1 else array.spread(x)
+        return fn(jnp.broadcast_to(spread, (*rows, spread.shape[-1])))
 
-
-_NARROWER = {"float32": (jnp.bfloat16, jnp.float16)}
+    return apply

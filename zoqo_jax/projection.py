@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Key
+from jaxtyping import Array, Float, Int32, UInt32
 
 __all__ = ["Rounding", "error_feedback", "nearest", "stochastic", "threshold"]
 
@@ -30,11 +29,17 @@ def nearest(step: Float[Array, "..."]) -> Int32[Array, "..."]:
     return jnp.round(_bounded(step)).astype(jnp.int32)
 
 
-def stochastic(key: Key[Array, ""], step: Float[Array, "..."]) -> Int32[Array, "..."]:
+def stochastic(words: UInt32[Array, "..."], step: Float[Array, "..."]) -> Int32[Array, "..."]:
     """Round up or down at random, unbiased: E[result] = step, to 2^-32 codes.
 
+    Args:
+        words: uniformly random, in the shape of `step`.
+        step: in codes.
+
     Examples:
-        >>> moves = stochastic(jax.random.key(0), jnp.full(100_000, -0.25))
+        >>> import jax
+        >>> words = jax.random.bits(jax.random.key(0), (100_000,), jnp.uint32)
+        >>> moves = stochastic(words, jnp.full(100_000, -0.25))
         >>> sorted(set(moves.tolist())), round(moves.mean().item(), 2)
         ([-1, 0], -0.25)
     """
@@ -42,7 +47,7 @@ def stochastic(key: Key[Array, ""], step: Float[Array, "..."]) -> Int32[Array, "
     size = jnp.abs(_bounded(step))
     whole = jnp.floor(size)
     chance = ((size - whole) * 2.0**32).astype(jnp.uint32)
-    up = jax.random.bits(key, step.shape, jnp.uint32) < chance
+    up = words < chance
     moved = whole.astype(jnp.int32) + up.astype(jnp.int32)
     return jnp.where(step < 0, -moved, moved)
 

@@ -35,7 +35,7 @@ class Quantizer:
     """What turns floats into codes: bits, compander, and where the range comes from.
 
     Args:
-        bits: 2 to 8 bits a code; up to 16 levels are stored as uint4, more as uint8.
+        bits: 2 to 8 bits a code; up to 16 levels are stored two to a byte, up to 4 four to a byte.
         compander: how levels are spaced; uniform by default.
         range: the values that the outermost levels stand for, in value units:
             "absmax" (default) the largest magnitude, symmetric; "minmax" smallest and largest;
@@ -268,9 +268,8 @@ class Quantizer:
     def _encode(
         self, values: Array, scale: Array, offset: Array | None, block: tuple[int, int] | None
     ) -> QuantizedArray:
-        storage = jnp.uint4 if len(self.grid.levels) <= 16 else jnp.uint8
-        empty = jnp.zeros(values.shape, storage)
-        array = QuantizedArray(empty, scale, offset, self.grid, block, values.dtype)
+        empty = jnp.zeros(values.shape, jnp.uint8)
+        array = QuantizedArray.from_codes(empty, scale, offset, self.grid, block, values.dtype)
         spread_offset = None if offset is None else array.spread(offset)
         codes = self._codes(values.astype(jnp.float32), array.spread(scale), spread_offset)
         return array.moved(codes)

@@ -7,6 +7,7 @@ computed once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,16 +17,22 @@ import quax
 from jaxtyping import Array, Float, Float32, Integer, PyTree
 
 from zoqo_jax.arrays import is_quantized
-from zoqo_jax.implicit import PerturbedArray, quaxify
+from zoqo_jax.implicit import PerturbedArray
+from zoqo_jax.rules import quaxify
 from zoqo_jax.stencils import Stencil
 
-__all__ = ["Objective", "difference", "endpoints", "losses", "scalar"]
+__all__ = ["Objective", "differences", "endpoints", "losses", "scalar"]
 
 Objective = Callable[[Any], Float[Array, ""]]
 
 
 def losses(
-    value_fn: Objective, params: PyTree, stencils: Sequence[Stencil], *, center: bool = False
+    value_fn: Objective,
+    params: PyTree,
+    stencils: Sequence[Stencil],
+    *,
+    center: bool = False,
+    together: int = 1,
 ) -> Float32[Array, " sides"]:
     """Evaluate an objective at both sides of a stencil.
 
@@ -34,6 +41,8 @@ def losses(
         params: tree with quantized leaves; its other leaves are not displaced.
         stencils: one for each quantized leaf, in the order of the tree.
         center: evaluate at the present codes too.
+        together: how many directions `jax.vmap` evaluates at once, this one among them: it decides
+            how products are computed, not what they are.
 
     Returns:
         Float32 losses at +u, -u and, with `center`, at the present codes: two or three forward
@@ -54,7 +63,14 @@ def losses(
         return scalar(quaxify(value_fn)(tree))
 
     def displaced_loss(side: Array) -> Array:
-        return loss(_displaced(params, stencils, side, lambda perturbed: perturbed))
+        return loss(
+            _displaced(
+                params,
+                stencils,
+                side,
+                lambda perturbed: dataclasses.replace(perturbed, population=2 * together),
+            )
+        )
 
     pair = jax.vmap(displaced_loss)(jnp.array([1, -1], jnp.int8))
     return jnp.append(pair, loss(params)) if center else pair
@@ -115,15 +131,26 @@ def scalar(value: Any) -> Float32[Array, ""]:
     return jnp.asarray(value, jnp.float32)
 
 
-def difference(pair: Float32[Array, "... 2"]) -> Float32[Array, "..."]:
-    """l+ - l-, with 16 significant bits, and 0 where either loss is NaN or inf.
+def differences(pairs: Float32[Array, "queries 2"]) -> Float32[Array, " queries"]:
+    """l+ - l- of a step's queries, and 0 where either loss is NaN or inf.
 
-    The product with a code (at most 8 bits) is then exact in float32, so sums over queries have the
-    same bits fused or not, on every backend, and a run can be replayed from its differences.
+    They are rounded to whole multiples of one power of two, to 16 significant bits of the largest
+    (fewer beyond 256 queries). Sums of them, or of their products with signs, are then exact in
+    float32 in any order, so a step has the same bits however a compiler arranges it, and a run can
+    be replayed from its differences.
 
     Examples:
-        >>> difference(jnp.array([[0.75, 0.5], [jnp.nan, 0.5]])).tolist()
+        >>> differences(jnp.array([[0.75, 0.5], [jnp.nan, 0.5]])).tolist()
         [0.25, 0.0]
     """
-    raw = pair[..., 0] - pair[..., 1]
-    return jax.lax.reduce_precision(jnp.where(jnp.isfinite(raw), raw, 0.0), 8, 15)
+    raw = pairs[..., 0] - pairs[..., 1]
+    raw = jnp.where(jnp.isfinite(raw), raw, 0.0)
+    bits = min(16, 24 - (raw.shape[-1] - 1).bit_length())
+    largest = jnp.abs(raw).max(axis=-1, keepdims=True)
+    exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 126
+    shift = jnp.clip(bits - exponent, -126, 126)
+    return jnp.round(raw * _power_of_two(shift)) * _power_of_two(-shift)
+
+
+def _power_of_two(exponent: Array) -> Float32[Array, "..."]:
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

@@ -1,50 +1,54 @@
 """Stencils: the integer directions in which a quantized array is probed, made from a key alone.
 
-A direction `u` holds whole numbers of codes. It is described by a `Stencil` and drawn where it is
-needed, in the forward pass and again in the update, never kept. Three choices make one:
+A direction `u` holds whole numbers of codes, int16. It is described by a `Stencil` and drawn where
+it is needed, in the forward pass and again in the update, never kept. Three choices make one:
 
 - *law*, what one entry may be, for a reach `m = max(floor(mu / s), 1)` in codes: `uniform` on {-m
   .. m}, `gaussian` p(k) ~ exp(-(k s)^2 / (2 mu^2)) on {-m .. m} (both of Bar & Giryes, "ZOQO",
   arXiv:2501.06736), or `rademacher` on {-m, m} (with m = 1 that of Shu & Zhu, "CAQ-ZO",
   arXiv:2605.10673);
-- *structure*, how entries hang together: `dense` independent; `rank_one` one row of draws for a
-  matrix, times an independent sign for every row, so that entries stay uncorrelated and a matrix
-  product can share its weights; `sparse` dense entries on a random support;
+- *structure*, how entries hang together: `dense` independent; `rank_one` one row of draws for the
+  array, times an independent sign for every row, so that entries stay uncorrelated and a product
+  with the array can share its weights; `sparse` dense entries on a random support, one place in
+  every `1 / density` neighbours;
 - *boundary*, what becomes of an end point that would leave the grid: `clamp` it to the edge, `mask`
   the coordinate out of the direction, or `reflect` it.
 
-Randomness is drawn row by row (a row is the last axis), each from a key of its own, so a slice of a
-stack of layers draws what the whole stack draws for it, and 32 signs come from each random word.
+Bits come row by row (a row is the last axis) from `draws.py`, so a slice of a stack of layers draws
+what the whole stack draws for it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int8, Int32, Integer, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int8, Int16, Integer, Key
 
+from zoqo_jax import draws
 from zoqo_jax.arrays import Grid, QuantizedArray
+from zoqo_jax.draws import Rows
 
 __all__ = [
     "Boundary",
     "Law",
     "Stencil",
     "Structure",
-    "bernoulli",
     "check",
     "check_choice",
+    "column_signs",
     "describe",
     "displace",
     "dithered_reach",
     "draw",
+    "parts",
     "reach",
-    "signs",
+    "row_signs",
+    "weighted_signs",
 ]
 
 Law = Literal["uniform", "gaussian", "rademacher"]
@@ -54,40 +58,45 @@ Boundary = Literal["clamp", "mask", "reflect"]
 # float32 quotients of equal decimals can miss a whole number by an ulp or two: .02 / .001 must
 # floor to 20.
 _FLOOR_TOLERANCE = 1e-6
-_RESOLUTION = 24  # binary digits of a traced probability
+_LONGEST_CELL = 2**16
+_SIGN, _ENTRY, _PLACE, _SUPPORT = range(4)  # streams of random words
 
 
 class Stencil(eqx.Module):
     """A direction for one array, described.
 
     Attributes:
-        key: a key for the draws of every row, in the array's shape less its last axis; in a
-            rank-one stencil the rows of one matrix share theirs.
-        rows: a sign for every row, -1 or 1: random in a rank-one stencil, and times the side (+ or
-            -) of the query, so that the two sides differ in nothing else.
+        rows: where the bits of each row come from.
+        side: the side of the query, 1 or -1, once for each row.
         width: mu / s in codes, not yet floored, in the shape of the array's scale.
-        support_key: a key for the support of every row, or None where every entry is in it.
-        probability: chance of an entry to be in the support, in the shape of the scale, or None for
-            1.
+        probability: chance of an entry, or of a cell's one entry, to be in the support, in the
+            shape of the scale, or None for 1.
         digits: binary digits that represent `probability`, at most 24.
+        cell: neighbours in a row of whom one is in the support; 1 for all.
         law: the law of an entry.
         structure: how entries hang together.
         boundary: what happens at the grid's edges.
     """
 
-    key: Key[Array, "..."]
-    rows: Int8[Array, "..."]
+    rows: Rows
+    side: Int8[Array, "*rows"]
     width: Float[Array, "..."]
-    support_key: Key[Array, "..."] | None
     probability: Float[Array, "..."] | None
     digits: int = eqx.field(static=True)
+    cell: int = eqx.field(static=True)
     law: Law = eqx.field(static=True)
     structure: Structure = eqx.field(static=True)
     boundary: Boundary = eqx.field(static=True)
 
     def flipped(self, side: Int8[Array, ""]) -> Stencil:
         """The stencil of `side * u`, side in {-1, 1}."""
-        return dataclasses.replace(self, rows=self.rows * side)
+        return dataclasses.replace(self, side=self.side * side)
+
+    @property
+    def is_rank_one_signs(self) -> bool:
+        """Whether an entry is its row's sign times its column's, up to reach and edges."""
+        is_signs = self.law == "rademacher" and self.probability is None
+        return self.structure == "rank_one" and is_signs
 
 
 def describe(
@@ -110,12 +119,13 @@ def describe(
         law: law of an entry.
         structure: how entries hang together.
         boundary: what happens at the grid's edges.
-        density: expected fraction of the support, in (0, 1], for structure="sparse".
+        density: expected fraction of the support, in (0, 1], for structure="sparse". A number costs
+            draws by its size; a traced array draws for every entry.
         dithered: where `width < 1`, keep an entry with probability `width` instead of widening its
             reach to one whole code.
 
     Returns:
-        The stencil: about twenty bytes a row.
+        The stencil: about twelve bytes a row, which a compiled program never stores.
 
     Examples:
         >>> from zoqo_jax import Quantizer
@@ -123,51 +133,105 @@ def describe(
         >>> draw(describe(jax.random.key(0), array, 2.0), array).shape
         (2, 3)
     """
-    rows = array.codes.shape[:-1]
+    rows = draws.rows(key, array.shape[:-1])
     shape = array.scale.shape
     width = jnp.broadcast_to(jnp.asarray(width, jnp.float32), shape)
-    draw_key, sign_key, support_key = jax.random.split(key, 3)
-    if structure == "rank_one" and rows:
-        keys = jnp.broadcast_to(jax.random.split(draw_key, rows[:-1])[..., None], rows)
-        row_signs = _per_row(signs, jax.random.split(sign_key, rows[:-1]), rows[-1])
-    else:
-        keys = jax.random.split(draw_key, rows)
-        row_signs = jnp.ones(rows, jnp.int8)
-    probability, digits = None, _RESOLUTION
+    cell, share, digits = 1, None, draws.RESOLUTION
     if structure == "sparse":
-        probability, digits = jnp.full(shape, density, jnp.float32), _digits(density)
+        cell, share = _cells(density)
+        digits = draws.RESOLUTION if share is None else _digits(share)
+    probability = None if share is None else jnp.full(shape, share, jnp.float32)
     if dithered:
         kept = jnp.minimum(width, 1.0)
         probability = kept if probability is None else kept * probability
-        digits = _RESOLUTION
-    support_keys = None if probability is None else jax.random.split(support_key, rows)
-    return Stencil(
-        keys, row_signs, width, support_keys, probability, digits, law, structure, boundary
-    )
+        digits = draws.RESOLUTION
+    side = jnp.ones(rows.index.shape, jnp.int8)
+    return Stencil(rows, side, width, probability, digits, cell, law, structure, boundary)
 
 
-def draw(stencil: Stencil, array: QuantizedArray) -> Int32[Array, "..."]:
+def draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
     """The direction that a stencil describes, in codes, in the shape of `array`.
 
     Under boundary="mask" the entries that would leave the grid on either side are zero.
     """
-    shape = array.codes.shape
-    if array.codes.size == 0:
-        return jnp.zeros(shape, jnp.int32)
-    u = _entries(stencil, array) * stencil.rows.astype(jnp.int32)[..., None]
-    if stencil.support_key is not None and stencil.probability is not None:
-        probability = array.spread(stencil.probability)
-        support = bernoulli(stencil.support_key, probability, u.shape[-1], stencil.digits)
-        u = jnp.where(support, u, 0)
-    u = u.reshape(shape)
+    drawn = [_draw(*part) for part in parts(stencil, array)]
+    return jnp.concatenate(drawn, axis=-1) if len(drawn) > 1 else drawn[0]
+
+
+def parts(stencil: Stencil, array: QuantizedArray) -> list[tuple[Stencil, QuantizedArray]]:
+    """A stencil and its array for each of the parts whose codes share bytes; their draws differ."""
+    widths = array.split(stencil.width)
+    chances = [None] * array.per_byte
+    if stencil.probability is not None:
+        chances = array.split(stencil.probability)
+    return [
+        (
+            dataclasses.replace(stencil, rows=rows, width=width, probability=chance),
+            part,
+        )
+        for part, rows, width, chance in zip(
+            array.parts, draws.parts(stencil.rows, array.per_byte), widths, chances, strict=True
+        )
+    ]
+
+
+def _draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
+    """The direction of one part."""
+    if array.size == 0:
+        return jnp.zeros(array.shape, jnp.int16)
+    columns = array.shape[-1] if array.ndim else 1
+    width = array.spread(stencil.width)
+    chance = None if stencil.probability is None else array.spread(stencil.probability)
+    if stencil.cell == 1:
+        u = _entries(stencil, array.grid, width, chance, columns)
+    else:
+        u = _scattered_entries(stencil, array.grid, width, chance, columns)
+    u = (u * stencil.side.astype(jnp.int16)[..., None]).reshape(array.shape)
     if stencil.boundary == "mask":
-        u = jnp.where(_both_sides_fit(array.codes, u, array.grid), u, 0)
+        u = jnp.where(_both_sides_fit(array.packed, u, array.grid), u, 0)
     return u
 
 
+def row_signs(stencil: Stencil) -> Int8[Array, "*rows"]:
+    """The sign of every row of a rank-one direction, for the + side of a query."""
+    bit = draws.words(draws.whole(stencil.rows), 1, _SIGN)[..., 0] & 1
+    return 2 * bit.astype(jnp.int8) - 1
+
+
+def column_signs(stencil: Stencil, array: QuantizedArray) -> Int8[Array, " columns"]:
+    """The signs that all rows of a rank-one Rademacher direction share."""
+    columns = array.packed.shape[-1] if array.ndim else 1
+    rows = draws.parts(draws.shared(stencil.rows), array.per_byte)
+    return jnp.concatenate([draws.signs(part, columns, _ENTRY).reshape(columns) for part in rows])
+
+
+def weighted_signs(
+    stencils: Stencil, weights: Float[Array, " queries"], array: QuantizedArray
+) -> Float[Array, "..."]:
+    """The sum over queries of a weight times the signs of a rank-one direction: one product.
+
+    Args:
+        stencils: of all queries, their arrays stacked.
+        weights: exact in any order of summation, as `queries.differences` are.
+        array: in whose shape, a code to a byte.
+    """
+    a = jax.vmap(row_signs)(stencils).reshape(weights.shape[0], -1)
+    b = jax.vmap(lambda stencil: column_signs(stencil, array))(stencils)
+    total = jnp.einsum(
+        "qr,qc->rc",
+        a * weights[:, None],
+        b.astype(weights.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+    ).reshape(array.shape)
+    if stencils.boundary == "mask":
+        m = reach(array.spread(stencils.width[0]), array.grid)
+        total = jnp.where(_both_sides_fit(array.packed, m, array.grid), total, 0.0)
+    return total
+
+
 def displace(
-    codes: Integer[Array, "..."], u: Int32[Array, "..."], grid: Grid, boundary: Boundary
-) -> Int32[Array, "..."]:
+    codes: Integer[Array, "..."], u: Integer[Array, "..."], grid: Grid, boundary: Boundary
+) -> Int16[Array, "..."]:
     """The legal codes that `codes + u` becomes at the grid's edges.
 
     Under "mask" a coordinate whose other side, `codes - u`, would leave the grid stays as well.
@@ -178,8 +242,8 @@ def displace(
         >>> [displace(codes, u, grid, how).tolist() for how in ("clamp", "mask", "reflect")]
         [[0, 3, 3], [0, 2, 3], [1, 2, 2]]
     """
-    n = codes.astype(jnp.int32)
-    moved = n + u
+    n = codes.astype(jnp.int16)
+    moved = n + u.astype(jnp.int16)
     if boundary == "mask":
         return jnp.where(_both_sides_fit(codes, u, grid), moved, n)
     if boundary == "reflect":
@@ -188,7 +252,7 @@ def displace(
     return jnp.clip(moved, grid.low, grid.high)
 
 
-def reach(width: Float[Array, "..."], grid: Grid) -> Int32[Array, "..."]:
+def reach(width: Float[Array, "..."], grid: Grid) -> Int16[Array, "..."]:
     """ZOQO's m = max(floor(mu / s), 1), with a tolerance for the floor, at most the grid's width.
 
     Examples:
@@ -197,24 +261,24 @@ def reach(width: Float[Array, "..."], grid: Grid) -> Int32[Array, "..."]:
         20
     """
     widest = float(grid.high - grid.low)
-    return jnp.clip(jnp.floor(width * (1.0 + _FLOOR_TOLERANCE)), 1.0, widest).astype(jnp.int32)
+    return jnp.clip(jnp.floor(width * (1.0 + _FLOOR_TOLERANCE)), 1.0, widest).astype(jnp.int16)
 
 
 def dithered_reach(
-    key: Key[Array, ""], width: Float[Array, "..."], array: QuantizedArray
-) -> Int32[Array, "..."]:
+    rows: Rows, width: Float[Array, "..."], array: QuantizedArray
+) -> Int16[Array, "..."]:
     """floor(width + U), U uniform in [0, 1) for each coordinate: `width` codes on average.
 
     Args:
-        key: a key for these draws alone.
+        rows: where the bits come from.
         width: in codes, in the shape of `array.scale`.
-        array: whose coordinates.
+        array: whose coordinates, a code to a byte.
     """
-    shape = array.codes.shape
+    shape = array.shape
     whole = jnp.clip(jnp.floor(width * (1.0 + _FLOOR_TOLERANCE)), 0.0, float(array.grid.high))
     rest = array.spread(jnp.clip(width - whole, 0.0, 1.0))
-    up = bernoulli(jax.random.split(key, shape[:-1]), rest, shape[-1] if shape else 1)
-    return array.spread(whole).astype(jnp.int32) + up.reshape(shape).astype(jnp.int32)
+    up = draws.bernoulli(rows, rest, shape[-1] if shape else 1, 0).reshape(shape)
+    return array.spread(whole.astype(jnp.int16)) + up.astype(jnp.int16)
 
 
 def check(law: str, structure: str, boundary: str, density: Array | float) -> None:
@@ -247,94 +311,61 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 
 
-def signs(key: Key[Array, ""], count: int) -> Int8[Array, " count"]:
-    """Independent fair signs, -1 or 1, 32 from each random word.
-
-    Examples:
-        >>> sorted(set(signs(jax.random.key(0), 100).tolist()))
-        [-1, 1]
-    """
-    return (2 * _unpack(_random_words(key, -(-count // 32)), count) - 1).astype(jnp.int8)
-
-
-def bernoulli(
-    keys: Key[Array, "..."],
-    probability: Float[Array, "..."] | float,
-    columns: int,
-    digits: int = _RESOLUTION,
-) -> Bool[Array, "..."]:
-    """Independent draws that are true with a given probability.
-
-    Where a row of at least 32 draws shares its probability, `digits` random words make 32 draws by
-    bit slicing: going up p's binary digits, OR with a random word where the digit is 1, AND where
-    it is 0. Elsewhere a word makes one draw.
-
-    Args:
-        keys: one for each row.
-        probability: in [0, 1], broadcastable to the rows' shape and one more axis; exact to
-            2^-digits.
-        columns: length of a row.
-        digits: binary digits, at most 24.
-
-    Returns:
-        Draws in the shape of `keys` and one more axis.
-
-    Examples:
-        >>> draws = bernoulli(jax.random.key(0), 0.25, 100_000)
-        >>> round(draws.mean().item(), 2)
-        0.25
-    """
-    p = jnp.asarray(probability, jnp.float32)
-    p = p if p.ndim else p[None]
-    if columns >= 32 and p.shape[-1] == 1:
-        whole = jnp.round(p * 2.0**digits).astype(jnp.uint32)
-        words = -(-columns // 32)
-
-        def add_digit(digit: Array, below: Array) -> Array:
-            word = _per_row(
-                lambda k, n: _random_words(jax.random.fold_in(k, digit), n), keys, words
-            )
-            return jnp.where((whole >> digit) & 1, below | word, below & word)
-
-        below = jnp.zeros((*keys.shape, words), jnp.uint32)
-        below = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(digits), add_digit, below)
-        below = jnp.where(whole >> digits, jnp.uint32(0xFFFFFFFF), below)
-        return _unpack(below, columns).astype(bool)
-    words = _per_row(_random_words, keys, columns)
-    return (words >> 8).astype(jnp.float32) * 2.0**-24 < p
-
-
-def _entries(stencil: Stencil, array: QuantizedArray) -> Int32[Array, "..."]:
-    """Draws of the law, before row signs and support; rank-one rows of a matrix share one draw."""
-    columns = array.codes.shape[-1] if array.codes.ndim else 1
-    shared = stencil.structure == "rank_one" and array.codes.ndim >= 2
-    keys = stencil.key[..., :1] if shared else stencil.key
-    width = array.spread(stencil.width)
-    m = reach(width, array.grid)
+def _entries(
+    stencil: Stencil, grid: Grid, width: Array, chance: Array | None, columns: int
+) -> Int16[Array, "*rows columns"]:
+    """Draws of the law for the + side, on its support."""
+    ranked = stencil.structure == "rank_one"
+    rows = draws.shared(stencil.rows) if ranked else stencil.rows
+    m = reach(width, grid)
     if stencil.law == "rademacher":
-        return m * _per_row(signs, keys, columns).astype(jnp.int32)
-    bits = 16 if len(array.grid.levels) <= 16 else 32
-    words = _per_row(lambda key, n: _random_words(key, n, bits), keys, columns)
-    size = _uniform_size if stencil.law == "uniform" else _gaussian_size
-    magnitude = size(words >> 1, bits - 1, m, width)
-    return jnp.where(words & 1, -magnitude, magnitude)  # a fair sign: the law is exactly symmetric
+        u = m * draws.signs(rows, columns, _ENTRY).astype(jnp.int16)
+    else:
+        words = draws.words(rows, columns, _ENTRY)
+        size = _uniform_size if stencil.law == "uniform" else _gaussian_size
+        magnitude = size(words >> 1, m, width)
+        u = jnp.where(words & 1, -magnitude, magnitude)  # a fair sign: exactly symmetric
+    if ranked:
+        u = u * row_signs(stencil).astype(jnp.int16)[..., None]
+    if chance is None:
+        return u
+    support = draws.bernoulli(stencil.rows, chance, columns, _SUPPORT, stencil.digits)
+    return jnp.where(support, u, 0)
 
 
-def _uniform_size(random: Array, bits: int, m: Array, width: Array) -> Int32[Array, "..."]:
-    """|k| of a uniform k on {-m .. m}, from whole numbers uniform on 0 .. 2^bits - 1."""
+def _scattered_entries(
+    stencil: Stencil, grid: Grid, width: Array, chance: Array | None, columns: int
+) -> Int16[Array, "*rows columns"]:
+    """Draws of the law, one in each cell of neighbours; past the end of a row it is lost."""
+    cell = stencil.cell
+    cells = -(-columns // cell)
+    place = draws.below(stencil.rows, cell, cells, _PLACE)
+    column = jnp.minimum(place + cell * jnp.arange(cells), columns - 1)
+
+    def at_places(spread: Array) -> Array:
+        if spread.ndim == 0 or spread.shape[-1] == 1:
+            return spread
+        whole = jnp.broadcast_to(spread, (*column.shape[:-1], columns))
+        return jnp.take_along_axis(whole, column, axis=-1)
+
+    chance = None if chance is None else at_places(chance)
+    u = _entries(stencil, grid, at_places(width), chance, cells)
+    u = jnp.where(place[..., None] == jnp.arange(cell), u[..., None], 0)
+    return u.reshape(*u.shape[:-2], cells * cell)[..., :columns]
+
+
+def _uniform_size(random: Array, m: Array, width: Array) -> Int16[Array, "..."]:
+    """|k| of a uniform k on {-m .. m}, from whole numbers uniform on 0 .. 2^31 - 1."""
     del width
     count = (2 * m + 1).astype(jnp.uint32)
-    if bits > 15:  # floor(random * count / 2^bits) without a 64-bit product
-        low = random & 0x7FFF
-        random, bits = (random >> 15) * count + ((low * count) >> 15), bits - 15
-    else:
-        random = random * count
-    return ((random >> bits).astype(jnp.int32) + 1) >> 1
+    high, low = random >> 15, random & 0x7FFF  # random * count / 2^31 without a 64-bit product
+    return (((high * count + ((low * count) >> 15)) >> 16).astype(jnp.int16) + 1) >> 1
 
 
-def _gaussian_size(random: Array, bits: int, m: Array, width: Array) -> Int32[Array, "..."]:
+def _gaussian_size(random: Array, m: Array, width: Array) -> Int16[Array, "..."]:
     """|k| of k on {-m .. m} with p(k) ~ exp(-k^2 / (2 width^2)), by inverting the distribution."""
-    uniform = random.astype(jnp.float32) * 2.0**-bits
+    m = m.astype(jnp.int32)
+    uniform = random.astype(jnp.float32) * 2.0**-31
 
     def weight(k: Array) -> Array:
         both = jnp.where(k == 0, 1.0, 2.0)
@@ -351,39 +382,26 @@ def _gaussian_size(random: Array, bits: int, m: Array, width: Array) -> Int32[Ar
     total = jax.lax.fori_loop(0, widest + 1, lambda k, sum_: sum_ + weight(k), zero)
     size = jnp.zeros(jnp.broadcast_shapes(zero.shape, uniform.shape), jnp.int32)
     _, size = jax.lax.fori_loop(0, widest, invert, (zero, size))
-    return jnp.minimum(size, m)
+    return jnp.minimum(size, m).astype(jnp.int16)
 
 
 def _both_sides_fit(codes: Array, u: Array, grid: Grid) -> Bool[Array, "..."]:
-    n, size = codes.astype(jnp.int32), jnp.abs(u)
+    n, size = codes.astype(jnp.int16), jnp.abs(u).astype(jnp.int16)
     return (n + size <= grid.high) & (n - size >= grid.low)
 
 
-def _per_row(draws: Callable[[Array, int], Array], keys: Array, columns: int) -> Array:
-    rows = jax.vmap(lambda key: draws(key, columns))(keys.reshape(-1))
-    return rows.reshape(*keys.shape, columns)
-
-
-def _random_words(key: Array, count: int, bits: int = 32) -> UInt32[Array, " count"]:
-    """Random words of 16 or 32 bits, two of the short ones from each long one.
-
-    The dtype is said: the default is 64 bits wide under jax_enable_x64.
-    """
-    if bits == 32:
-        return jax.random.bits(key, (count,), jnp.uint32)
-    pairs = _random_words(key, -(-count // 2))
-    return jnp.stack([pairs & 0xFFFF, pairs >> 16], axis=-1).reshape(-1)[:count]
-
-
-def _unpack(words: UInt32[Array, "... words"], count: int) -> Int32[Array, "... count"]:
-    """The first `count` bits of each row of words."""
-    bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return bits.reshape(*words.shape[:-1], -1)[..., :count].astype(jnp.int32)
+def _cells(density: Array | float) -> tuple[int, Array | float | None]:
+    """The length of a cell, and the share of cells in the support or None for all of them."""
+    if isinstance(density, Array | Tracer):
+        return 1, density
+    cell = min(int(1.0 / density * (1.0 + _FLOOR_TOLERANCE)), _LONGEST_CELL)
+    share = density * cell
+    return cell, None if share > 1.0 - _FLOOR_TOLERANCE else share
 
 
 def _digits(density: Array | float) -> int:
     """The fewest binary digits that hold a known density exactly, or all of them."""
     if isinstance(density, Array | Tracer):
-        return _RESOLUTION
-    exact = (k for k in range(1, _RESOLUTION) if float(density * 2.0**k).is_integer())
-    return next(exact, _RESOLUTION)
+        return draws.RESOLUTION
+    exact = (k for k in range(1, draws.RESOLUTION) if float(density * 2.0**k).is_integer())
+    return next(exact, draws.RESOLUTION)

@@ -14,8 +14,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from zoqo_jax import projection, stencils
+from zoqo_jax import draws, projection, stencils
 from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.draws import Rows
 from zoqo_jax.projection import Rounding
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
@@ -107,15 +108,16 @@ def caq_zo(
         )
 
     def weigh(difference: Array, r: Array) -> Float[Array, "..."]:
-        return difference * r
+        return difference * r.astype(jnp.float32)
 
     def move(
-        key: Array, array: QuantizedArray, total: Array, count: Array, residual: Any
+        rows: Rows, array: QuantizedArray, total: Array, count: Array, residual: Any
     ) -> tuple[Array, Any]:
-        del array
         step = -(value_at(learning_rate, count) * mean_over_2) * total
         if rounding == "stochastic":
-            return projection.stochastic(key, step), residual
+            columns = array.shape[-1] if array.ndim else 1
+            words = draws.words(rows, columns, 0).reshape(array.shape)
+            return projection.stochastic(words, step), residual
         if rounding == "nearest":
             return projection.nearest(step), residual
         if rounding == "threshold":
@@ -123,7 +125,7 @@ def caq_zo(
         return projection.error_feedback(step, residual)
 
     def remember(array: QuantizedArray) -> Array:
-        return jnp.zeros(array.codes.shape, jnp.int32)
+        return jnp.zeros(array.shape, jnp.int32)
 
     rules = Rules(describe, weigh, move, remember if rounding == "error_feedback" else None)
     return stepping.by_queries(rules, key, num_queries, query_batch, axis_name)

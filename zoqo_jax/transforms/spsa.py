@@ -15,9 +15,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from zoqo_jax import queries, stencils
+from zoqo_jax import draws, queries, stencils
 from zoqo_jax.arrays import is_quantized
-from zoqo_jax.implicit import quaxify
+from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.stepping import Schedule, StepState, value_at
 
@@ -99,7 +99,9 @@ def spsa(
             leaf_key = jax.random.fold_in(jax.random.fold_in(step_key, query), index)
             if noise == "gaussian":
                 return jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
-            return stencils.signs(leaf_key, leaf.size).reshape(leaf.shape).astype(leaf.dtype)
+            rows = draws.rows(leaf_key, leaf.shape[:-1])
+            columns = leaf.shape[-1] if leaf.ndim else 1
+            return draws.signs(rows, columns, 0).reshape(leaf.shape).astype(leaf.dtype)
 
         def query_losses(query: Array | int) -> Array:
             def loss(side: Array) -> Array:

@@ -7,12 +7,15 @@ from their differences.
 
 Randomness: `fold_in(key, count)` makes the key of a step, folding in the query and then the leaf
 makes that of a direction. Nothing is stored, so the update draws again what the forward passes
-drew.
+drew. Where it has many queries to sum it goes through a leaf in pieces of a few rows, so that what
+it needs besides the codes does not grow with the model. An update's bytes are changes modulo 256:
+`packed + update` wraps to the true sum, and `optax.apply_updates` is exact.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +24,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
 
-from zoqo_jax import queries, stencils
+from zoqo_jax import draws, queries, stencils
 from zoqo_jax.arrays import QuantizedArray, is_quantized
+from zoqo_jax.draws import Rows
+from zoqo_jax.implicit import PerturbedArray, on_rows
 from zoqo_jax.stencils import Stencil
 
 __all__ = [
@@ -40,6 +45,9 @@ __all__ = [
 ]
 
 Schedule = float | int | Callable[[Any], Any]
+Pick = Callable[[Array], Array]
+
+_PIECE = 2**20  # codes of a leaf that an update with many queries treats at once
 
 
 class StepState(NamedTuple):
@@ -51,9 +59,9 @@ class StepState(NamedTuple):
             own.
         queries: evaluations of the objective so far.
         losses: the last step's (l+, l-) for each query; inf before the first.
-        differences: the last step's l+ - l-, 16 significant bits, 0 where a loss was not finite.
-            These, `key` and `count` determine the step: keep them, and `replay` can rebuild the
-            run.
+        differences: the last step's l+ - l-, 16 significant bits of the largest, 0 where a loss
+            was not finite. These, `key` and `count` determine the step: keep them, and `replay` can
+            rebuild the run.
         skipped: query pairs so far with a NaN or inf loss; they move nothing.
         residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
     """
@@ -72,15 +80,16 @@ class Rules(NamedTuple):
 
     Attributes:
         describe: (key, array, count) -> the stencil to probe `array` with.
-        weigh: (l+ - l-, u) -> what one query pair says, in the shape of u, float32.
-        move: (key, array, sum over queries of `weigh`, count, residual) -> (codes to move,
-            residual).
+        weigh: (l+ - l-, u) -> what one query pair says, in the shape of u, to be summed over
+            queries; a product of something of the first and something of the second.
+        move: (rows, array, sum over queries of `weigh`, count, residual) -> (codes to move,
+            residual); `rows` are where the bits of the move come from.
         remember: array -> its first residual, or None for a method that keeps none.
     """
 
     describe: Callable[[Array, QuantizedArray, Array], Stencil]
     weigh: Callable[[Array, Array], Array]
-    move: Callable[[Array, QuantizedArray, Array, Array, Any], tuple[Array, Any]]
+    move: Callable[[Rows, QuantizedArray, Array, Array, Any], tuple[Array, Any]]
     remember: Callable[[QuantizedArray], Any] | None = None
 
 
@@ -116,19 +125,66 @@ def by_queries(
         A transformation whose `update` takes `value_fn=` (or `differences=`, to replay a step).
     """
     check_query_count(num_queries, query_batch)
+    together = min(query_batch or num_queries, num_queries)
 
     def init(params: PyTree) -> StepState:
         arrays = _quantized_leaves(params)
         residual = tuple(map(rules.remember, arrays)) if rules.remember else ()
         return initial_state(key, num_queries)._replace(residual=residual)
 
-    def describe(state: StepState, query: Array | int, leaf: int, array: QuantizedArray) -> Stencil:
+    def keys(state: StepState, leaves: int) -> Key[Array, "queries_and_move leaves"]:
+        """A key for every direction and, in the last row, for every move."""
         step_key = jax.random.fold_in(state.key, state.count)
-        leaf_key = jax.random.fold_in(jax.random.fold_in(step_key, query), leaf)
-        return rules.describe(leaf_key, array, state.count)
+        by_query = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(num_queries + 1))
+        return jax.vmap(
+            lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(leaves))
+        )(by_query)
 
     def probes(state: StepState, params: PyTree, query: Array | int = 0) -> list[Stencil]:
-        return [describe(state, query, *pair) for pair in enumerate(_quantized_leaves(params))]
+        arrays = _quantized_leaves(params)
+        of_query = keys(state, len(arrays))[query]
+        return [rules.describe(of_query[i], array, state.count) for i, array in enumerate(arrays)]
+
+    def move(
+        after: StepState, keys: Array, array: QuantizedArray, kept: Any, pick: Pick
+    ) -> tuple[Array, Any]:
+        """The change of a leaf's bytes, and what error feedback keeps, for the rows picked."""
+        piece = on_rows(pick, array)
+        rows = draws.rows(keys[num_queries], array.shape[:-1])
+        rows = jax.tree.map(lambda x: pick(x[..., None])[..., 0], rows)
+        rest = [None] * array.per_byte if kept is None else _cut(pick(kept), array.per_byte)
+        steps = []
+        for i, (part, bits) in enumerate(
+            zip(piece.parts, draws.parts(rows, array.per_byte), strict=True)
+        ):
+            total = said(after, keys, array, pick, i)
+            step, rest[i] = rules.move(bits, part, total, after.count - 1, rest[i])
+            steps.append(step)
+        kept = None if kept is None else _joined(rest)
+        return piece.stepped(steps).packed - piece.packed, kept
+
+    def said(after: StepState, keys: Array, array: QuantizedArray, pick: Pick, part: int) -> Array:
+        """What the step's queries said about a part of a leaf, for the rows picked."""
+
+        def stencil(query: Array | int) -> tuple[Stencil, QuantizedArray]:
+            whole = PerturbedArray(array, rules.describe(keys[query], array, after.count - 1))
+            picked = on_rows(pick, whole)
+            return stencils.parts(picked.stencil, picked.array)[part]
+
+        def one(query: Array | int) -> Array:
+            return rules.weigh(after.differences[query], stencils.draw(*stencil(query)))
+
+        if num_queries == 1:
+            return one(0)
+        first, piece = stencil(0)
+        if not first.is_rank_one_signs:
+            add = lambda query, total: total + one(query)  # noqa: E731
+            return jax.lax.fori_loop(1, num_queries, add, one(0))
+        weights = jax.vmap(lambda d: rules.weigh(d, jnp.int16(1)))(after.differences)
+        directions = jax.vmap(lambda query: stencil(query)[0])(jnp.arange(num_queries))
+        total = stencils.weighted_signs(directions, weights.astype(jnp.float32), piece)
+        m = stencils.reach(piece.spread(first.width), piece.grid)
+        return total * rules.weigh(jnp.float32(1.0), m)
 
     def update(
         updates: Any,
@@ -150,7 +206,9 @@ def by_queries(
             after = state._replace(count=state.count + 1, differences=heard)
         elif value_fn is not None:
             pairs = over_queries(
-                lambda query: queries.losses(value_fn, params, probes(state, params, query)),
+                lambda query: queries.losses(
+                    value_fn, params, probes(state, params, query), together=together
+                ),
                 num_queries,
                 query_batch,
             )
@@ -158,23 +216,14 @@ def by_queries(
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 
-        def said(leaf: int) -> Array:
-            def add(query: Array | int, total: Array) -> Array:
-                u = stencils.draw(describe(state, query, leaf, arrays[leaf]), arrays[leaf])
-                return total + rules.weigh(after.differences[query], u.astype(jnp.float32))
-
-            total = jnp.zeros(arrays[leaf].shape, jnp.float32)
-            return (
-                add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)
-            )
-
-        move_key = jax.random.fold_in(jax.random.fold_in(state.key, state.count), num_queries)
+        all_keys = keys(state, len(arrays))
         deltas, residual = [], []
         for leaf, array in enumerate(arrays):
-            leaf_key = jax.random.fold_in(move_key, leaf)
             kept = state.residual[leaf] if state.residual else None
-            step, kept = rules.move(leaf_key, array, said(leaf), state.count, kept)
-            deltas.append(_delta(array, step))
+            change = functools.partial(move, after, all_keys[:, leaf], array, kept)
+            # One query's direction is never made: all of a leaf is one loop over its bytes.
+            delta, kept = change(_all) if num_queries == 1 else _in_pieces(change, array, kept)
+            deltas.append(delta)
             residual.append(kept)
         if state.residual:
             after = after._replace(residual=tuple(residual))
@@ -204,7 +253,7 @@ def record(state: StepState, pairs: Float32[Array, "queries 2"]) -> StepState:
         count=state.count + 1,
         queries=state.queries + pairs.size,
         losses=pairs,
-        differences=queries.difference(pairs),
+        differences=queries.differences(pairs),
         skipped=state.skipped + bad.sum(dtype=jnp.int32),
     )
 
@@ -251,16 +300,40 @@ def _quantized_leaves(params: PyTree | None) -> list[QuantizedArray]:
     return leaves
 
 
-def _delta(array: QuantizedArray, step: Int32[Array, "..."]) -> Array:
-    """The codes' change for a step kept on the grid, modulo 2^width, in the codes' own dtype.
+def _all(x: Array) -> Array:
+    return x
 
-    Two's complement: `codes + delta` wraps to the true sum, so `optax.apply_updates` is exact and
-    needs no wider copy.
-    """
-    n = array.codes.astype(jnp.int32)
-    moved = jnp.clip(n + step, array.grid.low, array.grid.high)
-    width = jnp.iinfo(array.codes.dtype).bits
-    return ((moved - n) & (2**width - 1)).astype(array.codes.dtype)
+
+def _in_pieces(
+    change: Callable[[Pick], tuple[Array, Any]], array: QuantizedArray, kept: Any
+) -> tuple[Array, Any]:
+    """A change of a leaf, a few rows of its first axis at a time."""
+    if array.ndim < 2 or array.size <= _PIECE:
+        return change(_all)
+    rows = array.shape[0]
+    few = max(_PIECE // (array.size // rows), 1)
+
+    def one_piece(i: Array, done: tuple[Array, Any]) -> tuple[Array, Any]:
+        start = jnp.minimum(i * few, rows - few)  # the last piece may go over rows again
+
+        def pick(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, few)
+
+        def put(whole: Array, piece: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
+
+        return jax.tree.map(put, done, change(pick))
+
+    start = (jnp.zeros_like(array.packed), kept)
+    return jax.lax.fori_loop(0, -(-rows // few), one_piece, start)
+
+
+def _cut(x: Array, count: int) -> list[Any]:
+    return jnp.split(x, count, axis=-1) if count > 1 else [x]
+
+
+def _joined(parts: list[Any]) -> Array:
+    return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
 def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
@@ -269,7 +342,7 @@ def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
 
     def one(leaf: Any) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, leaf)
-        return dataclasses.replace(zeros, codes=next(remaining)) if is_quantized(leaf) else zeros
+        return dataclasses.replace(zeros, packed=next(remaining)) if is_quantized(leaf) else zeros
 
     return jax.tree.map(one, params, is_leaf=is_quantized)
 

@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from zoqo_jax import stencils
 from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.draws import Rows
 from zoqo_jax.stencils import Boundary, Law, Stencil, Structure
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.stepping import Rules, Schedule, value_at
@@ -112,18 +113,18 @@ def zoqo(
             dithered=dithered,
         )
 
-    def weigh(difference: Array, u: Array) -> Float[Array, "..."]:
-        if vote == "majority":
-            return jnp.sign(difference) * jnp.sign(u)
-        return difference * u
+    def weigh(difference: Array, u: Array) -> Array:
+        if vote == "majority" or num_queries == 1:  # signs are all that counts: stay with integers
+            return jnp.sign(difference).astype(jnp.int16) * jnp.sign(u)
+        return difference * u.astype(jnp.float32)
 
     def move(
-        key: Array, array: QuantizedArray, votes: Array, count: Array, residual: Any
+        rows: Rows, array: QuantizedArray, votes: Array, count: Array, residual: Any
     ) -> tuple[Array, Any]:
         eta, s = value_at(learning_rate, count), array.step
-        g = jnp.sign(votes).astype(jnp.int32)
+        g = jnp.sign(votes).astype(jnp.int16)
         if dithered:
-            E = stencils.dithered_reach(key, eta / s, array)
+            E = stencils.dithered_reach(rows, eta / s, array)
         else:
             E = array.spread(stencils.reach(eta / s, array.grid))
         return -E * g, residual

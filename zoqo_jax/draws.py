@@ -1,0 +1,198 @@
+"""Random bits for the rows of an array, each a function of a key, a row and a place in the row.
+
+Nothing is ever stored: a forward pass and the update that follows make the same bits again. The
+generator is JAX's own, Threefry-2x32 with 20 rounds (Salmon et al., "Parallel random numbers: as
+easy as 1, 2, 3", 2011), but written as plain arithmetic on counters, so that XLA fuses it into what
+uses the bits. `jax.random.bits` is five times slower a word on a CPU and as slow to compile.
+
+One row's bits do not depend on which other rows there are, so a slice of a stack of layers has the
+bits that the whole stack has for it. A row is the last axis of an array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int8, Int32, Integer, Key, UInt32
+
+__all__ = ["RESOLUTION", "Rows", "below", "bernoulli", "rows", "signs", "words"]
+
+RESOLUTION = 24  # binary digits of a probability that is not known beforehand
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PART = 30  # where a row's number ends and that of its part begins
+_PARITY = np.uint32(0x1BD11BDA)
+
+
+class Rows(eqx.Module):
+    """Where the bits of every row of an array come from; 12 bytes a row, mostly never stored.
+
+    Attributes:
+        key0: first word of the array's key, for every row the same.
+        key1: second word.
+        index: the row's number in the whole array, less than 2^30 - 1.
+    """
+
+    key0: UInt32[Array, "*rows"]
+    key1: UInt32[Array, "*rows"]
+    index: UInt32[Array, "*rows"]
+
+
+def rows(key: Key[Array, ""], shape: tuple[int, ...]) -> Rows:
+    """Rows for an array of this shape less its last axis.
+
+    Examples:
+        >>> rows(jax.random.key(0), (2, 3)).index.tolist()
+        [[0, 1, 2], [3, 4, 5]]
+    """
+    data = jax.random.key_data(key)
+    if data.shape != (2,):  # another generator's key
+        data = jax.random.bits(key, (2,), jnp.uint32)
+    index = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.uint32).reshape(shape)
+    return Rows(jnp.broadcast_to(data[0], shape), jnp.broadcast_to(data[1], shape), index)
+
+
+def parts(of: Rows, count: int) -> list[Rows]:
+    """The same rows cut into up to four parts, each with bits of its own; one part is the whole."""
+    if count == 1:
+        return [of]
+    return [dataclasses.replace(of, index=of.index | jnp.uint32(i << _PART)) for i in range(count)]
+
+
+def whole(of: Rows) -> Rows:
+    """The rows that a part is of."""
+    return dataclasses.replace(of, index=of.index & jnp.uint32(2**_PART - 1))
+
+
+def shared(of: Rows) -> Rows:
+    """A row of bits for all rows to share, each of its axes 1 long; for the same part."""
+    first = (slice(0, 1),) * of.index.ndim
+    one = jax.tree.map(lambda field: field[first], of)
+    return dataclasses.replace(one, index=one.index | jnp.uint32(2**_PART - 1))
+
+
+def words(
+    of: Rows, count: int, stream: int, start: Integer[Array, ""] | int = 0
+) -> UInt32[Array, "*rows count"]:
+    """Random words.
+
+    Args:
+        of: the rows.
+        count: words for each row.
+        stream: which of 64 independent streams.
+        start: where in the stream, in pairs of words; a stream is 2^26 long.
+    """
+    half = -(-count // 2)
+    place = (stream << 26) + jnp.asarray(start, jnp.uint32) + jnp.arange(half, dtype=jnp.uint32)
+    key0, key1, index = (field[..., None] for field in (of.key0, of.key1, of.index))
+    first, second = _threefry(key0, key1, index, place)
+    return jnp.concatenate([first, second], axis=-1)[..., :count]
+
+
+def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
+    """Independent fair signs, -1 or 1, 32 from each random word.
+
+    Examples:
+        >>> sorted(set(signs(rows(jax.random.key(0), ()), 100, 0).tolist()))
+        [-1, 1]
+    """
+    packed = _held(lambda: words(of, -(-count // 32), stream), of)
+    return (2 * _unpack(packed, count).astype(jnp.int8) - 1).astype(jnp.int8)
+
+
+def below(of: Rows, bound: int, count: int, stream: int) -> Int32[Array, "*rows count"]:
+    """Whole numbers uniform on 0 .. bound - 1, to within bound / 2^32; bound at most 2^16.
+
+    Examples:
+        >>> sorted(set(below(rows(jax.random.key(0), ()), 3, 100, 0).tolist()))
+        [0, 1, 2]
+    """
+    random = words(of, count, stream)
+    high, low = random >> 16, random & 0xFFFF  # random * bound / 2^32 without a 64-bit product
+    return ((high * bound + ((low * bound) >> 16)) >> 16).astype(jnp.int32)
+
+
+def bernoulli(
+    of: Rows,
+    probability: Float[Array, "..."] | float,
+    count: int,
+    stream: int,
+    digits: int = RESOLUTION,
+) -> Bool[Array, "*rows count"]:
+    """Independent draws that are true with a given probability.
+
+    Where a row of at least 32 draws shares its probability, `digits` random words make 32 draws by
+    bit slicing: going up p's binary digits, OR with a random word where the digit is 1, AND where
+    it is 0. Elsewhere a word makes one draw.
+
+    Args:
+        of: the rows.
+        probability: in [0, 1], broadcastable to the rows' shape and one more axis; exact to
+            2^-digits.
+        count: draws for each row.
+        stream: which of 64 independent streams.
+        digits: binary digits, at most 24.
+
+    Examples:
+        >>> draws = bernoulli(rows(jax.random.key(0), ()), 0.25, 100_000, 0)
+        >>> round(draws.mean().item(), 2)
+        0.25
+    """
+    p = jnp.asarray(probability, jnp.float32)
+    p = p if p.ndim else p[None]
+    if count < 32 or p.shape[-1] != 1:
+        return (words(of, count, stream) >> 8).astype(jnp.float32) * 2.0**-24 < p
+    whole = jnp.round(p * 2.0**digits).astype(jnp.uint32)
+    length = -(-count // 32)
+
+    def add_digit(digit: Array, lower: Array) -> Array:
+        word = words(of, length, stream, digit * length)
+        return jnp.where((whole >> digit) & 1, lower | word, lower & word)
+
+    lower = jnp.zeros((*of.index.shape, length), jnp.uint32)
+    lower = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(digits), add_digit, lower)
+    lower = jnp.where(whole >> digits, jnp.uint32(0xFFFFFFFF), lower)
+    return _unpack(lower, count).astype(bool)
+
+
+def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
+    """Two random words for each counter (x0, x1)."""
+    keys = (key0, key1, key0 ^ key1 ^ _PARITY)
+    x0, x1 = x0 + keys[0], x1 + keys[1]
+    for group in range(5):
+        for distance in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << distance) | (x1 >> (32 - distance)))
+        x0 = x0 + keys[(group + 1) % 3]
+        x1 = x1 + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return x0, x1
+
+
+def _held(make: Callable[[], Array], of: Rows) -> Array:
+    """Keep words in memory on a CPU, where XLA would fuse their making into each of their 32 uses.
+
+    A loop that runs once is a border that fusion does not cross. That it runs once must not be
+    plain to see: it would not run at all for one key in 2^64.
+    """
+
+    def in_a_loop() -> Array:
+        never = (of.key0.reshape(-1)[:1] == 0x7A6F716F) & (of.key1.reshape(-1)[:1] == 0x2D6A6178)
+        shape = jax.eval_shape(make)
+        start = (never.any().astype(jnp.int32), jnp.zeros(shape.shape, shape.dtype))
+        _, made = jax.lax.while_loop(
+            lambda state: state[0] < 1, lambda state: (state[0] + 1, make()), start
+        )
+        return made
+
+    return jax.lax.platform_dependent(cpu=in_a_loop, default=make)
+
+
+def _unpack(packed: UInt32[Array, "*rows words"], count: int) -> UInt32[Array, "*rows count"]:
+    """The first `count` bits of each row of words."""
+    bits = (packed[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(*packed.shape[:-1], -1)[..., :count]

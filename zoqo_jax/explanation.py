@@ -1,0 +1,149 @@
+"""`explain`: what becomes of each quantized leaf inside an objective, and what that costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+
+from zoqo_jax import queries, stencils
+from zoqo_jax.arrays import is_quantized
+from zoqo_jax.implicit import PerturbedArray, Use, watch
+from zoqo_jax.rules import quaxify
+
+__all__ = ["Explanation", "explain"]
+
+_MEANING = {
+    "shared": "one decoded matrix and one product for all sides and queries",
+    "halves": "two decoded matrices and two products for all sides and queries",
+    "direct": "a decoded matrix and a product for each side, one after the other",
+    "rows": "decodes the rows it looks up",
+    "values": "has no rule here: gets an array of floats for each side",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What an objective does with its quantized leaves; print it for a table.
+
+    Attributes:
+        uses: every use of every leaf, in the order of the objective; one line for a scanned stack.
+        unused: leaves that the objective never reads.
+        population: displacements evaluated together.
+        itemsize: bytes of a decoded value.
+    """
+
+    uses: tuple[Use, ...]
+    unused: tuple[str, ...]
+    population: int
+    itemsize: int
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether no operation needs a leaf as an array of floats for each side."""
+        return all(use.way != "values" for use in self.uses)
+
+    def decoded_bytes(self, use: Use) -> int:
+        """Bytes of decoded floats that a use has in memory at once."""
+        matrices = {"shared": 1, "halves": 2, "direct": 1, "rows": 0, "values": self.population}
+        return matrices[use.way] * math.prod(use.shape) * self.itemsize
+
+    def multiplications(self, use: Use) -> int:
+        """Multiplications of a product, for all displacements evaluated together."""
+        products = {"shared": 1, "halves": 2, "direct": 1, "rows": 0, "values": 0}
+        return products[use.way] * math.prod(use.shape) * use.vectors * self.population
+
+    def __str__(self) -> str:
+        header = ("leaf", "shape", "operation", "way", "decoded", "multiplications")
+        lines = [
+            (
+                use.label,
+                "x".join(map(str, use.shape)),
+                use.operation,
+                use.way,
+                f"{self.decoded_bytes(use) / 1e6:.2f} MB",
+                f"{self.multiplications(use):.1e}" if use.vectors else "",
+            )
+            for use in self.uses
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+        rows = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in (header, *lines)
+        ]
+        rows.append("")
+        ways = dict.fromkeys(use.way for use in self.uses)
+        rows += [f"{way}: {_MEANING[way]}" for way in ways]
+        rows += [f"unused: {label}" for label in self.unused]
+        return "\n".join(rows)
+
+
+def explain(
+    value_fn: Callable[[Any], Any],
+    params: PyTree,
+    *,
+    structure: stencils.Structure = "rank_one",
+    noise: stencils.Law = "rademacher",
+    query_batch: int = 1,
+) -> Explanation:
+    """Tell which quantized leaves an objective keeps implicit, which not, and what each costs.
+
+    The objective is traced, not run.
+
+    Args:
+        value_fn: `value_fn(params) -> scalar`.
+        params: tree with quantized leaves.
+        structure: that of the directions, as for `zoqo` and `caq_zo`.
+        noise: their law.
+        query_batch: query pairs evaluated at once.
+
+    Raises:
+        ValueError: an unknown structure or noise, a `query_batch` below one, no quantized leaf, or
+            an objective that returns no scalar.
+
+    Examples:
+        >>> import jax.numpy as jnp, zoqo_jax as zq
+        >>> params = zq.quantize({"w": jnp.ones((4, 2)), "v": jnp.ones((2, 2))}, zq.Quantizer(8))
+        >>> loss = lambda p: jnp.sum(jnp.ones((3, 4)) @ p["w"]) + jnp.sort(p["v"]).sum()
+        >>> print(zq.explain(loss, params))
+        leaf    shape  operation    way     decoded  multiplications
+        ['w']   4x2    dot_general  shared  0.00 MB  4.8e+01
+        ['v']   2x2    sort         values  0.00 MB
+        <BLANKLINE>
+        shared: one decoded matrix and one product for all sides and queries
+        values: has no rule here: gets an array of floats for each side
+    """
+    stencils.check(noise, structure, "clamp", 1.0)
+    if query_batch < 1:
+        raise ValueError(f"query_batch must be at least 1, got {query_batch}.")
+    paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths if is_quantized(leaf)}
+    if not leaves:
+        raise ValueError(
+            "params must hold a QuantizedArray, got none: call zoqo_jax.quantize first."
+        )
+
+    def displaced(path: Any, leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        probe = stencils.describe(jax.random.key(0), leaf, 1.0, law=noise, structure=structure)
+        return PerturbedArray(leaf, probe, 2 * query_batch, jax.tree_util.keystr(path))
+
+    def loss(params: PyTree) -> Any:
+        tree = jax.tree_util.tree_map_with_path(displaced, params, is_leaf=is_quantized)
+        return queries.scalar(quaxify(value_fn)(tree))
+
+    uses: dict[Use, None] = {}
+    with watch(lambda use: uses.setdefault(use)):
+        jax.eval_shape(loss, params)
+    used = {use.label for use in uses}
+    return Explanation(
+        uses=tuple(uses),
+        unused=tuple(label for label in leaves if label not in used),
+        population=2 * query_batch,
+        itemsize=max(leaf.value_dtype.itemsize for leaf in leaves.values()),
+    )
