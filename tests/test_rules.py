@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import zoqo_jax as zq
-from zoqo_jax import companders, queries, stencils
+from zoqo_jax import companders, kernels, queries, stencils
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -132,6 +132,30 @@ def test_products_in_every_layout_are_those_of_the_values(grid, direction, bound
         np.testing.assert_allclose(actual[name], expected[name], rtol=2e-5, atol=2e-5, err_msg=name)
         if array.grid.high > 3:
             assert abs(expected[name][:, 0] - expected[name][:, 1]).max() > 1e-2, name
+
+
+@pytest.mark.parametrize("grid", ["nf4", slow("blocks"), slow("two bits")])
+def test_the_gpu_kernel_stands_behind_the_same_rule(grid, monkeypatch):
+    monkeypatch.setenv("ZOQO_JAX_KERNELS", "interpret")
+    array = GRIDS[grid](normal(0, 16, 32))
+    x = normal(1, 2, 5, 16)
+
+    def fn(w):
+        out = {"x @ w": x @ w, "w first": jnp.einsum("io,sbi->osb", w, x)}
+        return {**out, "transposed": normal(2, 3, 32) @ w.T}
+
+    calls = []
+    kernel = kernels.rank_one_product
+    monkeypatch.setattr(
+        kernels, "rank_one_product", lambda *args, **more: calls.append(1) or kernel(*args, **more)
+    )
+    actual, expected = over_sides_and_queries(fn, array, 1)
+    for name in expected:
+        np.testing.assert_allclose(actual[name], expected[name], rtol=2e-5, atol=2e-5)
+    assert bool(calls) == kernels.supports(array)
+    monkeypatch.setenv("ZOQO_JAX_KERNELS", "always")
+    with pytest.raises(ValueError, match="must be off, on or interpret, got 'always'"):
+        over_sides_and_queries(fn, array, 1)
 
 
 @pytest.mark.parametrize("boundary", ["clamp", slow("mask"), slow("reflect")])

@@ -12,7 +12,7 @@ bits that the whole stack has for it. A row is the last axis of an array.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
 
 import equinox as eqx
 import jax
@@ -20,12 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int8, Int32, Integer, Key, UInt32
 
+from zoqo_jax import compiler
+
 __all__ = ["RESOLUTION", "Rows", "below", "bernoulli", "rows", "signs", "words"]
 
 RESOLUTION = 24  # binary digits of a probability that is not known beforehand
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PART = 30  # where a row's number ends and that of its part begins
+_FEW = 256  # words
 _PARITY = np.uint32(0x1BD11BDA)
 
 
@@ -101,7 +104,15 @@ def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
         >>> sorted(set(signs(rows(jax.random.key(0), ()), 100, 0).tolist()))
         [-1, 1]
     """
-    packed = _held(lambda: words(of, -(-count // 32), stream), of)
+    length = -(-count // 32)
+    like = jax.ShapeDtypeStruct((*of.index.shape, length), jnp.uint32)
+
+    def make() -> Array:
+        return words(of, length, stream)
+
+    # A few words are sooner made 32 times than kept.
+    few = math.prod(like.shape) <= _FEW
+    packed = make() if few else compiler.held(make, (of.key0, of.key1), like)
     return (2 * _unpack(packed, count).astype(jnp.int8) - 1).astype(jnp.int8)
 
 
@@ -171,25 +182,6 @@ def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Ar
         x0 = x0 + keys[(group + 1) % 3]
         x1 = x1 + keys[(group + 2) % 3] + np.uint32(group + 1)
     return x0, x1
-
-
-def _held(make: Callable[[], Array], of: Rows) -> Array:
-    """Keep words in memory on a CPU, where XLA would fuse their making into each of their 32 uses.
-
-    A loop that runs once is a border that fusion does not cross. That it runs once must not be
-    plain to see: it would not run at all for one key in 2^64.
-    """
-
-    def in_a_loop() -> Array:
-        never = (of.key0.reshape(-1)[:1] == 0x7A6F716F) & (of.key1.reshape(-1)[:1] == 0x2D6A6178)
-        shape = jax.eval_shape(make)
-        start = (never.any().astype(jnp.int32), jnp.zeros(shape.shape, shape.dtype))
-        _, made = jax.lax.while_loop(
-            lambda state: state[0] < 1, lambda state: (state[0] + 1, make()), start
-        )
-        return made
-
-    return jax.lax.platform_dependent(cpu=in_a_loop, default=make)
 
 
 def _unpack(packed: UInt32[Array, "*rows words"], count: int) -> UInt32[Array, "*rows count"]:

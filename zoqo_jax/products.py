@@ -14,12 +14,17 @@ Each product is computed in one of three ways:
   matrix exists at a time.
 
 All three are exact but for the roundings of their floats.
+
+On a GPU the environment variable ZOQO_JAX_KERNELS=on hands the direct products of rank-one
+directions to `kernels.py`. It is off unless asked for: the kernel has been interpreted and lowered,
+not yet timed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -28,6 +33,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
+from zoqo_jax import compiler
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.implicit import Implicit, PerturbedArray, TransposedArray, use
 from zoqo_jax.stencils import Stencil, column_signs, displace, draw, reach, row_signs
@@ -37,6 +43,7 @@ __all__ = ["Way", "convolution", "dot_general"]
 Way = Literal["shared", "halves", "direct"]
 Dims = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 Dot = Callable[[Array, Array], Array]
+Kernel = Callable[[QuantizedArray, Stencil, Array, Array], Array]
 
 # With more vectors than this a query, one product with a matrix of its own costs less than two with
 # shared ones: decoding 16 levels takes a 2-core CPU about as long as multiplying by 64 vectors.
@@ -67,17 +74,19 @@ def dot_general(w: Implicit, x: Array, side: int, dims: Dims, **params: Any) -> 
         return dot(_after(x, w).materialise(), x)
     chosen = _way(w, x, side, dims)
     use(w, "dot_general", chosen, _vectors(x, dims[0][1 - side]))
+    kernel = _kernel(w, x, side, dims, **params)
     if chosen == "direct":
-        return _direct(w, x, dot)
+        return _direct(w, x, dot, kernel)
     if chosen == "halves":
         return _halves(w, x, side, dims, dot)
     axis = max(dims[0][side], key=lambda axis: w.shape[axis])
     at_edge = _slices_at_edge(w, axis)
     by_halves = _is_one_sided(w, side, dims) and _are_few(w, x, dims[0][1 - side])
-    return _either(
+    return compiler.either(
         at_edge.sum() <= _MOST_CORRECTIONS * _FEW_SLICES,
         lambda: _shared(w, x, side, dims, axis, at_edge, **params),
-        lambda: _halves(w, x, side, dims, dot) if by_halves else _direct(w, x, dot),
+        lambda: _halves(w, x, side, dims, dot) if by_halves else _direct(w, x, dot, kernel),
+        jax.eval_shape(dot, w.aval(), x),
     )
 
 
@@ -243,8 +252,13 @@ def _neighbours(w: PerturbedArray) -> tuple[Array, Array]:
     return mean.astype(array.value_dtype), half.astype(array.value_dtype)
 
 
-def _direct(w: PerturbedArray, x: Array, dot: Dot) -> Array:
-    """A product with a matrix of its own for every displacement, one after another."""
+def _direct(w: PerturbedArray, x: Array, dot: Dot, kernel: Kernel | None = None) -> Array:
+    """A product with a matrix of its own for every displacement, one after another.
+
+    Args:
+        dot: multiplies decoded values and `x`.
+        kernel: multiplies both sides of a query at once, or None.
+    """
 
     def one_side(array: QuantizedArray, stencil: Stencil, side: Array, x: Array) -> Array:
         codes = displace(array.codes, side * draw(stencil, array), array.grid, stencil.boundary)
@@ -252,6 +266,8 @@ def _direct(w: PerturbedArray, x: Array, dot: Dot) -> Array:
 
     def two_sides(array: QuantizedArray, stencil: Stencil, sides: Array, x: Array) -> Array:
         """The products of two sides, whose direction is drawn once."""
+        if kernel is not None:
+            return kernel(array, stencil, sides, x)
         u = draw(stencil, array)
         out: list[Array] = []
         for i in range(2):
@@ -277,6 +293,52 @@ def _direct(w: PerturbedArray, x: Array, dot: Dot) -> Array:
     return one(w.array, stencil, _query_side(w).astype(jnp.int16), x)
 
 
+def _kernel(
+    w: PerturbedArray,
+    x: Array,
+    side: int,
+    dims: Dims,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **params: Any,
+) -> Kernel | None:
+    """The GPU kernel that decodes and multiplies both sides in one read, where it is asked for.
+
+    It takes the two sides of a query for opposite, as `queries.losses` makes them.
+    """
+    del params
+    mode = os.environ.get("ZOQO_JAX_KERNELS", "off")
+    if mode not in ("off", "on", "interpret"):
+        raise ValueError(f"ZOQO_JAX_KERNELS must be off, on or interpret, got {mode!r}.")
+    if mode == "off" or (mode == "on" and jax.default_backend() != "gpu"):
+        return None
+    from zoqo_jax import kernels  # Pallas for GPUs is not everywhere
+
+    is_matrix = w.ndim == 2 and len(dims[0][side]) == 1 and not dims[1][side]
+    keeps_dtype = x.dtype == w.array.value_dtype and preferred_element_type in (None, x.dtype)
+    fits = is_matrix and keeps_dtype and w.stencil.is_rank_one_signs
+    if not fits or not kernels.supports(w.array):
+        return None
+    transposed, x_axis = dims[0][side][0] == 1, dims[0][1 - side][0]
+
+    def both_sides(array: QuantizedArray, stencil: Stencil, sides: Array, x: Array) -> Array:
+        x = jnp.moveaxis(x, 1 + x_axis, -1)
+        out = kernels.rank_one_product(
+            x.reshape(2, -1, x.shape[-1]),
+            array,
+            row_signs(stencil) * sides[0].astype(jnp.int8),
+            column_signs(stencil, array),
+            reach(stencil.width, array.grid),
+            stencil.boundary,
+            transposed=transposed,
+            precision=precision,
+            interpret=mode == "interpret",
+        ).reshape(*x.shape[:-1], -1)
+        return out if side else jnp.moveaxis(out, -1, 1)
+
+    return both_sides
+
+
 def _one_by_one(fn: Any, size: int, batched: PyTree, operands: PyTree) -> tuple[Array, bool]:
     """A batching rule that has one decoded matrix at a time, or one for all where that will do."""
     batched = tuple(batched)
@@ -291,57 +353,9 @@ def _one_by_one(fn: Any, size: int, batched: PyTree, operands: PyTree) -> tuple[
     return jax.lax.map(lambda i: fn(*pick(i)), jnp.arange(size)), True
 
 
-def _either(
-    condition: Bool[Array, ""], one: Callable[[], Array], other: Callable[[], Array]
-) -> Array:
-    """`jax.lax.cond`, but parallel: XLA's CPU backend gives the branches of a cond one core only.
-
-    The bodies of loops have them all, so each branch is a loop that runs once or not at all.
-    """
-
-    def by_loops() -> Array:
-        shape = jax.eval_shape(one)
-        out = jnp.zeros(shape.shape, shape.dtype)
-        for branch, chosen in ((one, condition), (other, ~condition)):
-            _, out = jax.lax.while_loop(
-                lambda state: state[0],
-                lambda state, branch=branch: (jnp.zeros_like(state[0]), branch()),
-                (chosen, out),
-            )
-        return out
-
-    def by_cond() -> Array:
-        return jax.lax.cond(condition, one, other)
-
-    return jax.lax.platform_dependent(cpu=by_loops, default=by_cond)
-
-
 def _after(x: Array, array: QuantizedArray) -> QuantizedArray:
-    """The same array, not to be decoded before `x` is known.
-
-    XLA's CPU scheduler would decode all of a model's layers first, and have them in memory at once.
-    So the scale is made to depend on `x`, in a way that changes nothing and that no compiler sees
-    through: no number is both infinite and not a number.
-    """
-    if x.size == 0:
-        return array
-
-    @custom_vmap
-    def never(x: Array) -> Array:
-        first = x.reshape(-1)[0]
-        return jnp.isnan(first) & jnp.isinf(first)
-
-    @never.def_vmap
-    def _(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
-        return never(x[0]), False
-
-    impossible = never(jax.lax.stop_gradient(x))
-    scale = jax.lax.platform_dependent(
-        array.scale,
-        cpu=lambda scale: jnp.where(impossible, jnp.zeros_like(scale), scale),
-        default=lambda scale: scale,
-    )
-    return dataclasses.replace(array, scale=scale)
+    """The same array, not to be decoded before `x` is known."""
+    return dataclasses.replace(array, scale=compiler.after(x, array.scale))
 
 
 def _query_side(w: PerturbedArray) -> Array:

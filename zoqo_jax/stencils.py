@@ -219,7 +219,7 @@ def weighted_signs(
     b = jax.vmap(lambda stencil: column_signs(stencil, array))(stencils)
     total = jnp.einsum(
         "qr,qc->rc",
-        a * weights[:, None],
+        a.astype(weights.dtype) * weights[:, None],
         b.astype(weights.dtype),
         precision=jax.lax.Precision.HIGHEST,
     ).reshape(array.shape)
