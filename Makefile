@@ -7,9 +7,10 @@ EXTRAS := experiments,test,notebooks
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 NOTEBOOKS := $(wildcard notebooks/*.py)
+BENCHMARKS := dequantization step baselines scaling memory report
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint style notebook wheel clean
+.PHONY: help demo test test-slow bench lint style notebook wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s  %s\n", $$1, $$2 }' Makefile
@@ -22,6 +23,9 @@ test: style  ## check the style, then run every fast test and doctest
 
 test-slow: $(STAMP)  ## run the slow tests
 	@$(RUN) -m pytest -m slow
+
+bench: $(STAMP)  ## measure what a step costs, about 40 minutes; QUICK=1: a small network, 3 minutes
+	@set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(if $(QUICK),--quick); done
 
 lint: style  ## check style, formatting and types
 	@$(RUN) -m pyright --pythonpath $(RUN)

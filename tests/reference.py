@@ -1,12 +1,13 @@
 """ZOQO and CAQ-ZO in NumPy, written from the papers' formulas.
 
 Bar & Giryes, "ZOQO", arXiv:2501.06736, Algorithm 1; Shu & Zhu, "CAQ-ZO", arXiv:2605.10673.
-Directions and random words come from outside, drawn by `zoqo_jax.stencils` and `jax.random`;
+Directions and random words come from outside, drawn by `zoqo_jax.stencils` and `zoqo_jax.draws`;
 everything that is done with them is done here: clamp, mask, reflect, votes, steps. Real numbers are
 float32, as the library's are.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -62,17 +63,25 @@ def end_point(leaf: Leaf, u: np.ndarray, boundary: str) -> np.ndarray:
     return np.minimum(np.maximum(n, leaf.low), leaf.high)
 
 
-def difference(plus: np.float32, minus: np.float32) -> np.float32:
-    """l+ - l- in float32, to 16 significant bits (halves to even)."""
-    fraction, exponent = np.frexp(F(plus) - F(minus))
-    return F(np.ldexp(np.rint(fraction * 2.0**16), exponent - 16))
+def differences(pairs: np.ndarray) -> np.ndarray:
+    """l+ - l- of a step's queries in float32, to 16 significant bits of the largest.
+
+    They are multiples of one power of two (halves to even), with so many bits that a float32 holds
+    any sum of them, none beyond 2^112. What is not finite counts for nothing.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        raw = pairs[:, 0].astype(F) - pairs[:, 1].astype(F)
+    raw = np.where(np.isfinite(raw), raw, F(0)).astype(np.float64).clip(-(2.0**112), 2.0**112)
+    bits = min(16, 24 - math.ceil(math.log2(len(raw))))
+    _, exponent = np.frexp(abs(raw).max())  # the largest is a fraction in [1/2, 1) of 2^exponent
+    return np.ldexp(np.rint(np.ldexp(raw, bits - exponent)), exponent - bits).astype(F)
 
 
 def query(
     leaves: Sequence[Leaf], us: Sequence[np.ndarray], loss: Loss, boundary: str
-) -> np.float32:
-    """l(n + u) - l(n - u)."""
-    plus, minus = (
+) -> list[np.float32]:
+    """l(n + u) and l(n - u)."""
+    return [
         loss(
             [
                 leaf.at(end_point(leaf, side * u, boundary))
@@ -80,8 +89,7 @@ def query(
             ]
         )
         for side in (1, -1)
-    )
-    return difference(plus, minus)
+    ]
 
 
 def effective(leaf: Leaf, u: np.ndarray, boundary: str) -> np.ndarray:
@@ -113,11 +121,11 @@ def zoqo_step(
     Returns:
         The arrays after it, and l+ - l- of each query.
     """
-    differences = np.array([query(leaves, us, loss, boundary) for us in directions], F)
+    heard = differences(np.array([query(leaves, us, loss, boundary) for us in directions], F))
     after = []
     for i, leaf in enumerate(leaves):
         total = np.zeros(leaf.codes.shape, F)
-        for d, us in zip(differences, directions, strict=True):
+        for d, us in zip(heard, directions, strict=True):
             u = effective(leaf, us[i], boundary)
             total += np.sign(d) * np.sign(u).astype(F) if vote == "majority" else d * u.astype(F)
         g = np.sign(total).astype(np.int64)
@@ -128,7 +136,7 @@ def zoqo_step(
                 np.int64
             )
         after.append(leaf.moved(leaf.codes - E * g))
-    return after, differences
+    return after, heard
 
 
 def caq_zo_step(
@@ -153,15 +161,15 @@ def caq_zo_step(
     Returns:
         The arrays after it, and l+ - l- of each query.
     """
-    differences = np.array([query(leaves, rs, loss, boundary) for rs in directions], F)
+    heard = differences(np.array([query(leaves, rs, loss, boundary) for rs in directions], F))
     factor = F(learning_rate) * F(1 / (2 * len(directions)))
     after = []
     for i, leaf in enumerate(leaves):
         total = np.zeros(leaf.codes.shape, F)
-        for d, rs in zip(differences, directions, strict=True):
+        for d, rs in zip(heard, directions, strict=True):
             total += d * effective(leaf, rs[i], boundary).astype(F)
         after.append(leaf.moved(leaf.codes + project(i, -factor * total)))
-    return after, differences
+    return after, heard
 
 
 def nearest(step: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoqo_jax as zq
 from zoqo_jax import stencils
+from zoqo_jax.transforms import stepping
 
 KEY = jax.random.key(3)
 NAMES = ["zoqo", "caq_zo", "spsa"]
@@ -190,22 +191,24 @@ def test_frozen_leaves_get_zero_updates(name):
     updates, _ = tx.update(None, tx.init(params), params, value_fn=value_fn)
     for frozen in ("b", "steps", "flag", "half"):
         assert updates[frozen].dtype == params[frozen].dtype and not updates[frozen].any()
-    assert not updates["w"].scale.any() and updates["w"].codes.any()
+    assert not updates["w"].scale.any() and updates["w"].packed.any()
     assert_equal(optax.apply_updates(params, updates)["b"], params["b"])
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [(4, jnp.uint4), (8, jnp.uint8)])
-def test_codes_move_both_ways_and_never_leave_the_grid(bits, dtype):
+@pytest.mark.parametrize(("bits", "per_byte"), [(2, 4), (4, 2), (8, 1)])
+def test_codes_move_both_ways_and_never_leave_the_grid(bits, per_byte):
     quantizer = zq.Quantizer(bits, range=1.0)
     params = {"w": quantizer(jnp.linspace(-1.0, 1.0, 64).reshape(8, 8))}
     tx, grid = zq.zoqo(0.4, 0.4, key=KEY), quantizer.grid
-    step = jax.jit(stepper(tx, value_fn=lambda params: jnp.sum(params["w"][:4] - params["w"][4:])))
+    slopes = 1.0 + 0.1 * jnp.sin(jnp.arange(32.0)).reshape(4, 8)  # so that no two losses tie
+    loss = lambda params: jnp.sum(slopes * (params["w"][:4] - params["w"][4:]))  # noqa: E731
+    step = jax.jit(stepper(tx, value_fn=loss))
     state = tx.init(params)
     for _ in range(5):
         before = params["w"].codes.astype(jnp.int32)
         params, state = step(params, state)
         after = params["w"].codes.astype(jnp.int32)
-        assert params["w"].codes.dtype == dtype
+        assert params["w"].packed.dtype == jnp.uint8 and params["w"].per_byte == per_byte
         assert grid.low <= after.min() and after.max() <= grid.high
         assert (after > before).any() and (after < before).any()
 
@@ -255,7 +258,7 @@ def test_donated_buffers_are_reused(name):
     params, state = start(), tx.init(start())
     donating = jax.jit(stepper(tx), donate_argnums=(0, 1))
     after = donating(params, state)
-    assert params["w"].codes.is_deleted() and params["b"].is_deleted()
+    assert params["w"].packed.is_deleted() and params["b"].is_deleted()
     assert_equal(loop(donating, *after, steps=2), loop(stepper(tx), start(), tx.init(start()), 3))
 
 
@@ -288,7 +291,7 @@ def test_runs_sharded_over_four_devices_equal_runs_on_one(name):
     mesh = Mesh(np.array(jax.devices()[:4]), ("runs",))
     spread = jax.device_put(keys, NamedSharding(mesh, PartitionSpec("runs")))
     sharded = jax.jit(jax.vmap(one))(spread)
-    assert len(sharded[0]["w"].codes.sharding.device_set) == 4
+    assert len(sharded[0]["w"].packed.sharding.device_set) == 4
     assert_equal(sharded, jax.jit(jax.vmap(one))(keys))
 
 
@@ -345,6 +348,41 @@ def test_state_holds_the_losses_and_differences_of_the_last_step(name):
 )
 def test_query_batch_changes_nothing_but_the_cost(name, query_batch):
     assert_equal(run(make(name, num_queries=4, query_batch=query_batch)), baseline(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("zoqo", {"structure": "rank_one", "noise": "rademacher", "boundary": "mask"}),
+        ("zoqo", {"structure": "sparse", "density": 0.4, "vote": "majority", "step": "dithered"}),
+        ("caq_zo", {"structure": "rank_one", "rounding": "stochastic"}),
+        ("caq_zo", {"structure": "sparse", "density": 0.5, "rounding": "error_feedback"}),
+    ],
+)
+def test_an_update_made_piece_by_piece_is_the_update_made_at_once(name, options, monkeypatch):
+    """Of large leaves, with many queries: the last piece goes over rows of the one before again."""
+    values = integers(4, 2, 7, 6, 24, size=7)
+    params = {
+        "packed": zq.Quantizer(2, axis=0)(values[0, 0]),  # pieces of 4 rows of 6
+        "stack": zq.nf4(block=8)(values[0]),  # of one matrix of 7
+        "rows": zq.Quantizer(8, block=3, axis=0)(values[1, 0]),
+    }
+    tx = make(name, num_queries=3, **options)
+    log = jnp.asarray([[1.0, -0.5, 0.25], [-0.75, 0.5, 1.0]]) * 64
+
+    def replayed():
+        def one(carry, differences):
+            params, state = carry
+            updates, state = tx.update(None, state, params, differences=differences)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.jit(lambda start: jax.lax.scan(one, start, log)[0])((params, tx.init(params)))
+
+    at_once = replayed()
+    for leaf in params:
+        assert (at_once[0][leaf].packed != params[leaf].packed).any()
+    monkeypatch.setattr(stepping, "_PIECE", 100)
+    assert_equal(replayed(), at_once)
 
 
 @pytest.mark.parametrize("name", NAMES)

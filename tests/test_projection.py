@@ -18,6 +18,11 @@ def steps_of_all_sizes(*shape, seed=0):
     return np.float32(rng.normal(size=shape) * 10 ** rng.uniform(-6, 2, size=shape))
 
 
+def stochastic(step, key=KEY):
+    """Each step rounded by a random word of its own."""
+    return projection.stochastic(jax.random.bits(key, step.shape, jnp.uint32), step)
+
+
 def test_nearest_is_numpys_rint():
     step = np.concatenate([steps_of_all_sizes(10_000), np.arange(-510, 511) / 2]).astype(np.float32)
     moved = projection.nearest(jnp.asarray(step))
@@ -40,7 +45,7 @@ def test_stochastic_is_unbiased():
     """The mean of many moves is the step, within four standard errors."""
     draws = 400_000
     step = np.float32(STEPS)
-    moved = projection.stochastic(KEY, jnp.tile(jnp.asarray(step)[:, None], draws))
+    moved = stochastic(jnp.tile(jnp.asarray(step)[:, None], draws))
     assert moved.dtype == jnp.int32
     for row, mean in zip(np.asarray(moved), step.astype(np.float64), strict=True):
         low, part = np.floor(mean), mean - np.floor(mean)
@@ -55,7 +60,7 @@ def test_the_smallest_steps_are_not_lost(step):
     @jax.jit
     def count(keys):
         steps = jnp.full(2**20, step, jnp.float32)
-        return jax.lax.map(lambda key: projection.stochastic(key, steps).sum(), keys).sum()
+        return jax.lax.map(lambda key: stochastic(steps, key).sum(), keys).sum()
 
     moves = count(jax.random.split(KEY, 64)).item()
     expected = 2**26 * step
@@ -65,20 +70,27 @@ def test_the_smallest_steps_are_not_lost(step):
 def test_stochastic_rounds_by_exactly_its_chance():
     """Up where a random word of 32 bits is below the fraction: E[result] = step to 2^-32 codes."""
     step = steps_of_all_sizes(100_000)
-    words = np.asarray(jax.random.bits(KEY, step.shape, jnp.uint32), np.float64)
+    words = jax.random.bits(KEY, step.shape, jnp.uint32)
     size = np.abs(np.clip(step.astype(np.float64), -255, 255))
-    up = words < np.floor((size - np.floor(size)) * 2.0**32)
+    up = np.asarray(words, np.float64) < np.floor((size - np.floor(size)) * 2.0**32)
     expected = np.sign(step) * (np.floor(size) + up)
-    np.testing.assert_array_equal(projection.stochastic(KEY, jnp.asarray(step)), expected)
+    np.testing.assert_array_equal(projection.stochastic(words, jnp.asarray(step)), expected)
+
+
+@pytest.mark.parametrize("word", [0, 1, 2**31, 2**32 - 1])
+def test_stochastic_rounds_up_where_a_word_is_below_the_chance(word):
+    step = jnp.asarray([0.0, 2.0**-32, 0.5, 1 - 2.0**-24, 3.0, -0.5, -3.0], jnp.float32)
+    chance = np.array([0, 1, 2**31, 2**32 - 2**8, 0, 2**31, 0])
+    moved = projection.stochastic(jnp.full(step.shape, word, jnp.uint32), step)
+    up = (word < chance).astype(int)
+    np.testing.assert_array_equal(moved, [0, 0, 0, 0, 3, 0, -3] + up * np.sign(step))
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 def test_whole_steps_are_taken_whole(rounding):
     whole = np.arange(-255, 256)
     step = jnp.asarray(whole, jnp.float32)
-    moved = (
-        projection.stochastic(KEY, step) if rounding == "stochastic" else projection.nearest(step)
-    )
+    moved = stochastic(step) if rounding == "stochastic" else projection.nearest(step)
     np.testing.assert_array_equal(moved, whole)
 
 
@@ -116,7 +128,7 @@ def test_error_feedback_applies_the_smallest_steps_in_the_end():
 
 
 ROUNDINGS = {
-    "stochastic": lambda step: projection.stochastic(KEY, step),
+    "stochastic": stochastic,
     "nearest": projection.nearest,
     "error_feedback": lambda step: projection.error_feedback(
         step, jnp.arange(step.size, dtype=jnp.int32) * 40 - UNIT // 2
@@ -150,7 +162,7 @@ def test_no_step_is_longer_than_the_widest_grid(step):
     zero = jnp.zeros(2, jnp.int32)
     for moved in (
         projection.nearest(steps),
-        projection.stochastic(KEY, steps),
+        stochastic(steps),
         projection.error_feedback(steps, zero)[0],
     ):
         np.testing.assert_array_equal(moved, [255, -255])

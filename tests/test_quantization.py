@@ -14,7 +14,6 @@ import pytest
 
 import zoqo_jax as zq
 from zoqo_jax import Grid, Quantizer, companders
-from zoqo_jax.transforms.stepping import _delta
 
 GIVEN = [(-0.3, 0.3), (-1.0, 1.0), (0.0, 1.0), (0.0, 0.9), (-1.0, 2.0), (-0.3, 0.6), (-2.5, 0.75)]
 NAMED = ["absmax", "minmax", "percentile", "mse"]
@@ -426,11 +425,65 @@ def test_tiny_and_huge_values_stay_finite(size):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_up_to_16_levels_are_stored_in_four_bits_else_in_eight(bits):
-    assert Quantizer(bits)(normal(256)).codes.dtype == (jnp.uint4 if bits <= 4 else jnp.uint8)
+def test_up_to_4_levels_share_a_byte_by_four_up_to_16_by_two(bits):
+    """Where the last axis of a matrix or a stack divides; else by fewer."""
+    together = {2: 4, 3: 2, 4: 2}.get(bits, 1)
+    arrays = {shape: Quantizer(bits)(normal(*shape)) for shape in [(3, 256), (2, 3, 8)]}
     if bits >= 4:
-        few = Quantizer(bits, companders.nf4())(normal(256))
-        assert few.codes.dtype == jnp.uint4
+        arrays[5, 8] = Quantizer(bits, companders.nf4())(normal(5, 8))
+    for shape, array in arrays.items():
+        per_byte = 2 if shape == (5, 8) else together
+        assert array.per_byte == per_byte
+        assert array.packed.shape == (*shape[:-1], shape[-1] // per_byte)
+        assert array.packed.dtype == array.codes.dtype == jnp.uint8
+        assert array.shape == array.codes.shape == shape
+    for shape, per_byte in {(3, 6): min(together, 2), (3, 7): 1, (256,): 1, (): 1}.items():
+        array = Quantizer(bits)(normal(*shape))
+        assert array.per_byte == per_byte
+        assert array.shape == array.codes.shape == shape and array.packed.dtype == jnp.uint8
+
+
+SHARED = {  # scales that parts of the last axis divide among them, and some that they cut
+    "tensor": (Quantizer(4), (3, 24)),
+    "row": (Quantizer(2, axis=0), (3, 24)),
+    "column": (Quantizer(4, range="minmax", axis=1), (3, 24)),
+    "whole blocks": (zq.nf4(block=6), (3, 24)),
+    "cut blocks": (Quantizer(2, range="minmax", block=5), (2, 3, 24)),
+    "blocks of rows": (Quantizer(2, range="minmax", block=2, axis=0), (3, 24)),
+}
+
+
+@pytest.mark.parametrize(("quantizer", "shape"), SHARED.values(), ids=SHARED)
+def test_codes_that_share_bytes_are_the_parts_of_the_last_axis(quantizer, shape):
+    """Byte j holds the j-th code of each part, the first part's lowest."""
+    n = np.random.default_rng(0).integers(quantizer.grid.low, quantizer.grid.high + 1, shape)
+
+    @jax.jit
+    def both(n, x):
+        array = quantizer(x).moved(n)
+        return array, array.materialise(), [part.materialise() for part in array.parts]
+
+    array, values, values_of_parts = both(jnp.asarray(n), normal(*shape))
+    width = 8 // array.per_byte
+    assert array.per_byte == (4 if quantizer.bits == 2 else 2)
+    cut = np.split(n, array.per_byte, axis=-1)
+    expected = sum(part << (i * width) for i, part in enumerate(cut))
+    np.testing.assert_array_equal(array.packed, expected)
+    np.testing.assert_array_equal(array.codes, n)
+    for part, codes in zip(array.parts, cut, strict=True):
+        assert part.per_byte == 1 and part.shape == codes.shape
+        np.testing.assert_array_equal(part.packed, codes)
+    np.testing.assert_array_equal(np.concatenate(values_of_parts, axis=-1), values)
+    spread = np.broadcast_to(array.spread(array.scale), shape)
+    cuts = [
+        np.broadcast_to(part.spread(scale), part.shape)
+        for part, scale in zip(array.parts, array.split(array.scale), strict=True)
+    ]
+    np.testing.assert_array_equal(np.concatenate(cuts, axis=-1), spread)
+    rebuilt = zq.QuantizedArray.from_codes(
+        jnp.asarray(n), array.scale, array.offset, array.grid, array.block, array.dtype
+    )
+    assert_identical(rebuilt, array)
 
 
 @pytest.mark.parametrize(
@@ -503,7 +556,7 @@ def test_jit_and_tree_map_keep_the_array_intact(params):
     assert_identical(jax.jit(lambda tree: tree)(params), params)
     assert_identical(jax.tree.map(lambda leaf: leaf, params), params)
     leaves, treedef = jax.tree.flatten(params)
-    assert len(leaves) == 1 + 3 + 2  # b; codes, scale, offset; codes, scale
+    assert len(leaves) == 1 + 3 + 2  # b; packed, scale, offset; packed, scale
     assert_identical(treedef.unflatten(leaves), params)
     again = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf, tree))(params)
     assert again["w"].block == (-1, 8) and again["w"].grid == params["w"].grid
@@ -522,14 +575,14 @@ def test_vmap_runs_over_a_stack_of_arrays():
 def test_donated_codes_are_updated_in_place(params):
     array = jax.tree.map(jnp.copy, params["v"])
     expected = (ints(array.codes) + 1) % 256
-    buffer = array.codes.unsafe_buffer_pointer()
+    buffer = array.packed.unsafe_buffer_pointer()
 
     def advance(array):
-        return dataclasses.replace(array, codes=array.codes + jnp.ones_like(array.codes))
+        return dataclasses.replace(array, packed=array.packed + jnp.ones_like(array.packed))
 
     moved = jax.jit(advance, donate_argnums=0)(array)
-    assert array.codes.is_deleted()
-    assert moved.codes.unsafe_buffer_pointer() == buffer
+    assert array.packed.is_deleted()
+    assert moved.packed.unsafe_buffer_pointer() == buffer
     assert (moved.grid, moved.block) == (array.grid, array.block)
     np.testing.assert_array_equal(ints(moved.codes), expected)
 
@@ -549,33 +602,45 @@ def test_a_second_call_does_not_recompile():
     assert values._cache_size() == 2
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_every_move_between_two_codes_survives_apply_updates(bits):
-    """Deltas are modulo 2^width in the codes' own dtype: the sum of any pair is exact."""
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_step_from_every_code_survives_apply_updates(bits):
+    """Deltas of bytes are modulo 256: a byte plus its delta is exactly the codes' clipped sums."""
+    quantizers = [Quantizer(bits, range="minmax"), Quantizer(bits, range=1.0)]  # 0 may be illegal
+    for quantizer in quantizers:
+        low, high = quantizer.grid.low, quantizer.grid.high
+        reach = 2**bits
+        steps = [-1000, -256, *range(-reach, reach + 1), 255, 1000]
+        n, step = (grid.ravel() for grid in np.meshgrid(np.arange(low, high + 1), steps))
+        # Every pair stands once in each part of the bytes, beside another.
+        together = 8 // bits
+        n, step = (np.stack([np.roll(x, 17 * i) for i in range(together)], -1) for x in (n, step))
+        start = quantizer(jnp.zeros(n.shape, jnp.float32)).moved(jnp.asarray(n))
+        assert start.per_byte == together
+
+        def move(array, step):
+            steps = jnp.split(step, array.per_byte, axis=-1)
+            zeros = jax.tree.map(jnp.zeros_like, array)
+            delta = array.stepped(steps).packed - array.packed
+            return optax.apply_updates(array, dataclasses.replace(zeros, packed=delta))
+
+        target = np.clip(n + step, low, high)
+        for apply in (move, jax.jit(move)):
+            moved = apply(start, jnp.asarray(step, jnp.int32))
+            assert moved.packed.dtype == jnp.uint8
+            np.testing.assert_array_equal(ints(moved.codes), target)
+            assert_identical(moved.scale, start.scale)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_move_between_any_two_codes_is_a_step(bits):
     codes = np.arange(2**bits)
-    n, target = (grid.ravel() for grid in np.meshgrid(codes, codes, indexing="ij"))
+    n, target = (
+        np.resize(grid, (4 ** (bits - 1), 4)) for grid in np.meshgrid(codes, codes, indexing="ij")
+    )
     array = Quantizer(bits, range="minmax")(jnp.zeros(n.shape, jnp.float32)).moved(jnp.asarray(n))
-
-    def move(array, step):
-        zeros = jax.tree.map(jnp.zeros_like, array)
-        return optax.apply_updates(array, dataclasses.replace(zeros, codes=_delta(array, step)))
-
-    step = jnp.asarray(target - n, jnp.int32)
-    for apply in (move, jax.jit(move)):
-        moved = apply(array, step)
-        assert moved.codes.dtype == array.codes.dtype
-        np.testing.assert_array_equal(ints(moved.codes), target)
-        assert_identical(moved.scale, array.scale)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_move_beyond_the_grid_stops_at_its_edge(bits):
-    quantizer = Quantizer(bits, range=1.0)
-    every = np.resize(legal_codes(quantizer), 256)
-    array = quantizer(jnp.zeros(256, jnp.float32)).moved(jnp.asarray(every))
-    for far, edge in ((1000, array.grid.high), (-1000, array.grid.low)):
-        delta = _delta(array, jnp.full(every.shape, far, jnp.int32))
-        np.testing.assert_array_equal(ints(array.codes + delta), edge)
+    assert array.per_byte == 8 // bits
+    steps = jnp.split(jnp.asarray(target - n), array.per_byte, axis=-1)
+    np.testing.assert_array_equal(ints(array.stepped(steps).codes), target)
 
 
 # Trees
@@ -613,7 +678,7 @@ def test_what_is_quantized_already_stays_as_it_is():
     first = zq.quantize(tree, zq.nf4(block=8), where=lambda path, _: path[0].key == "a")
     second = zq.quantize(first, Quantizer(8))
     assert second["a"] is first["a"]
-    assert second["b"].codes.dtype == jnp.uint8
+    assert second["b"].grid == Quantizer(8).grid and second["b"].per_byte == 1
 
 
 # What is refused

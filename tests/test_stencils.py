@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from scipy import stats
+from statistical import (
+    assert_binomial,
+    assert_identity_covariance,
+    assert_uncorrelated,
+    random_words,
+)
 
 import zoqo_jax as zq
-from zoqo_jax import Grid, Quantizer, companders, stencils
+from zoqo_jax import Grid, Quantizer, companders, draws, stencils
 
 KEY = jax.random.key(0)
 LAWS = ["uniform", "gaussian", "rademacher"]
 STRUCTURES = ["dense", "rank_one", "sparse"]
 GRIDS = {
+    2: Grid(tuple(map(float, range(4))), 0, 3),
     4: Grid(tuple(map(float, range(16))), 0, 15),
     8: Grid(tuple(map(float, range(256))), 0, 255),
 }
@@ -26,43 +33,12 @@ GRIDS = {
 def centred(shape, bits=8, seed=0):
     """An array with codes all over its grid, 0 to 2^bits - 1, and one scale."""
     codes = np.random.default_rng(seed).integers(0, 2**bits, size=shape)
-    codes = jnp.asarray(codes, jnp.uint4 if bits <= 4 else jnp.uint8)
     scale = jnp.ones((1,) * len(shape), jnp.float32)
-    return zq.QuantizedArray(codes, scale, None, GRIDS[bits], None, jnp.dtype(jnp.float32))
+    return zq.QuantizedArray.from_codes(jnp.asarray(codes, jnp.uint8), scale, None, GRIDS[bits])
 
 
 def sample(array, key, width, **choices):
     return stencils.draw(stencils.describe(key, array, width, **choices), array)
-
-
-def random_words(function, *args, rounds=1):
-    """How many 32-bit random words a function draws whose loops make so many rounds."""
-
-    def count(jaxpr):
-        total = 0
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "random_bits":
-                assert equation.params["bit_width"] == 32
-                total += equation.outvars[0].aval.size
-            for name, times in (("jaxpr", 1), ("body_jaxpr", rounds)):
-                if name in equation.params:
-                    total += times * count(equation.params[name].jaxpr)
-        return total
-
-    return count(jax.make_jaxpr(function)(*args).jaxpr)
-
-
-def assert_binomial(hits, trials, probability):
-    """Within 4.5 standard errors (one false alarm in 150,000, were the keys not fixed)."""
-    error = 4.5 * np.sqrt(trials * probability * (1 - probability))
-    assert abs(hits - trials * probability) <= error, (hits, trials * probability)
-
-
-def assert_identity_covariance(draws):
-    """Every coordinate has variance 1, every pair of coordinates no correlation."""
-    covariance = draws.T @ draws / len(draws)
-    error = np.abs(covariance - np.eye(draws.shape[1])).max()
-    assert error < 5 / np.sqrt(len(draws))
 
 
 # Laws
@@ -84,11 +60,11 @@ def law(name, m, width):
 def test_entries_have_the_laws_frequencies(name, bits):
     """Chi-square against p(k), for reaches from one code to the width of the grid."""
     array = centred((400, 500), bits)
-    draws = jax.jit(functools.partial(sample, law=name))
+    drawn = jax.jit(functools.partial(sample, law=name))
     widths = [0.4, 1.0, 2.0, 3.7, 7.0, 15.0] + [42.9, 127.0, 255.0, 400.0] * (bits == 8)
     for index, width in enumerate(widths):
         m = min(max(int(width), 1), 2**bits - 1)
-        u = np.asarray(draws(array, jax.random.key(index), jnp.float32(width))).ravel()
+        u = np.asarray(drawn(array, jax.random.key(index), jnp.float32(width))).ravel()
         k, p = law(name, m, width)
         assert np.abs(u).max() <= m
         counts = np.bincount(u + m, minlength=k.size)
@@ -120,10 +96,10 @@ def test_every_block_has_its_own_reach(name):
     largest = np.array([1.0, 0.5, 0.1])
     scale = jnp.asarray(np.tile(2 * largest / 255, (50, 1)), jnp.float32)
     codes = jnp.full((50, 3 * 64), 128, jnp.uint8)
-    array = zq.QuantizedArray(codes, scale, None, GRIDS[8], (-1, 64), jnp.dtype(jnp.float32))
+    array = zq.QuantizedArray.from_codes(codes, scale, None, GRIDS[8], (-1, 64))
     mu = 0.03
-    draws = jax.jit(functools.partial(sample, law=name))
-    u = np.abs(draws(array, KEY, mu / array.step)).reshape(50, 3, 64)
+    drawn = jax.jit(functools.partial(sample, law=name))
+    u = np.abs(drawn(array, KEY, mu / array.step)).reshape(50, 3, 64)
     np.testing.assert_array_equal(u.max(axis=(0, 2)), [3, 7, 38])
     if name == "rademacher":
         np.testing.assert_array_equal(u.min(axis=(0, 2)), [3, 7, 38])
@@ -141,8 +117,7 @@ def test_a_direction_is_made_from_its_key_alone(name, structure):
     array, other = centred((6, 40)), centred((6, 40), seed=1)
     density = 0.3 if structure == "sparse" else 1.0
     choices = {"law": name, "structure": structure, "density": density, "dithered": True}
-    draws = functools.partial(sample, **choices)
-    compiled = jax.jit(draws)
+    compiled = jax.jit(functools.partial(sample, **choices))
     for width in (jnp.float32(0.7), jnp.float32(5.3)):
         u = np.asarray(compiled(array, KEY, width))
         np.testing.assert_array_equal(compiled(array, KEY, width), u)
@@ -158,21 +133,25 @@ def test_a_direction_is_made_from_its_key_alone(name, structure):
     np.testing.assert_array_equal(sides, [u, -u, 0 * u])
     if name != "uniform":  # all integers, and the words are the gaussian's
         with jax.enable_x64(True):
-            np.testing.assert_array_equal(jax.jit(draws)(array, KEY, width), u)
+            np.testing.assert_array_equal(compiled(array, KEY, width), u)
 
 
 @pytest.mark.parametrize(
-    ("structure", "layout"),
+    ("structure", "layout", "bits"),
     [
-        ("rank_one", {"block": 4}),
-        ("sparse", {"axis": 0}),
-        ("dense", {"block": 3, "axis": 1}),
+        ("rank_one", {"block": 4}, 8),
+        ("rank_one", {"block": 4}, 2),  # blocks that straddle the parts of the last axis
+        ("sparse", {"axis": 0}, 8),
+        ("sparse", {"block": 8}, 4),
+        ("dense", {"block": 3, "axis": 1}, 8),
+        ("dense", {"axis": 0}, 4),
     ],
 )
-def test_a_slice_of_a_stack_draws_what_the_stack_draws(structure, layout):
+def test_a_slice_of_a_stack_draws_what_the_stack_draws(structure, layout, bits):
     """So that a scan over layers sees the direction that the update moves along."""
     x = np.random.default_rng(0).normal(size=(3, 4, 40))
-    array = jax.jit(Quantizer(8, range=1.0, **layout))(jnp.asarray(x, jnp.float32))
+    array = jax.jit(Quantizer(bits, range=1.0, **layout))(jnp.asarray(x, jnp.float32))
+    assert array.per_byte == 8 // bits
     width = np.full(array.scale.shape, 2.0)
     if len(width) == 3:
         width += np.arange(3).reshape(3, 1, 1)
@@ -180,127 +159,216 @@ def test_a_slice_of_a_stack_draws_what_the_stack_draws(structure, layout):
     width = jnp.asarray(width, jnp.float32)
     describe = functools.partial(stencils.describe, structure=structure, density=density)
     stencil = jax.jit(describe)(KEY, array, width)
-    draws = jax.jit(stencils.draw)
-    whole = draws(stencil, array)
+    drawn = jax.jit(stencils.draw)
+    whole = drawn(stencil, array)
 
     def sliced(tree, i):
         return jax.tree.map(lambda leaf: leaf[i if leaf.shape[0] == 3 else 0], tree)
 
     for i in range(3):
-        np.testing.assert_array_equal(draws(sliced(stencil, i), sliced(array, i)), whole[i])
-
-
-# Signs
-
-
-def test_signs_are_fair_and_uncorrelated_within_and_between_words():
-    draws = np.asarray(stencils.signs(KEY, 64 * 20_000)).reshape(-1, 64)
-    assert set(np.unique(draws)) == {-1, 1}
-    assert_binomial((draws > 0).sum(), draws.size, 0.5)
-    assert_identity_covariance(draws.astype(float))
-
-
-@pytest.mark.parametrize(("count", "words"), [(0, 0), (1, 1), (32, 1), (33, 2), (1000, 32)])
-def test_a_word_makes_32_signs(count, words):
-    assert random_words(lambda key: stencils.signs(key, count), KEY) == words
-    assert jax.eval_shape(lambda: stencils.signs(KEY, count)).shape == (count,)
-
-
-@pytest.mark.parametrize(
-    ("bits", "choices", "words"),
-    [
-        (8, {"law": "rademacher"}, 64 * 3),
-        (4, {"law": "rademacher"}, 64 * 3),
-        (8, {"law": "rademacher", "structure": "rank_one"}, 3 + 2),  # a row of signs, a column
-        (8, {"law": "uniform"}, 64 * 96),
-        (4, {"law": "uniform"}, 64 * 48),  # two draws from a word
-        (4, {"law": "gaussian"}, 64 * 48),
-        (8, {"law": "uniform", "structure": "rank_one"}, 96 + 2),
-        (8, {"law": "rademacher", "structure": "sparse", "density": 2.0**-11}, 64 * 3 * (1 + 11)),
-        (8, {"law": "rademacher", "structure": "sparse", "density": 0.3}, 64 * 3 * (1 + 24)),
-    ],
-)
-def test_random_words_of_a_direction(bits, choices, words):
-    array = centred((64, 96), bits)
-    digits = {2.0**-11: 11, 0.3: 24}.get(choices.get("density"), 0)
-    assert random_words(lambda key: sample(array, key, 1.0, **choices), KEY, rounds=digits) == words
+        np.testing.assert_array_equal(drawn(sliced(stencil, i), sliced(array, i)), whole[i])
 
 
 # Structures
 
 
+@pytest.mark.parametrize(
+    ("bits", "choices", "words"),
+    [
+        (8, {"law": "rademacher"}, 64 * 4),  # three words and, as they come in pairs, a fourth
+        (4, {"law": "rademacher"}, 64 * 2 * 2),  # two for either part
+        (8, {"law": "rademacher", "structure": "rank_one"}, 4 + 64 * 2),  # a row of signs, a column
+        (8, {"law": "uniform"}, 64 * 96),
+        (4, {"law": "gaussian"}, 64 * 96),
+        (8, {"law": "uniform", "structure": "rank_one"}, 96 + 64 * 2),
+        # A place and a sign for every cell, and words for whether it is in the support.
+        (8, {"law": "rademacher", "structure": "sparse", "density": 0.375}, 64 * (48 + 2 + 2 * 2)),
+        (8, {"law": "uniform", "structure": "sparse", "density": 1 / 16}, 64 * (8 + 8 + 8)),
+        (8, {"law": "rademacher", "structure": "sparse", "density": 2.0**-11}, 64 * (2 + 2 + 2)),
+        (8, {"law": "rademacher", "structure": "sparse", "density": 0.5}, 64 * 4 * (1 + 1)),
+        (8, {"law": "rademacher", "structure": "sparse", "density": 0.7}, 64 * 4 * (1 + 24)),
+    ],
+)
+def test_random_words_of_a_direction(bits, choices, words, monkeypatch):
+    array = centred((64, 96), bits)
+    digits = {0.375: 2, 0.5: 1, 0.7: 24}.get(choices.get("density"), 0)
+    drawn = functools.partial(sample, array, width=1.0, **choices)
+    assert random_words(drawn, KEY, monkeypatch=monkeypatch, rounds=digits) == words
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("name", ["uniform", "rademacher"])
-def test_a_rank_one_direction_is_a_row_times_signs(name):
-    draws = jax.jit(functools.partial(sample, law=name, structure="rank_one"))
-    u = np.asarray(draws(centred((30, 20)), KEY, 9.0))
+def test_a_rank_one_direction_is_a_row_times_signs(name, bits):
+    drawn = jax.jit(functools.partial(sample, law=name, structure="rank_one"))
+    u = np.asarray(drawn(centred((30, 20), bits), KEY, 9.0))
     assert np.linalg.matrix_rank(u) == 1
     assert ((u == u[0]).all(1) | (u == -u[0]).all(1)).all()
     assert 0 < (u == u[0]).all(1).sum() < 30
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5)], ids=str)
-def test_entries_of_a_rank_one_direction_are_uncorrelated(shape):
+@pytest.mark.parametrize(
+    ("shape", "bits"), [((6, 5), 8), ((3, 4, 5), 8), ((2, 3, 8), 4), ((7,), 8)], ids=str
+)
+def test_entries_of_a_rank_one_direction_are_uncorrelated(shape, bits):
     """E[r r^T] = I: for a matrix all 435 pairs of entries, for a stack pairs across slices too."""
-    draws = functools.partial(sample, law="rademacher", structure="rank_one")
-    draws = jax.jit(jax.vmap(draws, in_axes=(None, 0, None)))
-    r = np.asarray(draws(centred(shape), jax.random.split(KEY, 20_000), 1.0))
+    drawn = functools.partial(sample, law="rademacher", structure="rank_one")
+    drawn = jax.jit(jax.vmap(drawn, in_axes=(None, 0, None)))
+    r = np.asarray(drawn(centred(shape, bits), jax.random.split(KEY, 20_000), 1.0))
     assert_identity_covariance(r.reshape(20_000, -1).astype(float))
 
 
-def test_slices_of_a_rank_one_stack_share_nothing():
-    draws = jax.jit(functools.partial(sample, law="rademacher", structure="rank_one"))
-    u = np.asarray(draws(centred((50, 4, 64)), KEY, 1.0))
-    rows, columns = u[:, 0, :], u[:, :, 0] * u[:, :1, 0]
-    assert len(np.unique(rows, axis=0)) == 50
+@pytest.mark.parametrize("name", ["uniform", "rademacher"])
+def test_slices_of_a_rank_one_stack_share_a_row_but_no_signs(name):
+    drawn = jax.jit(functools.partial(sample, law=name, structure="rank_one"))
+    u = np.asarray(drawn(centred((50, 4, 64)), KEY, 3.0))
+    assert np.linalg.matrix_rank(u.reshape(200, 64)) == 1
+    some = np.flatnonzero(u[0, 0])[0]
+    signs = np.sign(u[:, :, some])
+    columns = signs * signs[:, :1]
     assert len(np.unique(columns, axis=0)) == 8  # every pattern of three signs
+    assert set(np.unique(signs[:, 0])) == {-1, 1}
 
 
 @pytest.mark.parametrize(
-    ("density", "shape"), [(2.0**-11, (400, 1000)), (0.01, (40_000, 10))], ids=str
+    ("bits", "boundary", "layout"),
+    [
+        (8, "clamp", {}),
+        (8, "mask", {"block": 7, "axis": 0}),
+        (4, "mask", {"axis": 0}),
+        (2, "mask", {"block": 16}),
+        (4, "reflect", {"block": 6}),
+    ],
+)
+def test_weighted_signs_are_the_sum_of_weighted_directions(bits, boundary, layout):
+    """For weights like `queries.differences`, to the bit: the library's update of many queries."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(15, 36)), jnp.float32)
+    array = jax.jit(Quantizer(bits, **layout))(x)
+    weights = jnp.asarray(rng.integers(-(2**15), 2**15, 9), jnp.float32) * 2.0**-20
+    width = 0.2 * 2**bits * jnp.asarray(rng.uniform(size=array.scale.shape), jnp.float32)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=0)
+    def describe(key):
+        choices = {"law": "rademacher", "structure": "rank_one", "boundary": boundary}
+        return stencils.describe(key, array, width, **choices)
+
+    @jax.jit
+    def add_up(described, weights):
+        first = stencils.parts(jax.tree.map(lambda leaf: leaf[0], described), array)
+        sums = []
+        for part, (stencil, piece) in enumerate(first):
+            of_part = jax.vmap(lambda one, part=part: stencils.parts(one, array)[part][0])
+            m = stencils.reach(piece.spread(stencil.width), piece.grid)
+            total = stencils.weighted_signs(of_part(described), weights, piece)
+            sums.append(total * m.astype(jnp.float32))
+        return jnp.concatenate(sums, axis=-1)
+
+    described = describe(jax.random.split(KEY, 9))
+    together = add_up(described, weights)
+    directions = jax.jit(jax.vmap(lambda stencil: stencils.draw(stencil, array)))(described)
+    expected = np.tensordot(np.asarray(weights, np.float64), np.asarray(directions, np.int64), 1)
+    assert expected.any()
+    np.testing.assert_array_equal(together, expected)
+
+
+@pytest.mark.parametrize(
+    ("density", "shape"),
+    [(2.0**-11, (400, 1000)), (0.01, (40_000, 10)), (0.3, (300, 1000)), (4e-6, (20_000, 500))],
+    ids=str,
 )
 def test_a_sparse_support_has_its_density(density, shape):
-    draws = functools.partial(sample, law="rademacher", structure="sparse", density=density)
-    u = np.asarray(jax.jit(draws)(centred(shape), KEY, 1.0))
+    drawn = functools.partial(sample, law="rademacher", structure="sparse", density=density)
+    u = np.asarray(jax.jit(drawn)(centred(shape), KEY, 1.0))
     assert_binomial(np.count_nonzero(u), u.size, density)
     assert_binomial((u > 0).sum(), np.count_nonzero(u), 0.5)
 
 
-def test_a_traced_density_is_kept():
-    array = centred((400, 1000))
-    draws = jax.jit(
+@pytest.mark.parametrize(
+    ("density", "cell", "bits"),
+    [(0.375, 2, 8), (1 / 4, 3, 8), (1 / 4, 3, 4), (0.07, 10, 8), (0.07, 10, 2), (0.0074, 101, 8)],
+)
+def test_at_most_one_place_in_every_cell_is_in_the_support(density, cell, bits):
+    """Each is as likely as the others and says nothing of other cells or rows."""
+    rows = 4_000
+    columns = 3 * cell + cell // 2
+    columns -= columns % (8 // bits)
+    array = centred((rows, columns), bits)
+    choices = {"law": "rademacher", "structure": "sparse", "density": density}
+    assert stencils.describe(KEY, array, 1.0, **choices).cell == cell
+    u = np.asarray(jax.jit(functools.partial(sample, **choices))(array, KEY, 1.0))
+    kept, places = [], []
+    for part in np.split(u != 0, 8 // bits, axis=-1):
+        full = part.shape[1] // cell
+        cells = part[:, : full * cell].reshape(rows, full, cell)
+        assert (cells.sum(axis=-1) <= 1).all()
+        kept.append(cells.any(axis=-1))
+        places += [cells[cells[:, i].any(axis=-1), i].argmax(axis=-1) for i in range(full)]
+        cut = part[:, full * cell :]
+        assert (cut.sum(axis=-1) <= 1).all()
+        assert_binomial(cut.sum(), rows, density * cut.shape[1])
+    kept = np.concatenate(kept, axis=-1)
+    for place in places:
+        assert stats.chisquare(np.bincount(place, minlength=cell)).pvalue > 1e-4
+    if kept.size:  # else a part is shorter than a cell
+        assert_binomial(kept.sum(), kept.size, density * cell)
+        assert_uncorrelated(np.concatenate([kept[:-1], kept[1:]], axis=-1).astype(float))
+
+
+@pytest.mark.parametrize(("density", "cell"), [(1.0, 1), (0.7, 1), (0.5, 1), (2.0**-30, 2**16)])
+def test_cells_are_as_long_as_the_density_allows(density, cell):
+    stencil = stencils.describe(KEY, centred((2, 4)), 1.0, structure="sparse", density=density)
+    assert stencil.cell == cell
+    share = 1.0 if stencil.probability is None else stencil.probability.item()
+    assert share == pytest.approx(density * cell)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_entries_of_a_sparse_support_have_the_law_and_are_uncorrelated(name):
+    """Whether the support's places were known or drawn entry by entry."""
+    cell, width = 4, 3.0
+    k, p = law(name, 3, width)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def drawn(key, density):
+        array = centred((2, 2 * cell))
+        known = sample(array, key, width, law=name, structure="sparse", density=1 / cell)
+        return known, sample(array, key, width, law=name, structure="sparse", density=density)
+
+    for u in drawn(jax.random.split(KEY, 20_000), jnp.float32(1 / cell)):
+        u = np.asarray(u).reshape(20_000, -1)
+        counts = np.bincount(u.ravel() + 3, minlength=7)
+        expected = p / cell
+        expected[k == 0] += 1 - 1 / cell
+        assert (counts[expected == 0] == 0).all()
+        for hits, chance in zip(counts, expected, strict=True):
+            assert_binomial(hits, u.size, chance)
+        assert_uncorrelated(u)
+
+
+def test_places_in_a_row_with_blocks_have_their_own_blocks_reach():
+    """The width that counts is that where the entry is, even at the end of a row."""
+    scale = jnp.asarray(np.tile([1.0, 0.5, 0.25, 0.125], (3_000, 1)), jnp.float32)
+    codes = jnp.full((3_000, 22), 128, jnp.uint8)
+    array = zq.QuantizedArray.from_codes(codes, scale, None, GRIDS[8], (-1, 6))
+    drawn = functools.partial(sample, law="rademacher", structure="sparse", density=0.2)
+    u = np.abs(jax.jit(drawn)(array, KEY, 3.0 / array.step))
+    reach = np.repeat([3, 6, 12, 24], 6)[:22]
+    assert ((u == 0) | (u == reach)).all()
+    assert (u.max(axis=0) == reach).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_traced_density_is_kept(bits):
+    array = centred((400, 1000), bits)
+    drawn = jax.jit(
         lambda density: sample(
             array, KEY, 1.0, law="rademacher", structure="sparse", density=density
         )
     )
     for density in (0.0, 2.0**-20, 2.0**-11, 0.01, 0.7, 1.0):
-        assert_binomial(np.count_nonzero(draws(jnp.float32(density))), 400_000, density)
-
-
-PROBABILITIES = [0.0, 2.0**-24, 1e-5, 2.0**-11, 0.01, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1 - 2.0**-11, 1.0]
-
-
-@pytest.mark.parametrize(("columns", "shared"), [(33, True), (64, False)], ids=str)
-def test_bernoulli_draws_have_their_probabilities(columns, shared):
-    """By bit slicing where a long row shares one probability, a word each elsewhere."""
-    rows = -(-32_768 // columns)
-    p = jnp.asarray(PROBABILITIES, jnp.float32)
-    keys = jax.random.split(KEY, (rows, p.size))
-    probability = p[:, None] if shared else jnp.broadcast_to(p[:, None], (p.size, columns))
-    draws = np.asarray(jax.jit(stencils.bernoulli, static_argnums=2)(keys, probability, columns))
-    assert draws.shape == (rows, p.size, columns)
-    for i, probability in enumerate(PROBABILITIES):
-        assert_binomial(draws[:, i].sum(), draws[:, i].size, probability)
-
-
-def test_bernoulli_draws_are_independent():
-    draws = stencils.bernoulli(jax.random.split(KEY, 20_000), 0.3, 64)
-    assert_identity_covariance((np.asarray(draws) - 0.3) / np.sqrt(0.21))
-
-
-def test_a_few_digits_suffice_for_a_dyadic_probability():
-    draws = functools.partial(stencils.bernoulli, columns=320_000, digits=3)
-    assert_binomial(np.asarray(draws(KEY, 5 / 8)).sum(), 320_000, 5 / 8)
-    assert random_words(lambda key: draws(key, 5 / 8), KEY, rounds=3) == 3 * 10_000
+        assert_binomial(np.count_nonzero(drawn(jnp.float32(density))), 400_000, density)
 
 
 # Dither
@@ -309,9 +377,9 @@ def test_a_few_digits_suffice_for_a_dyadic_probability():
 @pytest.mark.parametrize("name", ["uniform", "rademacher"])
 def test_a_dithered_probe_below_one_code_is_kept_with_probability_mu_over_s(name):
     array = centred((400, 500), 4)
-    draws = jax.jit(functools.partial(sample, law=name, dithered=True))
+    drawn = jax.jit(functools.partial(sample, law=name, dithered=True))
     for width in (0.05, 0.4, 1.0, 3.0):
-        u = np.asarray(draws(array, KEY, jnp.float32(width)))
+        u = np.asarray(drawn(array, KEY, jnp.float32(width)))
         k, p = law(name, max(int(width), 1), width)
         assert_binomial(np.count_nonzero(u), u.size, min(width, 1.0) * (1 - p[k == 0].sum()))
 
@@ -320,9 +388,9 @@ def test_a_dithered_probe_below_one_code_is_kept_with_probability_mu_over_s(name
 def dithered_by_row():
     codes = jnp.zeros((255, 2000), jnp.uint8)
     scale = jnp.ones((255, 1), jnp.float32)
-    array = zq.QuantizedArray(codes, scale, None, GRIDS[8], None, jnp.dtype(jnp.float32))
-    draws = jax.jit(stencils.dithered_reach)
-    return lambda width: np.asarray(draws(KEY, jnp.asarray(width, jnp.float32), array))
+    array = zq.QuantizedArray.from_codes(codes, scale, None, GRIDS[8])
+    rows, reach = draws.rows(KEY, (255,)), jax.jit(stencils.dithered_reach)
+    return lambda width: np.asarray(reach(rows, jnp.asarray(width, jnp.float32), array))
 
 
 def test_a_dithered_reach_is_its_width_on_average():
@@ -384,7 +452,7 @@ GRIDDED = {  # a quantizer for its grid, and where its scales stand
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(
     kind=st.sampled_from(sorted(GRIDDED)),
-    shape=st.sampled_from([(), (2, 3, 9)]),
+    shape=st.sampled_from([(), (2, 3, 9), (2, 3, 12)]),
     name=st.sampled_from(LAWS),
     structure=st.sampled_from(STRUCTURES),
     boundary=st.sampled_from(["clamp", "mask", "reflect"]),
@@ -401,9 +469,8 @@ def test_no_direction_leaves_the_grid(
     low, high = grid.low, grid.high
     n = rng.integers(low, high + 1, size=shape)
     scale = jnp.asarray(rng.uniform(0.5, 2.0, size=scales), jnp.float32)
-    codes = jnp.asarray(n, jnp.uint4 if quantizer.bits <= 4 else jnp.uint8)
-    array = zq.QuantizedArray(
-        codes, scale, None, grid, block if shape else None, jnp.dtype(jnp.float32)
+    array = zq.QuantizedArray.from_codes(
+        jnp.asarray(n, jnp.uint8), scale, None, grid, block if shape else None
     )
     width = width / np.asarray(scale)
     stencil = stencils.describe(
@@ -417,10 +484,11 @@ def test_no_direction_leaves_the_grid(
         dithered=dithered,
     )
     u = stencils.draw(stencil, array)
-    assert u.shape == shape and u.dtype == jnp.int32
+    assert u.shape == shape and u.dtype == jnp.int16
     assert np.abs(u).max() <= np.clip(np.floor(width).max(), 1, high - low)
     plus = np.asarray(stencils.displace(array.codes, u, array.grid, boundary))
     minus = np.asarray(stencils.displace(array.codes, -u, array.grid, boundary))
+    assert plus.dtype == minus.dtype == np.int16
     u = np.asarray(u)
     assert (low <= plus).all() and (plus <= high).all()
     assert (low <= minus).all() and (minus <= high).all()
@@ -440,10 +508,12 @@ def test_no_direction_leaves_the_grid(
 def test_an_empty_array_has_an_empty_direction(shape):
     array = jax.jit(Quantizer(4, block=3))(jnp.zeros(shape, jnp.float32))
     for structure in STRUCTURES:
-        draws = jax.jit(functools.partial(sample, structure=structure, dithered=True))
-        assert draws(array, KEY, 1.0).shape == shape
-    width = jnp.ones(array.scale.shape, jnp.float32)
-    assert jax.jit(stencils.dithered_reach)(KEY, width, array).shape == shape
+        density = 0.1 if structure == "sparse" else 1.0
+        drawn = functools.partial(sample, structure=structure, density=density, dithered=True)
+        assert jax.jit(drawn)(array, KEY, 1.0).shape == shape
+    part = array.parts[0]
+    width, rows = jnp.ones(part.scale.shape, jnp.float32), draws.rows(KEY, shape[:-1])
+    assert jax.jit(stencils.dithered_reach)(rows, width, part).shape == part.shape
 
 
 @pytest.mark.parametrize(

@@ -192,9 +192,8 @@ class QuantizedArray(quax.ArrayValue):
         if self.per_byte == 1:
             return [self]
         width = 8 // self.per_byte
-        aligned = self.block is None or self.block[0] != -1
-        if self.block is not None and self.block[0] == -1:
-            aligned = (self.packed.shape[-1] % self.block[1]) == 0
+        axis, length = self.block or (0, 1)
+        aligned = axis != -1 or self.packed.shape[-1] % length == 0
         whole = self if aligned else dataclasses.replace(self, block=None)
         offsets = self.split(self.offset) if self.offset is not None else [None] * self.per_byte
         pairs = enumerate(zip(self.split(self.scale), offsets, strict=True))
@@ -213,8 +212,8 @@ class QuantizedArray(quax.ArrayValue):
         """Something in `scale`'s shape, cut as `parts` are."""
         if self.per_byte == 1 or per_block.shape[-1] == 1:
             return [per_block] * self.per_byte
-        is_along_last = self.block is not None and self.block[0] == -1
-        if is_along_last and self.packed.shape[-1] % self.block[1] != 0:
+        axis, length = self.block or (0, 1)
+        if axis == -1 and self.packed.shape[-1] % length != 0:
             per_block = self.spread(per_block)
         return jnp.split(per_block, self.per_byte, axis=-1)
 

@@ -12,7 +12,6 @@ bits that the whole stack has for it. A row is the last axis of an array.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import equinox as eqx
 import jax
@@ -28,7 +27,6 @@ RESOLUTION = 24  # binary digits of a probability that is not known beforehand
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PART = 30  # where a row's number ends and that of its part begins
-_FEW = 256  # words
 _PARITY = np.uint32(0x1BD11BDA)
 
 
@@ -91,7 +89,8 @@ def words(
         start: where in the stream, in pairs of words; a stream is 2^26 long.
     """
     half = -(-count // 2)
-    place = (stream << 26) + jnp.asarray(start, jnp.uint32) + jnp.arange(half, dtype=jnp.uint32)
+    place = jnp.asarray(start, jnp.uint32) + jnp.arange(half, dtype=jnp.uint32)
+    place = place + np.uint32(stream << 26)
     key0, key1, index = (field[..., None] for field in (of.key0, of.key1, of.index))
     first, second = _threefry(key0, key1, index, place)
     return jnp.concatenate([first, second], axis=-1)[..., :count]
@@ -106,13 +105,7 @@ def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
     """
     length = -(-count // 32)
     like = jax.ShapeDtypeStruct((*of.index.shape, length), jnp.uint32)
-
-    def make() -> Array:
-        return words(of, length, stream)
-
-    # A few words are sooner made 32 times than kept.
-    few = math.prod(like.shape) <= _FEW
-    packed = make() if few else compiler.held(make, (of.key0, of.key1), like)
+    packed = compiler.held(lambda: words(of, length, stream), (of.key0, of.key1), like)
     return (2 * _unpack(packed, count).astype(jnp.int8) - 1).astype(jnp.int8)
 
 

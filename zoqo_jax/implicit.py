@@ -128,7 +128,7 @@ class TransposedArray(quax.ArrayValue):
 
 
 Implicit = QuantizedArray | PerturbedArray | TransposedArray
-_Stored = TypeVar("_Stored", QuantizedArray, PerturbedArray)
+_Stored = TypeVar("_Stored", bound=QuantizedArray | PerturbedArray)
 
 
 def on_rows(fn: Callable[[Array], Array], w: _Stored) -> _Stored:

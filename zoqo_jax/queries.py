@@ -8,8 +8,9 @@ computed once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,10 @@ from zoqo_jax.implicit import PerturbedArray
 from zoqo_jax.rules import quaxify
 from zoqo_jax.stencils import Stencil
 
-__all__ = ["Objective", "differences", "endpoints", "losses", "scalar"]
+__all__ = ["Objective", "Sides", "differences", "endpoints", "losses", "scalar"]
 
 Objective = Callable[[Any], Float[Array, ""]]
+Sides = Literal["together", "in_turn"]
 
 
 def losses(
@@ -33,6 +35,7 @@ def losses(
     *,
     center: bool = False,
     together: int = 1,
+    sides: Sides = "together",
 ) -> Float32[Array, " sides"]:
     """Evaluate an objective at both sides of a stencil.
 
@@ -43,6 +46,8 @@ def losses(
         center: evaluate at the present codes too.
         together: how many directions `jax.vmap` evaluates at once, this one among them: it decides
             how products are computed, not what they are.
+        sides: evaluate + and - "together", as a batch that shares what it can, or "in_turn", which
+            has one side's activations in memory.
 
     Returns:
         Float32 losses at +u, -u and, with `center`, at the present codes: two or three forward
@@ -58,6 +63,7 @@ def losses(
         >>> losses(lambda w: jnp.abs(w).sum(), w, [probe], center=True).round(3).tolist()
         [0.03, 0.03, 0.0]
     """
+    population = together * (2 if sides == "together" else 1)
 
     def loss(tree: PyTree) -> Array:
         return scalar(quaxify(value_fn)(tree))
@@ -68,11 +74,12 @@ def losses(
                 params,
                 stencils,
                 side,
-                lambda perturbed: dataclasses.replace(perturbed, population=2 * together),
+                lambda perturbed: dataclasses.replace(perturbed, population=population),
             )
         )
 
-    pair = jax.vmap(displaced_loss)(jnp.array([1, -1], jnp.int8))
+    over = jax.vmap if sides == "together" else lambda fn: functools.partial(jax.lax.map, fn)
+    pair = over(displaced_loss)(jnp.array([1, -1], jnp.int8))
     return jnp.append(pair, loss(params)) if center else pair
 
 
@@ -135,16 +142,16 @@ def differences(pairs: Float32[Array, "queries 2"]) -> Float32[Array, " queries"
     """l+ - l- of a step's queries, and 0 where either loss is NaN or inf.
 
     They are rounded to whole multiples of one power of two, to 16 significant bits of the largest
-    (fewer beyond 256 queries). Sums of them, or of their products with signs, are then exact in
-    float32 in any order, so a step has the same bits however a compiler arranges it, and a run can
-    be replayed from its differences.
+    (fewer beyond 256 queries), and cut off at 2^112. Sums of them, or of their products with signs,
+    are then exact in float32 in any order, so a step has the same bits however a compiler arranges
+    it, and a run can be replayed from its differences.
 
     Examples:
         >>> differences(jnp.array([[0.75, 0.5], [jnp.nan, 0.5]])).tolist()
         [0.25, 0.0]
     """
     raw = pairs[..., 0] - pairs[..., 1]
-    raw = jnp.where(jnp.isfinite(raw), raw, 0.0)
+    raw = jnp.clip(jnp.where(jnp.isfinite(raw), raw, 0.0), -(2.0**112), 2.0**112)
     bits = min(16, 24 - (raw.shape[-1] - 1).bit_length())
     largest = jnp.abs(raw).max(axis=-1, keepdims=True)
     exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 126

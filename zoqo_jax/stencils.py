@@ -9,8 +9,8 @@ it is needed, in the forward pass and again in the update, never kept. Three cho
   arXiv:2605.10673);
 - *structure*, how entries hang together: `dense` independent; `rank_one` one row of draws for the
   array, times an independent sign for every row, so that entries stay uncorrelated and a product
-  with the array can share its weights; `sparse` dense entries on a random support, one place in
-  every `1 / density` neighbours;
+  with the array can share its weights; `sparse` dense entries on a random support, which draws a
+  few words for each of its entries and none for the others;
 - *boundary*, what becomes of an end point that would leave the grid: `clamp` it to the edge, `mask`
   the coordinate out of the direction, or `reflect` it.
 
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int8, Int16, Integer, Key
 
-from zoqo_jax import draws
+from zoqo_jax import compiler, draws
 from zoqo_jax.arrays import Grid, QuantizedArray
 from zoqo_jax.draws import Rows
 
@@ -59,6 +59,7 @@ Boundary = Literal["clamp", "mask", "reflect"]
 # floor to 20.
 _FLOOR_TOLERANCE = 1e-6
 _LONGEST_CELL = 2**16
+_CELLS_FILLED = 0.75  # about this share of cells is in a support
 _SIGN, _ENTRY, _PLACE, _SUPPORT = range(4)  # streams of random words
 
 
@@ -72,7 +73,7 @@ class Stencil(eqx.Module):
         probability: chance of an entry, or of a cell's one entry, to be in the support, in the
             shape of the scale, or None for 1.
         digits: binary digits that represent `probability`, at most 24.
-        cell: neighbours in a row of whom one is in the support; 1 for all.
+        cell: neighbours in a row of whom at most one is in the support; 1 for no limit.
         law: the law of an entry.
         structure: how entries hang together.
         boundary: what happens at the grid's edges.
@@ -336,22 +337,29 @@ def _entries(
 def _scattered_entries(
     stencil: Stencil, grid: Grid, width: Array, chance: Array | None, columns: int
 ) -> Int16[Array, "*rows columns"]:
-    """Draws of the law, one in each cell of neighbours; past the end of a row it is lost."""
-    cell = stencil.cell
+    """Draws of the law, at most one in a cell of neighbours; past the end of a row it is lost."""
+    rows, cell = stencil.rows, stencil.cell
     cells = -(-columns // cell)
-    place = draws.below(stencil.rows, cell, cells, _PLACE)
-    column = jnp.minimum(place + cell * jnp.arange(cells), columns - 1)
 
-    def at_places(spread: Array) -> Array:
-        if spread.ndim == 0 or spread.shape[-1] == 1:
-            return spread
-        whole = jnp.broadcast_to(spread, (*column.shape[:-1], columns))
-        return jnp.take_along_axis(whole, column, axis=-1)
+    def entry_and_place() -> Array:
+        place = draws.below(rows, cell, cells, _PLACE)
+        column = jnp.minimum(place + cell * jnp.arange(cells, dtype=jnp.int32), columns - 1)
 
-    chance = None if chance is None else at_places(chance)
-    u = _entries(stencil, grid, at_places(width), chance, cells)
-    u = jnp.where(place[..., None] == jnp.arange(cell), u[..., None], 0)
-    return u.reshape(*u.shape[:-2], cells * cell)[..., :columns]
+        def at_places(spread: Array) -> Array:
+            if spread.ndim == 0 or spread.shape[-1] == 1:
+                return spread
+            whole = jnp.broadcast_to(spread, (*column.shape[:-1], columns))
+            return jnp.take_along_axis(whole, column, axis=-1)
+
+        kept = None if chance is None else at_places(chance)
+        u = _entries(stencil, grid, at_places(width), kept, cells)
+        return u.astype(jnp.int32) * 2 * _LONGEST_CELL + place
+
+    like = jax.ShapeDtypeStruct((*rows.index.shape, cells), jnp.int32)
+    drawn = compiler.held(entry_and_place, (rows.key0, rows.key1), like)[..., None]
+    is_place = (drawn & (2 * _LONGEST_CELL - 1)) == jnp.arange(cell, dtype=jnp.int32)
+    u = jnp.where(is_place, drawn >> (2 * _LONGEST_CELL).bit_length() - 1, 0).astype(jnp.int16)
+    return u.reshape(*rows.index.shape, cells * cell)[..., :columns]
 
 
 def _uniform_size(random: Array, m: Array, width: Array) -> Int16[Array, "..."]:
@@ -391,12 +399,15 @@ def _both_sides_fit(codes: Array, u: Array, grid: Grid) -> Bool[Array, "..."]:
 
 
 def _cells(density: Array | float) -> tuple[int, Array | float | None]:
-    """The length of a cell, and the share of cells in the support or None for all of them."""
+    """The length of a cell, and the share of cells in the support or None for all of them.
+
+    Were every cell in the support of every direction, parities between cells would never change.
+    """
     if isinstance(density, Array | Tracer):
         return 1, density
-    cell = min(int(1.0 / density * (1.0 + _FLOOR_TOLERANCE)), _LONGEST_CELL)
+    cell = min(max(int(_CELLS_FILLED / density), 1), _LONGEST_CELL)
     share = density * cell
-    return cell, None if share > 1.0 - _FLOOR_TOLERANCE else share
+    return cell, None if share == 1.0 else share
 
 
 def _digits(density: Array | float) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,7 @@ def by_queries(
     key: PRNGKeyArray,
     num_queries: int = 1,
     query_batch: int | None = 1,
+    sides: queries.Sides = "together",
     axis_name: str | None = None,
 ) -> QueryTransformation:
     """Make an optax transformation of a method's rules.
@@ -118,6 +119,7 @@ def by_queries(
         key: the run's key.
         num_queries: query pairs a step.
         query_batch: how many of them to evaluate at once; 1 needs the least memory.
+        sides: evaluate the two sides of a pair "together" or "in_turn".
         axis_name: average losses over this mapped axis, for data-parallel steps: only scalars
             travel.
 
@@ -125,6 +127,7 @@ def by_queries(
         A transformation whose `update` takes `value_fn=` (or `differences=`, to replay a step).
     """
     check_query_count(num_queries, query_batch)
+    stencils.check_choice("sides", sides, get_args(queries.Sides))
     together = min(query_batch or num_queries, num_queries)
 
     def init(params: PyTree) -> StepState:
@@ -184,7 +187,7 @@ def by_queries(
         directions = jax.vmap(lambda query: stencil(query)[0])(jnp.arange(num_queries))
         total = stencils.weighted_signs(directions, weights.astype(jnp.float32), piece)
         m = stencils.reach(piece.spread(first.width), piece.grid)
-        return total * rules.weigh(jnp.float32(1.0), m)
+        return total * rules.weigh(jnp.float32(1.0), m).astype(jnp.float32)
 
     def update(
         updates: Any,
@@ -207,7 +210,7 @@ def by_queries(
         elif value_fn is not None:
             pairs = over_queries(
                 lambda query: queries.losses(
-                    value_fn, params, probes(state, params, query), together=together
+                    value_fn, params, probes(state, params, query), together=together, sides=sides
                 ),
                 num_queries,
                 query_batch,

@@ -16,6 +16,7 @@ from jaxtyping import Array, PRNGKeyArray
 from zoqo_jax import stencils
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.draws import Rows
+from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Law, Stencil, Structure
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.stepping import Rules, Schedule, value_at
@@ -39,6 +40,7 @@ def zoqo(
     step: StepRule = "floor",
     boundary: Boundary = "clamp",
     query_batch: int | None = 1,
+    sides: Sides = "together",
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Quantized sign descent along integer noise, two forward passes for each query.
@@ -69,6 +71,8 @@ def zoqo(
         boundary: "clamp" (the paper's), "mask" or "reflect".
         query_batch: query pairs evaluated at once, None for all; more is faster and takes more
             memory.
+        sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
+            "in_turn", with one side's activations in memory; better where tokens are many.
         axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
 
     Returns:
@@ -130,5 +134,5 @@ def zoqo(
         return -E * g, residual
 
     return stepping.by_queries(
-        Rules(describe, weigh, move), key, num_queries, query_batch, axis_name
+        Rules(describe, weigh, move), key, num_queries, query_batch, sides, axis_name
     )

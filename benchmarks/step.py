@@ -1,0 +1,95 @@
+"""A step beside a forward pass of the same quantized model: `python -m benchmarks.step`.
+
+For each storage, number of tokens and number of queries, four programs take turns: the forward
+pass, and whole steps (`tx.update` and `optax.apply_updates`, donated) with rank-one, sparse and
+dense directions. Several queries of a rank-one direction are evaluated together
+(query_batch=None), the others one after another, as memory asks.
+
+The layers are stacked and scanned, which compiles in a few seconds; with one query and 32 tokens
+they are also unrolled, as Flax modules are by default, which takes half a minute a program. 64
+queries are measured at 32 tokens only: at 1,024 a call would take a minute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from absl import flags
+
+import zoqo_jax as zq
+from benchmarks import floor, models, results
+from benchmarks.timing import Effort, Program, report_of
+from zoqo_jax.stencils import Structure
+
+__all__ = ["Cell", "forward", "measure", "stepper"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What is measured together.
+
+    Attributes:
+        storage: a key of `models.STORAGES`.
+        tokens: of one evaluation.
+        queries: query pairs a step.
+        scanned: whether the layers are stacked and scanned.
+        tiny: whether the network is `models.TINY`.
+    """
+
+    storage: str
+    tokens: int
+    queries: int = 1
+    scanned: bool = False
+    tiny: bool = False
+
+
+def cells(quick: bool) -> list[Cell]:
+    """Everything to measure."""
+    if quick:
+        some = [Cell(storage, 32) for storage in models.STORAGES]
+        return [dataclasses.replace(cell, tiny=True) for cell in (*some, Cell("int8", 32, 8, True))]
+    unrolled = [Cell(storage, 32) for storage in models.STORAGES]
+    grid = [(32, 1), (256, 1), (1024, 1), (32, 8), (32, 64), (256, 8), (1024, 8)]
+    return unrolled + [Cell(storage, *at, True) for at in grid for storage in models.STORAGES]
+
+
+def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
+    """Times, memory and floors of one cell."""
+    net = dataclasses.replace(models.TINY if cell.tiny else models.NET, scanned=cell.scanned)
+    params = zq.quantize(net.params(jax.random.key(0)), models.STORAGES[cell.storage])
+    batch = net.batch(cell.tokens)
+    programs = {"forward": forward(net, params, batch)}
+    for structure in models.STRUCTURES:
+        query_batch = None if structure == "rank_one" else 1
+        programs[structure] = stepper(net, params, batch, structure, cell.queries, query_batch)
+    return {
+        "parameters": net.weights,
+        **report_of(programs, effort),
+        "floors": floor.floors(cell.storage, net, params, cell.tokens, cell.queries),
+    }
+
+
+def forward(shape: models.Shape, params: Any, batch: Any) -> Program:
+    """The forward pass of a model as it is stored."""
+    return Program(zq.quaxify(shape.loss), (), (params, batch))
+
+
+def stepper(
+    shape: models.Shape,
+    params: Any,
+    batch: Any,
+    structure: Structure,
+    queries: int = 1,
+    query_batch: int | None = 1,
+    copy: bool = True,
+) -> Program:
+    """A whole step by the public interface."""
+    tx = models.transformation(structure, queries, query_batch)
+    return Program(models.step(tx, shape.loss), (params, tx.init(params)), (batch,), copy)
+
+
+if __name__ == "__main__":
+    flags.adopt_module_key_flags(results)
+    results.run("step", cells, measure)

@@ -1,0 +1,439 @@
+"""Tables of what was measured, in Markdown.
+
+Every ratio is that of medians of programs that took turns in one process; the number in brackets is
+the ratio of the shortest times, which a busy machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import Results
+
+__all__ = [
+    "ABSENT",
+    "MEBI",
+    "STRUCTURES",
+    "TABLES",
+    "Entry",
+    "Measured",
+    "load",
+    "median",
+    "ratio",
+    "temporary",
+]
+
+_NAMES = ("step", "baselines", "scaling", "memory", "dequantization")
+ABSENT = "not measured yet"
+STRUCTURES = {"rank_one": "rank-one", "sparse": "sparse", "dense": "dense"}
+MEBI = 2**20
+
+Entry = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """All that was measured on one backend.
+
+    Attributes:
+        backend: JAX's name of it.
+        machine: the machine that the first file of results names.
+        entries: the cells of each script.
+    """
+
+    backend: str
+    machine: Entry
+    entries: dict[str, list[Entry]]
+
+    def find(self, script: str, **cell: Any) -> list[Entry]:
+        """The entries of a script whose cells have these fields."""
+        return [
+            entry
+            for entry in self.entries.get(script, ())
+            if all(entry["cell"].get(key, ABSENT) == value for key, value in cell.items())
+        ]
+
+
+def load(where: Path) -> list[Measured]:
+    """What is in a folder of results, the CPU first."""
+    found: dict[str, Measured] = {}
+    for path in sorted(where.glob("*_*.json")):
+        script, backend = path.stem.rsplit("_", 1)
+        if script in _NAMES:
+            read = Results.load(path)
+            one = found.setdefault(backend, Measured(backend, read.machine, {}))
+            one.entries[script] = list(read.cells.values())
+    return sorted(found.values(), key=lambda one: (one.backend != "cpu", one.backend))
+
+
+def ratio(entry: Entry, above: str, below: str, scale: float = 1.0) -> tuple[float, float] | None:
+    """The ratio of two programs' times, by medians and by minima, or None."""
+    seconds = entry["seconds"]
+    if above not in seconds or below not in seconds:
+        return None
+    return tuple(scale * how(seconds[above]) / how(seconds[below]) for how in _HOW)  # type: ignore
+
+
+_HOW = (statistics.median, min)
+
+
+def temporary(entry: Entry, above: str, below: str = "forward") -> float | None:
+    """The ratio of two programs' temporary bytes, or None."""
+    memory = entry["memory"]
+    if not memory.get(above) or not memory.get(below) or not memory[below]["temp"]:
+        return None
+    return memory[above]["temp"] / memory[below]["temp"]
+
+
+def text(found: tuple[float, float] | float | None) -> str:
+    """A ratio for a table."""
+    if found is None:
+        return "-"
+    if isinstance(found, tuple):
+        return f"{found[0]:.2f} ({found[1]:.2f})"
+    return f"{found:.2f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text."""
+    lines = [list(head), *map(list, rows)]
+    if len(lines) == 1:
+        return f"*{ABSENT}*"
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {one} |" for one in map(line, [lines[0], rule, *lines[1:]]))
+
+
+def ms(entry: Entry, name: str) -> str:
+    """A program's median time."""
+    if name not in entry["seconds"]:
+        return "-"
+    milliseconds = 1e3 * statistics.median(entry["seconds"][name])
+    return f"{milliseconds:.1f}" if milliseconds < 100 else f"{milliseconds:.0f}"
+
+
+def mb(count: int | None) -> str:
+    """Bytes as MiB."""
+    return "-" if count is None else f"{count / MEBI:.1f}"
+
+
+def over_floor(entry: Entry, name: str) -> str:
+    """Measured over floor."""
+    floor = entry.get("floors", {}).get(name)
+    return text(statistics.median(entry["seconds"][name]) / floor["floor"]) if floor else "-"
+
+
+def called(cell: Entry) -> str:
+    """What tables call a cell's storage."""
+    layers = {True: ", scanned", False: ", unrolled", None: ""}[cell.get("scanned")]
+    return cell["storage"] + layers
+
+
+def machine_table(one: Measured) -> str:
+    """The machine and the versions."""
+    here, entries = one.machine, [entry for many in one.entries.values() for entry in many]
+    caches = ", ".join(f"{name} {size // 1024} KiB" for name, size in here["caches"].items())
+    loads = [entry["load"] for entry in entries]
+    rows = [
+        ("device", f"{here['device']} x {here['devices']}"),
+        ("processor", f"{here['processor']}, {here['cores']} cores; {caches or 'caches unknown'}"),
+        ("memory", f"{here['memory'] / 2**30:.0f} GiB"),
+        ("system", f"{here['system']}, Python {here['python']}"),
+        ("versions", ", ".join(f"{name} {v}" for name, v in here["versions"].items())),
+        ("commits", ", ".join(sorted({entry["commit"] for entry in entries}))),
+        ("measured", " to ".join(sorted({entry["when"][:10] for entry in entries}))),
+        ("load while measuring", f"{min(loads):.1f} to {max(loads):.1f}"),
+    ]
+    return table(("", one.backend), rows)
+
+
+def step_table(one: Measured) -> str:
+    """Times over a forward pass, for all of the grid."""
+    rows = []
+    for entry in one.find("step"):
+        cell = entry["cell"]
+        rows.append(
+            [
+                called(cell),
+                f"{cell['tokens']}",
+                f"{cell['queries']}",
+                ms(entry, "forward"),
+                *(text(ratio(entry, name, "forward")) for name in STRUCTURES),
+            ]
+        )
+    return table(("storage", "tokens", "q", "forward, ms", *STRUCTURES.values()), rows)
+
+
+def temporary_table(one: Measured) -> str:
+    """Temporary bytes over those of a forward pass, for all of the grid."""
+    rows = []
+    for entry in one.find("step"):
+        cell, forward = entry["cell"], entry["memory"]["forward"]
+        rows.append(
+            [
+                called(cell),
+                f"{cell['tokens']}",
+                f"{cell['queries']}",
+                mb(forward and forward["temp"]),
+                *(text(temporary(entry, name)) for name in STRUCTURES),
+            ]
+        )
+    return table(("storage", "tokens", "q", "forward, MiB", *STRUCTURES.values()), rows)
+
+
+def floor_table(one: Measured) -> str:
+    """Measured over floor, for all of the grid."""
+    rows = []
+    for entry in one.find("step"):
+        cell, floors = entry["cell"], entry["floors"]
+        terms = [1e3 * floors["forward"][name] for name in ("memory", "products", "decoding")]
+        rows.append(
+            [
+                called(cell),
+                f"{cell['tokens']}",
+                f"{cell['queries']}",
+                *(f"{term:.1f}" for term in terms),
+                *(over_floor(entry, name) for name in ("forward", *STRUCTURES)),
+            ]
+        )
+    head = ("storage", "tokens", "q", "memory, ms", "products", "decoding", "forward")
+    return table((*head, *STRUCTURES.values()), rows)
+
+
+def rates_table(one: Measured) -> str:
+    """The rates behind the floors, median over cells."""
+    entries = [entry["floors"]["rates"] for entry in one.find("step")]
+    if not entries:
+        return f"*{ABSENT}*"
+    rows = [("bandwidth, GB/s", f"{statistics.median(e['bandwidth'] for e in entries) / 1e9:.1f}")]
+    tokens = sorted({int(n) for e in entries for n in e["product"]})
+    for n in tokens:
+        found = [e["product"][str(n)] for e in entries if str(n) in e["product"]]
+        rows.append((f"product, {n} tokens, GFLOP/s", f"{statistics.median(found) / 1e9:.0f}"))
+    for storage in dict.fromkeys(entry["cell"]["storage"] for entry in one.find("step")):
+        found = [e["floors"]["rates"]["decode"] for e in one.find("step", storage=storage)]
+        rows.append((f"decoding {storage}, G/s", f"{statistics.median(found) / 1e9:.2f}"))
+    return table(("rate", "median"), rows)
+
+
+def baselines_table(one: Measured) -> str:
+    """Times and memory beside other ways to train."""
+    rows = []
+    for entry in one.find("baselines"):
+        cell = entry["cell"]
+        for name in entry["seconds"]:
+            memory = entry["memory"][name]
+            rows.append(
+                [
+                    f"{name.replace('_', ' ')}, {cell['storage']}",
+                    f"{cell['tokens']}",
+                    ms(entry, name),
+                    text(ratio(entry, name, "forward")),
+                    text(ratio(entry, name, "rank_one")),
+                    text(ratio(entry, name, "dense")),
+                    mb(memory and memory["temp"]),
+                    mb(memory and memory["argument"]),
+                ]
+            )
+    head = ("program", "tokens", "ms", "/ forward", "/ rank-one", "/ dense")
+    return table((*head, "temporary, MiB", "arguments, MiB"), rows)
+
+
+def size_table(one: Measured) -> str:
+    """Growth with parameters."""
+    rows = []
+    for entry in one.find("scaling", queries=ABSENT):
+        rows.append(
+            [
+                f"{entry['cell']['decoder']}",
+                f"{entry['parameters']:,}",
+                ms(entry, "forward"),
+                *(text(ratio(entry, name, "forward")) for name in STRUCTURES),
+                *(text(temporary(entry, name)) for name in STRUCTURES),
+                *(over_floor(entry, name) for name in ("forward", "rank_one")),
+            ]
+        )
+    names = STRUCTURES.values()
+    head = ("decoder", "parameters", "forward, ms", *names, *(f"{n}, memory" for n in names))
+    return table((*head, "forward / floor", "rank-one / floor"), rows)
+
+
+def queries_table(one: Measured) -> str:
+    """Growth with queries: the cost of an evaluation over that of one in a large batch."""
+    rows = []
+    for entry in one.find("scaling", decoder=ABSENT):
+        q = entry["cell"]["queries"]
+        rows.append(
+            [
+                f"{q}",
+                *(ms(entry, name) for name in ("forward", "forward_as_many")),
+                *(
+                    text(ratio(entry, name, "forward_as_many"))
+                    for name in ("together", "one_by_one", "dense")
+                ),
+                text(ratio(entry, "together", "forward", 1 / (2 * q))),
+                text(temporary(entry, "together", "forward_as_many")),
+            ]
+        )
+    head = ("q", "forward, ms", "forward of 2q batches, ms", "together", "one by one", "dense")
+    return table((*head, "evaluation / forward", "memory, together"), rows)
+
+
+def process_table(one: Measured) -> str:
+    """Resident memory of processes."""
+    rows = []
+    for entry in one.find("memory", layers=ABSENT):
+        cell, processes = entry["cell"], entry["processes"]
+        for role, said in processes.items():
+            rows.append(
+                [
+                    f"{cell['model']}, {cell['storage']}, {cell['tokens']} tokens",
+                    STRUCTURES.get(role, role),
+                    mb(entry["stored"]),
+                    mb(said["compiled"]["empty"]),
+                    *(
+                        what
+                        for when, which in _RESIDENT
+                        for what in (
+                            mb(said[when][which]),
+                            text(resident(entry, role, when, which)),
+                        )
+                    ),
+                    mb(said["compiled"]["device_peak"]),
+                ]
+            )
+    head = ("model", "process", "codes, MiB", "empty", "compiling", "/ inference")
+    return table((*head, "compiled", "/ inference", "settled", "/ inference", "device"), rows)
+
+
+_RESIDENT = (("compiling", "peak"), ("compiled", "peak"), ("compiled", "settled"))
+
+
+def resident(entry: Entry, role: str, when: str, which: str) -> float | None:
+    """The ratio of a process's memory to the inference process's."""
+    said, base = (entry["processes"].get(name, {}).get(when) for name in (role, "inference"))
+    return said[which] / base[which] if said and base and said[which] and base[which] else None
+
+
+def growth_table(one: Measured) -> str:
+    """Temporary bytes by depth and width."""
+    rows = []
+    for entry in one.find("memory", model=ABSENT):
+        cell, memory = entry["cell"], entry["memory"]
+        rows.append(
+            [
+                f"{cell['layers']} x {cell['width']}, "
+                + ("scanned" if cell["scanned"] else "unrolled"),
+                f"{entry['parameters'] / 1e6:.1f} M",
+                f"{entry['largest'] / 1e6:.2f} M",
+                mb(memory["forward"] and memory["forward"]["temp"]),
+                *(mb(memory[name] and memory[name]["temp"]) for name in STRUCTURES),
+            ]
+        )
+    head = ("network", "parameters", "largest layer", "forward, MiB", *STRUCTURES.values())
+    return table(head, rows)
+
+
+def dequantization_table(one: Measured) -> str:
+    """Ways to decode; the fastest of a row is bold."""
+    names = ("arithmetic", "select", "gather", "pairs")
+    rows = []
+    for entry in one.find("dequantization"):
+        cell = entry["cell"]
+        without = "product" if cell["tokens"] else "copy"
+        fastest = min((n for n in names if n in entry["seconds"]), key=lambda n: median(entry, n))
+        cells = [ms_fine(entry, name) for name in names]
+        cells[names.index(fastest)] = f"**{cells[names.index(fastest)]}**"
+        feeding = f"product, {cell['tokens']} tokens" if cell["tokens"] else "alone"
+        rows.append(
+            [f"{cell['bits']} bit, {cell['dtype']}, {feeding}", ms_fine(entry, without), *cells]
+        )
+    return table(("codes to", "without", *names), rows)
+
+
+def median(entry: Entry, name: str) -> float:
+    return statistics.median(entry["seconds"][name])
+
+
+def ms_fine(entry: Entry, name: str) -> str:
+    """A short program's median time."""
+    return f"{1e3 * median(entry, name):.2f}" if name in entry["seconds"] else "-"
+
+
+def targets(one: Measured) -> str:
+    """Each target, met or not: judged by medians (memory: by bytes)."""
+    rows: list[list[str]] = []
+
+    def judge(what: str, bound: float, found: Any, *, least: bool = False) -> None:
+        sign = ">=" if least else "<="
+        value = found[0] if isinstance(found, tuple) else found
+        if value is None:
+            verdict = ABSENT
+        else:
+            verdict = "met" if (value >= bound if least else value <= bound) else "**not met**"
+        rows.append([what, f"{sign} {bound:g}", text(found), verdict])
+
+    def first(entries: list[Entry]) -> Entry | None:
+        return entries[0] if entries else None
+
+    def each(script: str, of: Callable[[Entry], Any], **cell: Any) -> list[tuple[str, Any]]:
+        return [(called(entry["cell"]), of(entry)) for entry in one.find(script, **cell)]
+
+    few = {"tokens": 32, "queries": 1, "tiny": False}
+    many = {**few, "tokens": 1024}
+    for name, bound in (("rank_one", 1.5), ("dense", 3.0)):
+        for storage, found in each("step", lambda e, n=name: ratio(e, n, "forward"), **few):
+            judge(f"step / forward, 32 tokens, {STRUCTURES[name]}, {storage}", bound, found)
+    for name in STRUCTURES:
+        for storage, found in each("step", lambda e, n=name: ratio(e, n, "forward"), **many):
+            judge(f"step / forward, 1,024 tokens, {STRUCTURES[name]}, {storage}", 2.1, found)
+    alike = {"tokens": 32, "tiny": False}
+    for name in ("dense", "rank_one"):
+        for storage, found in each("baselines", lambda e, n=name: ratio(e, "naive", n), **alike):
+            what = f"naive step (dense) / our step ({STRUCTURES[name]}), 32 tokens, {storage}"
+            judge(what, 12.0, found, least=True)
+    for name, bound in (("rank_one", 1.25), ("sparse", 1.25), ("dense", 2.0)):
+        for storage, found in each("step", lambda e, n=name: temporary(e, n), **few):
+            judge(f"temporary bytes, step / forward, {STRUCTURES[name]}, {storage}", bound, found)
+    process = first(one.find("memory", model="135M"))
+    for name in STRUCTURES:
+        for when, which in _RESIDENT:
+            found = resident(process, name, when, which) if process else None
+            what = f"resident, training / inference, 135 M, uint4, {STRUCTURES[name]}"
+            judge(f"{what}, {when}, {which}", 1.10, found)
+    if process and process["processes"]["inference"]["compiled"]["device_peak"]:
+        for name in STRUCTURES:
+            what = f"device peak, training / inference, 135 M, uint4, {STRUCTURES[name]}"
+            judge(what, 1.10, resident(process, name, "compiled", "device_peak"))
+    large = first(one.find("scaling", queries=64, tiny=False))
+    found = ratio(large, "together", "forward_as_many") if large else None
+    judge("64 queries: an evaluation / one in a forward pass of 128 batches", 1.05, found)
+    by_hand = first(one.find("baselines", storage="int8", **alike))
+    found = ratio(by_hand, "rank_one", "by_hand") if by_hand else None
+    judge("public interface / the same by hand, rank-one, int8, 32 tokens", 1.03, found)
+    return table(("target", "bound", "measured", "verdict"), rows)
+
+
+TABLES: dict[str, Callable[[Measured], str]] = {
+    "machine": machine_table,
+    "targets": targets,
+    "step": step_table,
+    "temporary": temporary_table,
+    "rates": rates_table,
+    "floor": floor_table,
+    "baselines": baselines_table,
+    "size": size_table,
+    "queries": queries_table,
+    "processes": process_table,
+    "growth": growth_table,
+    "dequantization": dequantization_table,
+}

@@ -1,0 +1,139 @@
+"""The clock: compiled programs called in turn (A B A B ...), and the memory that they take.
+
+Two times are comparable when they were taken side by side. A shared machine drifts by tens of per
+cent within a minute, so every ratio in the report comes from one process in which the programs took
+turns; it is the ratio of the medians, and beside it stands the ratio of the shortest times.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Effort", "Program", "give_back", "interleaved", "report_of", "resident", "temporary"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        rounds: at most so many calls of each program.
+        seconds: no further round after this long.
+        least: but at least so many rounds.
+    """
+
+    rounds: int = 25
+    seconds: float = 12.0
+    least: int = 3
+
+
+class Program:
+    """A compiled function with arguments of its own.
+
+    What it returns takes the place of its first arguments, whose memory is given away (donated), as
+    in training. Nothing is carried where `carried` is empty.
+
+    Args:
+        fn: the function.
+        carried: its first arguments.
+        fixed: its other arguments.
+        copy: whether to carry copies, so that the caller and other programs keep theirs.
+
+    Attributes:
+        compile_seconds: what tracing and compiling took.
+        memory: bytes that the compiled program says it needs; None where the backend does not say.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        carried: tuple[Any, ...],
+        fixed: tuple[Any, ...] = (),
+        copy: bool = True,
+    ) -> None:
+        self._call = jax.jit(fn, donate_argnums=tuple(range(len(carried))), keep_unused=True)
+        start = time.perf_counter()
+        self.memory = _memory(self._call.lower(*carried, *fixed).compile())
+        self.compile_seconds = time.perf_counter() - start
+        self._carried = jax.tree.map(jnp.copy, carried) if copy else carried
+        self._fixed = fixed
+
+    def __call__(self) -> Any:
+        out = self._call(*self._carried, *self._fixed)
+        if self._carried:
+            self._carried = out
+        return jax.block_until_ready(out)
+
+
+def interleaved(
+    programs: Mapping[str, Callable[[], Any]], effort: Effort
+) -> dict[str, list[float]]:
+    """Seconds of each call of programs that take turns; the first call of each is not counted."""
+    for program in programs.values():
+        jax.block_until_ready(program())
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    start = time.perf_counter()
+    for done in range(effort.rounds):
+        if done >= effort.least and time.perf_counter() - start > effort.seconds:
+            break
+        for name, program in programs.items():
+            before = time.perf_counter()
+            jax.block_until_ready(program())
+            seconds[name].append(round(time.perf_counter() - before, 7))
+    return seconds
+
+
+def report_of(programs: Mapping[str, Program], effort: Effort) -> dict[str, Any]:
+    """Times, memory and compile times of programs that take turns."""
+    return {
+        "seconds": interleaved(programs, effort),
+        "memory": {name: program.memory for name, program in programs.items()},
+        "compile_seconds": {name: round(p.compile_seconds, 2) for name, p in programs.items()},
+    }
+
+
+def temporary(fn: Callable[..., Any], carried: tuple[Any, ...], fixed: tuple[Any, ...] = ()) -> Any:
+    """Bytes that a program would need, arguments being shapes; nothing is run."""
+    donated = tuple(range(len(carried)))
+    return _memory(jax.jit(fn, donate_argnums=donated).lower(*carried, *fixed).compile())
+
+
+def resident() -> dict[str, int | None]:
+    """Bytes of memory of this process, now and at most, and of the accelerator at most."""
+    device = jax.local_devices()[0].memory_stats() or {}
+    now = peak = None
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"now": now, "peak": peak, "device_peak": device.get("peak_bytes_in_use")}
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc)."""
+    gc.collect()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def _memory(compiled: Any) -> dict[str, int] | None:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    names = ("temp", "argument", "output", "alias")
+    return {name: getattr(analysis, f"{name}_size_in_bytes") for name in names}
