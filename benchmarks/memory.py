@@ -82,8 +82,8 @@ def cells(quick: bool) -> list[Process | Growth]:
         Process("135M", "uint4", roles=(*_ROLES, "mezo", "adam")),
         *(Process("net", storage) for storage in models.STORAGES),
         Process("net", "int8", 1024),
-        *(Growth(layers, 512, scanned=True) for layers in (3, 6, 12, 24, 48)),
-        *(Growth(layers, 512, scanned=False) for layers in (2, 6)),
+        *(Growth(layers, 512, scanned=True) for layers in (3, 6, 12, 24)),
+        *(Growth(layers, 512, scanned=False) for layers in (2, 4)),
         *(Growth(12, width, scanned=True) for width in (128, 256, 1024)),
     ]
 

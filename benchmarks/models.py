@@ -216,7 +216,9 @@ DECODERS: Mapping[str, Decoder] = {
 }
 
 
-def transformation(structure: Structure, queries: int = 1, query_batch: int | None = 1) -> Any:
+def transformation(
+    structure: Structure, queries: int = 1, query_batch: int | None = 1, in_turn: bool = False
+) -> Any:
     """The optimizer that is measured: ZOQO with Rademacher directions."""
     return zq.zoqo(
         STRIDE,
@@ -227,6 +229,7 @@ def transformation(structure: Structure, queries: int = 1, query_batch: int | No
         structure=structure,
         density=DENSITY if structure == "sparse" else 1.0,
         query_batch=query_batch,
+        sides="in_turn" if in_turn else "together",
     )
 
 

@@ -58,7 +58,7 @@ def cells(quick: bool) -> list[Size | Queries]:
     """Everything to measure."""
     if quick:
         return [Size("1M"), Queries(4, tiny=True)]
-    return [*map(Size, models.DECODERS), *map(Queries, (1, 2, 4, 8, 16, 32, 64))]
+    return [*map(Size, models.DECODERS), *map(Queries, (1, 4, 16, 64))]
 
 
 def measure(cell: Size | Queries, effort: Effort) -> dict[str, Any]:

@@ -5,9 +5,10 @@ pass, and whole steps (`tx.update` and `optax.apply_updates`, donated) with rank
 dense directions. Several queries of a rank-one direction are evaluated together
 (query_batch=None), the others one after another, as memory asks.
 
-The layers are stacked and scanned, which compiles in a few seconds; with one query and 32 tokens
-they are also unrolled, as Flax modules are by default, which takes half a minute a program. 64
-queries are measured at 32 tokens only: at 1,024 a call would take a minute.
+The layers are stacked and scanned, which compiles in a few seconds; with int8, one query and 32
+tokens they are also unrolled, as Flax modules are by default, which takes half a minute a program.
+Several queries are measured at 32 tokens only: at 1,024 a call would take a minute. With one query
+the sides of a query are also evaluated "in turn".
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Cell:
         queries: query pairs a step.
         scanned: whether the layers are stacked and scanned.
         tiny: whether the network is `models.TINY`.
+        in_turn: whether the two sides of a query are evaluated one after the other.
     """
 
     storage: str
@@ -43,6 +45,7 @@ class Cell:
     queries: int = 1
     scanned: bool = False
     tiny: bool = False
+    in_turn: bool = False
 
 
 def cells(quick: bool) -> list[Cell]:
@@ -50,9 +53,14 @@ def cells(quick: bool) -> list[Cell]:
     if quick:
         some = [Cell(storage, 32) for storage in models.STORAGES]
         return [dataclasses.replace(cell, tiny=True) for cell in (*some, Cell("int8", 32, 8, True))]
-    unrolled = [Cell(storage, 32) for storage in models.STORAGES]
-    grid = [(32, 1), (256, 1), (1024, 1), (32, 8), (32, 64), (256, 8), (1024, 8)]
-    return unrolled + [Cell(storage, *at, True) for at in grid for storage in models.STORAGES]
+    grid = [(32, 1), (1024, 1), (256, 1), (32, 8), (32, 64)]
+    together = [Cell(storage, *at, True) for at in grid for storage in models.STORAGES]
+    in_turn = [
+        Cell(storage, tokens, 1, True, in_turn=True)
+        for tokens in (1024, 32)
+        for storage in models.STORAGES
+    ]
+    return [*together[:6], *in_turn, *together[6:], Cell("int8", 32)]
 
 
 def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
@@ -63,7 +71,9 @@ def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
     programs = {"forward": forward(net, params, batch)}
     for structure in models.STRUCTURES:
         query_batch = None if structure == "rank_one" else 1
-        programs[structure] = stepper(net, params, batch, structure, cell.queries, query_batch)
+        programs[structure] = stepper(
+            net, params, batch, structure, cell.queries, query_batch, in_turn=cell.in_turn
+        )
     return {
         "parameters": net.weights,
         **report_of(programs, effort),
@@ -84,9 +94,10 @@ def stepper(
     queries: int = 1,
     query_batch: int | None = 1,
     copy: bool = True,
+    in_turn: bool = False,
 ) -> Program:
     """A whole step by the public interface."""
-    tx = models.transformation(structure, queries, query_batch)
+    tx = models.transformation(structure, queries, query_batch, in_turn)
     return Program(models.step(tx, shape.loss), (params, tx.init(params)), (batch,), copy)
 
 

@@ -135,7 +135,7 @@ def over_floor(entry: Entry, name: str) -> str:
 def called(cell: Entry) -> str:
     """What tables call a cell's storage."""
     layers = {True: ", scanned", False: ", unrolled", None: ""}[cell.get("scanned")]
-    return cell["storage"] + layers
+    return cell["storage"] + layers + (", in turn" if cell.get("in_turn") else "")
 
 
 def machine_table(one: Measured) -> str:

@@ -33,8 +33,8 @@ class Effort:
         least: but at least so many rounds.
     """
 
-    rounds: int = 25
-    seconds: float = 12.0
+    rounds: int = 15
+    seconds: float = 8.0
     least: int = 3
 
 
