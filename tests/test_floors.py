@@ -72,7 +72,7 @@ def test_zoqo_reaches_twice_the_floor(bits, coarse, condition):
 
 
 def test_zoqo_swings_at_four_times_the_floor():
-    steps = 24_000
+    steps = 48_000  # with half as many, 2 of the 48 runs have coordinates still on their way
     ratio = _losses_over_floor(_zoqo(8, steps, 1 / (16 * _DIMENSION), 16.0), 8, 1.0, steps)
     assert ratio[:, steps // 2 :].mean() == pytest.approx(4.0, rel=0.1)
 

@@ -11,7 +11,7 @@ Each product is computed in one of three ways:
   neighbours `+m` and `-m`, `x @ value(n +- m a b^T) = x @ M +- ((x * a) @ D) * b`, for every
   compander and at the grid's edges. Two matrices and two products serve any number of queries;
 - *direct*: decode the displaced codes and multiply, one side after the other, so that one decoded
-  matrix exists at a time.
+  matrix exists at a time (both together where the vectors take more memory than the matrices).
 
 All three are exact but for the roundings of their floats.
 
@@ -45,9 +45,12 @@ Dims = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[
 Dot = Callable[[Array, Array], Array]
 Kernel = Callable[[QuantizedArray, Stencil, Array, Array], Array]
 
-# With more vectors than this a query, one product with a matrix of its own costs less than two with
-# shared ones: decoding 16 levels takes a 2-core CPU about as long as multiplying by 64 vectors.
+# With more vectors than this for a displacement, a product with a matrix of its own costs less than
+# two with shared ones: decoding 16 levels takes a 2-core CPU as long as multiplying by 64 vectors.
 _FEW_VECTORS = 64
+
+# And with more than this, no more than one with a shared matrix and its corrections.
+_SOME_VECTORS = 256
 
 # Slices of a matrix that are corrected at a time, and how many times at most.
 _FEW_SLICES = 4
@@ -102,9 +105,10 @@ def convolution(w: PerturbedArray, x: Array, **params: Any) -> Array:
 
 def _way(w: PerturbedArray, x: Array, side: int, dims: Dims) -> Way:
     ranked = w.stencil.is_rank_one_signs and w.ndim >= 2
-    if not ranked or w.ndim - 1 in dims[1][side] or not dims[0][side]:
+    if not ranked or not w.size or w.ndim - 1 in dims[1][side] or not dims[0][side]:
         return "direct"
-    if w.array.grid.is_uniform and w.array.has_one_scale:
+    is_linear = w.array.grid.is_uniform and w.array.has_one_scale
+    if is_linear and _vectors(x, dims[0][1 - side]) <= _SOME_VECTORS:
         return "shared"
     if _is_one_sided(w, side, dims) and _are_few(w, x, dims[0][1 - side]):
         return "halves"
@@ -269,11 +273,16 @@ def _direct(w: PerturbedArray, x: Array, dot: Dot, kernel: Kernel | None = None)
         if kernel is not None:
             return kernel(array, stencil, sides, x)
         u = draw(stencil, array)
-        out: list[Array] = []
-        for i in range(2):
-            codes = displace(array.codes, sides[i] * u, array.grid, stencil.boundary)
-            out.append(dot(_after(out[0] if out else x[0], array).decode(codes), x[i]))
-        return jnp.stack(out)
+
+        def codes(side: Array) -> Array:
+            return displace(array.codes, side * u, array.grid, stencil.boundary)
+
+        vectors = x[0].size + jax.eval_shape(dot, array.aval(), x[0]).size
+        if vectors > array.size:  # a second matrix is little beside them
+            waiting = _after(x[0], array)
+            return jax.vmap(lambda side, x: dot(waiting.decode(codes(side)), x))(sides, x)
+        first = dot(_after(x[0], array).decode(codes(sides[0])), x[0])
+        return jnp.stack([first, dot(_after(first, array).decode(codes(sides[1])), x[1])])
 
     one, two = custom_vmap(one_side), custom_vmap(two_sides)
 

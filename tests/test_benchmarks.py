@@ -1,0 +1,44 @@
+"""The benchmarks run on a small network, resume, and fill every table of the document."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+
+
+def run(name, *arguments):
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(_ROOT)}
+    return subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_step_is_measured_once_and_reported(tmp_path):
+    arguments = ("--quick", "--progress=false", f"--results={tmp_path}")
+    first = run("step", *arguments, "--only=storage=int8 tokens=32 queries=1")
+    assert first.returncode == 0, first.stderr
+    (path,) = tmp_path.glob("step_*.json")
+    written = path.read_text()
+    (cell,) = json.loads(written)["cells"].values()
+    assert set(cell["seconds"]) == {"forward", "rank_one", "sparse", "dense"}
+    assert all(min(times) > 0 for times in cell["seconds"].values())
+    again = run("step", *arguments, "--only=storage=int8 tokens=32 queries=1")
+    assert again.returncode == 0
+    assert json.loads(path.read_text())["cells"] == json.loads(written)["cells"]
+    report = run("report", *arguments)
+    assert report.returncode == 0, report.stderr
+    assert "step / forward" in report.stdout or "rank-one" in report.stdout
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_every_table_has_its_place_in_the_document():
+    document = (_ROOT / "docs" / "performance.md").read_text()
+    tables = (_ROOT / "benchmarks" / "tables.py").read_text()
+    places = {line.split()[2] for line in document.splitlines() if line.startswith("<!-- table:")}
+    names = {line.split('"')[1] for line in tables.split("TABLES:")[1].splitlines() if '"' in line}
+    assert places == names
