@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import zoqo_jax as zq
-from zoqo_jax import companders, kernels, queries, stencils
+from zoqo_jax import companders, kernels, products, queries, stencils
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -132,6 +132,23 @@ def test_products_in_every_layout_are_those_of_the_values(grid, direction, bound
         np.testing.assert_allclose(actual[name], expected[name], rtol=2e-5, atol=2e-5, err_msg=name)
         if array.grid.high > 3:
             assert abs(expected[name][:, 0] - expected[name][:, 1]).max() > 1e-2, name
+
+
+@pytest.mark.parametrize(
+    ("grid", "direction"),
+    [("nf4", "dense"), slow("shared", "rank_one"), slow("blocks", "rank_one")],
+)
+def test_large_tables_are_multiplied_in_pieces(grid, direction, monkeypatch):
+    monkeypatch.setattr(products, "_LARGE", 100)
+    array = GRIDS[grid](normal(0, 23, 24))
+    x = normal(1, 2, 5, 24)
+
+    def fn(w):
+        return {"head": x @ w.T, "w first": jnp.einsum("vd,sbd->vsb", w, x)}
+
+    actual, expected = over_sides_and_queries(fn, array, 2, direction=direction)
+    for name in expected:
+        np.testing.assert_allclose(actual[name], expected[name], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("grid", ["nf4", slow("blocks"), slow("two bits")])

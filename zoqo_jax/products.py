@@ -13,7 +13,8 @@ Each product is computed in one of three ways:
 - *direct*: decode the displaced codes and multiply, one side after the other, so that one decoded
   matrix exists at a time (both together where the vectors take more memory than the matrices).
 
-All three are exact but for the roundings of their floats.
+All three are exact but for the roundings of their floats. A table of very many rows, such as a
+language model's head, is multiplied a few thousand rows at a time.
 
 On a GPU the environment variable ZOQO_JAX_KERNELS=on hands the direct products of rank-one
 directions to `kernels.py`. It is off unless asked for: the kernel has been interpreted and lowered,
@@ -35,7 +36,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from zoqo_jax import compiler
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.implicit import Implicit, PerturbedArray, TransposedArray, use
+from zoqo_jax.implicit import Implicit, PerturbedArray, TransposedArray, on_rows, use
 from zoqo_jax.stencils import Stencil, column_signs, displace, draw, reach, row_signs
 
 __all__ = ["Way", "convolution", "dot_general"]
@@ -51,6 +52,9 @@ _FEW_VECTORS = 64
 
 # And with more than this, no more than one with a shared matrix and its corrections.
 _SOME_VECTORS = 256
+
+# Codes of a table of rows that are decoded at a time.
+_LARGE = 2**21
 
 # Slices of a matrix that are corrected at a time, and how many times at most.
 _FEW_SLICES = 4
@@ -70,13 +74,23 @@ def dot_general(w: Implicit, x: Array, side: int, dims: Dims, **params: Any) -> 
     if isinstance(w, TransposedArray):
         return _transposed(w, x, side, dims, **params)
 
+    if isinstance(w, PerturbedArray):
+        use(w, "dot_general", _way(w, x, side, dims), _vectors(x, dims[0][1 - side]))
+    is_table = w.ndim == 2 and tuple(dims[0][side]) == (1,) and not dims[1][side]
+    if is_table and w.size > _LARGE:
+        return _by_rows(w, x, side, dims, **params)
+    return _product(w, x, side, dims, **params)
+
+
+def _product(
+    w: QuantizedArray | PerturbedArray, x: Array, side: int, dims: Dims, **params: Any
+) -> Array:
     def dot(values: Array, x: Array) -> Array:
         return _dot(values, x, side, dims, **params)
 
     if isinstance(w, QuantizedArray):
         return dot(_after(x, w).materialise(), x)
     chosen = _way(w, x, side, dims)
-    use(w, "dot_general", chosen, _vectors(x, dims[0][1 - side]))
     kernel = _kernel(w, x, side, dims, **params)
     if chosen == "direct":
         return _direct(w, x, dot, kernel)
@@ -91,6 +105,24 @@ def dot_general(w: Implicit, x: Array, side: int, dims: Dims, **params: Any) -> 
         lambda: _halves(w, x, side, dims, dot) if by_halves else _direct(w, x, dot, kernel),
         jax.eval_shape(dot, w.aval(), x),
     )
+
+
+def _by_rows(
+    w: QuantizedArray | PerturbedArray, x: Array, side: int, dims: Dims, **params: Any
+) -> Array:
+    """A product with a table of many rows, such as the head of a language model, in pieces."""
+    rows = w.shape[0]
+    few = max(_LARGE // w.shape[1], 1)
+    shape = jax.eval_shape(lambda values, x: _dot(values, x, side, dims, **params), w.aval(), x)
+    place = len(shape.shape) - 1 if side else 0
+
+    def piece(i: Array, out: Array) -> Array:
+        start = jnp.minimum(i * few, rows - few)  # the last piece may go over rows again
+        some = on_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), w)
+        product = _product(some, x, side, dims, **params)
+        return jax.lax.dynamic_update_slice_in_dim(out, product, start, place)
+
+    return jax.lax.fori_loop(0, -(-rows // few), piece, jnp.zeros(shape.shape, shape.dtype))
 
 
 def convolution(w: PerturbedArray, x: Array, **params: Any) -> Array:
