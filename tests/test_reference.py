@@ -265,7 +265,8 @@ def words_of_moves(model, num_queries):
     def one(count, leaf, array):
         rows = draws.rows(leaf_key(count, num_queries, leaf), array.shape[:-1])
         columns = array.shape[-1] // array.per_byte
-        of_parts = [draws.words(part, columns, 0) for part in draws.parts(rows, array.per_byte)]
+        parts = (draws.part(rows, i) for i in range(array.per_byte))
+        of_parts = [draws.words(part, columns, 0) for part in parts]
         return jnp.concatenate(of_parts, axis=-1)
 
     arrays = problem(model).arrays

@@ -1,5 +1,6 @@
 """Stencils: the laws of directions, what they cost in random words, and the grid's edges."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -98,8 +99,8 @@ def test_every_block_has_its_own_reach(name):
     codes = jnp.full((50, 3 * 64), 128, jnp.uint8)
     array = zq.QuantizedArray.from_codes(codes, scale, None, GRIDS[8], (-1, 64))
     mu = 0.03
-    drawn = jax.jit(functools.partial(sample, law=name))
-    u = np.abs(drawn(array, KEY, mu / array.step)).reshape(50, 3, 64)
+    drawn = jax.jit(functools.partial(sample, law=name, unit="values"))
+    u = np.abs(drawn(array, KEY, mu)).reshape(50, 3, 64)
     np.testing.assert_array_equal(u.max(axis=(0, 2)), [3, 7, 38])
     if name == "rademacher":
         np.testing.assert_array_equal(u.min(axis=(0, 2)), [3, 7, 38])
@@ -152,18 +153,22 @@ def test_a_slice_of_a_stack_draws_what_the_stack_draws(structure, layout, bits):
     x = np.random.default_rng(0).normal(size=(3, 4, 40))
     array = jax.jit(Quantizer(bits, range=1.0, **layout))(jnp.asarray(x, jnp.float32))
     assert array.per_byte == 8 // bits
-    width = np.full(array.scale.shape, 2.0)
-    if len(width) == 3:
-        width += np.arange(3).reshape(3, 1, 1)
+    radius = 6 * array.step.max()
+    if len(array.scale) == 3:
+        layers = jnp.arange(1, 4, dtype=jnp.float32).reshape(3, 1, 1)
+        array = dataclasses.replace(array, scale=array.scale * layers)
     density = 0.3 if structure == "sparse" else 1.0
-    width = jnp.asarray(width, jnp.float32)
-    describe = functools.partial(stencils.describe, structure=structure, density=density)
-    stencil = jax.jit(describe)(KEY, array, width)
+    describe = functools.partial(
+        stencils.describe, unit="values", structure=structure, density=density
+    )
+    stencil = jax.jit(describe)(KEY, array, radius)
     drawn = jax.jit(stencils.draw)
     whole = drawn(stencil, array)
 
     def sliced(tree, i):
-        return jax.tree.map(lambda leaf: leaf[i if leaf.shape[0] == 3 else 0], tree)
+        return jax.tree.map(
+            lambda leaf: leaf[i if leaf.shape[0] == 3 else 0] if leaf.ndim else leaf, tree
+        )
 
     for i in range(3):
         np.testing.assert_array_equal(drawn(sliced(stencil, i), sliced(array, i)), whole[i])
@@ -245,21 +250,24 @@ def test_weighted_signs_are_the_sum_of_weighted_directions(bits, boundary, layou
     x = jnp.asarray(rng.normal(size=(15, 36)), jnp.float32)
     array = jax.jit(Quantizer(bits, **layout))(x)
     weights = jnp.asarray(rng.integers(-(2**15), 2**15, 9), jnp.float32) * 2.0**-20
-    width = 0.2 * 2**bits * jnp.asarray(rng.uniform(size=array.scale.shape), jnp.float32)
+    scale = array.scale * jnp.asarray(rng.uniform(0.1, 1, size=array.scale.shape), jnp.float32)
+    array = dataclasses.replace(array, scale=scale)
+    radius = 0.02 * 2**bits * scale.max()
 
     @jax.jit
     @functools.partial(jax.vmap, in_axes=0)
     def describe(key):
         choices = {"law": "rademacher", "structure": "rank_one", "boundary": boundary}
-        return stencils.describe(key, array, width, **choices)
+        return stencils.describe(key, array, radius, unit="values", **choices)
 
     @jax.jit
     def add_up(described, weights):
-        first = stencils.parts(jax.tree.map(lambda leaf: leaf[0], described), array)
+        first = jax.tree.map(lambda leaf: leaf[0], described)
         sums = []
-        for part, (stencil, piece) in enumerate(first):
-            of_part = jax.vmap(lambda one, part=part: stencils.parts(one, array)[part][0])
-            m = stencils.reach(piece.spread(stencil.width), piece.grid)
+        for part in range(array.per_byte):
+            stencil, piece = stencils.part(first, array, part)
+            of_part = jax.vmap(lambda one, part=part: stencils.part(one, array, part)[0])
+            m = stencils.reach(piece.spread(stencil.width(piece)), piece.grid)
             total = stencils.weighted_signs(of_part(described), weights, piece)
             sums.append(total * m.astype(jnp.float32))
         return jnp.concatenate(sums, axis=-1)
@@ -319,7 +327,7 @@ def test_at_most_one_place_in_every_cell_is_in_the_support(density, cell, bits):
 def test_cells_are_as_long_as_the_density_allows(density, cell):
     stencil = stencils.describe(KEY, centred((2, 4)), 1.0, structure="sparse", density=density)
     assert stencil.cell == cell
-    share = 1.0 if stencil.probability is None else stencil.probability.item()
+    share = 1.0 if stencil.share is None else stencil.share.item()
     assert share == pytest.approx(density * cell)
 
 
@@ -352,8 +360,8 @@ def test_places_in_a_row_with_blocks_have_their_own_blocks_reach():
     scale = jnp.asarray(np.tile([1.0, 0.5, 0.25, 0.125], (3_000, 1)), jnp.float32)
     codes = jnp.full((3_000, 22), 128, jnp.uint8)
     array = zq.QuantizedArray.from_codes(codes, scale, None, GRIDS[8], (-1, 6))
-    drawn = functools.partial(sample, law="rademacher", structure="sparse", density=0.2)
-    u = np.abs(jax.jit(drawn)(array, KEY, 3.0 / array.step))
+    choices = {"law": "rademacher", "structure": "sparse", "density": 0.2, "unit": "values"}
+    u = np.abs(jax.jit(functools.partial(sample, **choices))(array, KEY, 3.0))
     reach = np.repeat([3, 6, 12, 24], 6)[:22]
     assert ((u == 0) | (u == reach)).all()
     assert (u.max(axis=0) == reach).all()
@@ -472,11 +480,11 @@ def test_no_direction_leaves_the_grid(
     array = zq.QuantizedArray.from_codes(
         jnp.asarray(n, jnp.uint8), scale, None, grid, block if shape else None
     )
-    width = width / np.asarray(scale)
     stencil = stencils.describe(
         jax.random.key(seed),
         array,
-        jnp.asarray(width),
+        width,
+        unit="values",
         law=name,
         structure=structure,
         boundary=boundary,
@@ -485,7 +493,7 @@ def test_no_direction_leaves_the_grid(
     )
     u = stencils.draw(stencil, array)
     assert u.shape == shape and u.dtype == jnp.int16
-    assert np.abs(u).max() <= np.clip(np.floor(width).max(), 1, high - low)
+    assert np.abs(u).max() <= np.clip(np.floor(np.max(width / array.step)), 1, high - low)
     plus = np.asarray(stencils.displace(array.codes, u, array.grid, boundary))
     minus = np.asarray(stencils.displace(array.codes, -u, array.grid, boundary))
     assert plus.dtype == minus.dtype == np.int16

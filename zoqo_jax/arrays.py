@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import equinox as eqx
@@ -22,7 +23,7 @@ import quax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Integer, PyTree, UInt8
 
-__all__ = ["Grid", "QuantizedArray", "ScanAlongBlocks", "dequantize", "is_quantized"]
+__all__ = ["Grid", "QuantizedArray", "ScanAlongBlocks", "cut", "dequantize", "is_quantized"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +160,8 @@ class QuantizedArray(quax.ArrayValue):
             Array([[3, 0]], dtype=uint8)
         """
         per_byte = _per_byte(grid, codes.shape)
-        parts = jnp.split(codes, per_byte, axis=-1) if per_byte > 1 else [codes]
-        dtype = jnp.dtype(value_dtype)
-        return cls(_pack(parts), scale, offset, grid, block, dtype, per_byte)
+        packed = _pack([cut(codes, i, per_byte) for i in range(per_byte)])
+        return cls(packed, scale, offset, grid, block, jnp.dtype(value_dtype), per_byte)
 
     def __repr__(self) -> str:
         def kind(x: Any) -> str:
@@ -189,33 +189,36 @@ class QuantizedArray(quax.ArrayValue):
     @property
     def parts(self) -> list[QuantizedArray]:
         """The parts of the last axis that share bytes, each with a byte for every code."""
-        if self.per_byte == 1:
-            return [self]
-        width = 8 // self.per_byte
-        axis, length = self.block or (0, 1)
-        aligned = axis != -1 or self.packed.shape[-1] % length == 0
-        whole = self if aligned else dataclasses.replace(self, block=None)
-        offsets = self.split(self.offset) if self.offset is not None else [None] * self.per_byte
-        pairs = enumerate(zip(self.split(self.scale), offsets, strict=True))
-        return [
-            dataclasses.replace(
-                whole,
-                packed=(self.packed >> (i * width)) & (2**width - 1),
-                scale=scale,
-                offset=offset,
-                per_byte=1,
-            )
-            for i, (scale, offset) in pairs
-        ]
+        return [self.part(i) for i in range(self.per_byte)]
 
-    def split(self, per_block: Array) -> list[Array]:
-        """Something in `scale`'s shape, cut as `parts` are."""
-        if self.per_byte == 1 or per_block.shape[-1] == 1:
-            return [per_block] * self.per_byte
+    def part(self, i: Array | int) -> QuantizedArray:
+        """One of `parts`, whose number may be traced."""
+        if self.per_byte == 1:
+            return self
+        width = 8 // self.per_byte
+        codes = (self.packed >> jnp.asarray(i * width, jnp.uint8)) & (2**width - 1)
+        offset = None if self.offset is None else self.part_of(self.offset, i)
+        block = None if self.block is None else (self.block[0], self._length_in_parts)
+        scale = self.part_of(self.scale, i)
+        return QuantizedArray(codes, scale, offset, self.grid, block, self.value_dtype)
+
+    def part_of(self, per_block: Array, i: Array | int) -> Array:
+        """What `part(i)` has of something in `scale`'s shape."""
+        if per_block.shape[-1] == 1:
+            return per_block
         axis, length = self.block or (0, 1)
-        if axis == -1 and self.packed.shape[-1] % length != 0:
-            per_block = self.spread(per_block)
-        return jnp.split(per_block, self.per_byte, axis=-1)
+        if axis == -1:
+            shorter = self._length_in_parts
+            per_block = jnp.repeat(per_block, length // shorter, axis=-1)
+            per_block = per_block[..., : self.shape[-1] // shorter]
+        return cut(per_block, i, self.per_byte)
+
+    @property
+    def _length_in_parts(self) -> int:
+        """How long blocks are in `parts`: cut further where one would lie in two of them."""
+        axis, length = self.block or (0, 1)
+        cuts = axis == -1 and self.scale.shape[-1] > 1
+        return math.gcd(length, self.packed.shape[-1]) if cuts else length
 
     def materialise(self) -> Array:
         """The values."""
@@ -239,13 +242,15 @@ class QuantizedArray(quax.ArrayValue):
         return values.astype(self.value_dtype)
 
     def spread(self, per_block: Array) -> Array:
-        """Repeat something in `scale`'s shape so that it broadcasts against `codes`."""
+        """Repeat something in `scale`'s shape, or shorter, so that it broadcasts with `codes`."""
         if self.block is None:
             return per_block
         axis, length = self.block
         if -axis > self.ndim:
             raise ScanAlongBlocks(f"block must not lie along a scanned axis, got {self.block}.")
         axis %= self.ndim
+        if per_block.shape[axis] == 1:
+            return per_block
         shape = list(per_block.shape)
         shape.insert(axis + 1, length)
         longer = jnp.broadcast_to(jnp.expand_dims(per_block, axis + 1), shape)
@@ -254,8 +259,8 @@ class QuantizedArray(quax.ArrayValue):
 
     def moved(self, codes: Integer[Array, "..."]) -> QuantizedArray:
         """The same array at other codes, which must be legal."""
-        parts = jnp.split(codes, self.per_byte, axis=-1) if self.per_byte > 1 else [codes]
-        return dataclasses.replace(self, packed=_pack(parts))
+        packed = _pack([cut(codes, i, self.per_byte) for i in range(self.per_byte)])
+        return dataclasses.replace(self, packed=packed)
 
     def stepped(self, steps: list[Integer[Array, "..."]]) -> QuantizedArray:
         """The same array a number of codes on, kept on the grid; a step for each of `parts`."""
@@ -270,6 +275,14 @@ def _per_byte(grid: Grid, shape: tuple[int, ...]) -> int:
     fits = {1: 256, 2: 16, 4: 4}
     may = [n for n, levels in fits.items() if len(grid.levels) <= levels]
     return max(n for n in may if n == 1 or (len(shape) > 1 and shape[-1] % n == 0))
+
+
+def cut(x: Array, i: Array | int, count: int) -> Array:
+    """The i-th of `count` equal parts of the last axis."""
+    if count == 1:
+        return x
+    length = x.shape[-1] // count
+    return jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=-1)
 
 
 def _pack(parts: list[Array]) -> UInt8[Array, "..."]:

@@ -1,4 +1,4 @@
-"""Three things that XLA's CPU backend does not do by itself, and that others need not be told.
+"""A few things that XLA's CPU backend does not do by itself, and that others need not be told.
 
 Each is the identity, or a plain choice, in what it computes; what differs is when and where. The
 backend is JAX's default one when a function is traced.
@@ -14,29 +14,39 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool
 
-__all__ = ["after", "either", "held"]
+__all__ = ["after", "either", "held", "kept"]
 
 
-def held(make: Callable[[], Array], key: tuple[Array, Array], like: Any) -> Array:
+def held(make: Callable[[], Array], source: Array, like: Any) -> Array:
     """`make()`, kept in memory.
 
-    XLA would fuse the making of random words into each of their 32 uses. A loop that runs once is a
-    border that fusion does not cross; that it runs once must not be plain to see, so for one key in
-    2^64 it does not run, and the words are zero.
+    XLA would fuse the making of a random word into each of its 32 uses, or that of a block's scale
+    into each of its codes. A loop that runs once is a border that fusion does not cross; that it
+    runs once must not be plain to see.
 
     Args:
-        make: makes an array of integers.
-        key: what it is made from.
+        make: makes an array.
+        source: an array that it is made from.
         like: its shape and dtype.
     """
-    if not _on_cpu():
+    if not _on_cpu() or source.size == 0:
         return make()
-    first, second = (words.reshape(-1)[:1] for words in key)
-    never = ((first == 0x7A6F716F) & (second == 0x2D6A6178)).any()
+    never = _never(jax.lax.stop_gradient(source))
     start = (never.astype(jnp.int32), jnp.zeros(like.shape, like.dtype))
     return jax.lax.while_loop(
         lambda state: state[0] < 1, lambda state: (state[0] + 1, make()), start
     )[1]
+
+
+@jax.custom_jvp
+def kept(x: Array) -> Array:
+    """`x`, kept in memory, and differentiated as what it is."""
+    return held(lambda: x, x, x)
+
+
+@kept.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return kept(*primals), tangents[0]
 
 
 def either(
@@ -64,21 +74,25 @@ def either(
     return out
 
 
-def after(x: Array, scale: Array) -> Array:
-    """`scale`, not to be known before `x` is.
+def after(x: Array, later: Array) -> Array:
+    """`later`, not to be known before `x` is.
 
     XLA's scheduler would decode all of a model's layers first, and have them in memory at once. So
-    the scale is made to depend on `x`, in a way that changes nothing and that no compiler sees
-    through: no number is both infinite and not a number.
+    a layer's scale is made to depend on what it multiplies, in a way that changes nothing.
     """
     if x.size == 0 or not _on_cpu():
-        return scale
-    return jnp.where(_never(jax.lax.stop_gradient(x)), jnp.zeros_like(scale), scale)
+        return later
+    return jnp.where(_never(jax.lax.stop_gradient(x)), jnp.zeros_like(later), later)
 
 
 @custom_vmap
 def _never(x: Array) -> Bool[Array, ""]:
+    """False, and no compiler sees it: no number is both infinite and not a number."""
     first = x.reshape(-1)[0]
+    if first.dtype == jnp.uint32:
+        first = jax.lax.bitcast_convert_type(first, jnp.float32)
+    elif not jnp.issubdtype(first.dtype, jnp.floating):
+        first = first.astype(jnp.float32)
     return jnp.isnan(first) & jnp.isinf(first)
 
 

@@ -21,7 +21,18 @@ from jaxtyping import Array, Bool, Float, Int8, Int32, Integer, Key, UInt32
 
 from zoqo_jax import compiler
 
-__all__ = ["RESOLUTION", "Rows", "below", "bernoulli", "rows", "signs", "words"]
+__all__ = [
+    "RESOLUTION",
+    "Rows",
+    "below",
+    "bernoulli",
+    "part",
+    "rows",
+    "shared",
+    "signs",
+    "whole",
+    "words",
+]
 
 RESOLUTION = 24  # binary digits of a probability that is not known beforehand
 
@@ -58,11 +69,9 @@ def rows(key: Key[Array, ""], shape: tuple[int, ...]) -> Rows:
     return Rows(jnp.broadcast_to(data[0], shape), jnp.broadcast_to(data[1], shape), index)
 
 
-def parts(of: Rows, count: int) -> list[Rows]:
-    """The same rows cut into up to four parts, each with bits of its own; one part is the whole."""
-    if count == 1:
-        return [of]
-    return [dataclasses.replace(of, index=of.index | jnp.uint32(i << _PART)) for i in range(count)]
+def part(of: Rows, i: Array | int) -> Rows:
+    """The i-th of up to four parts of the same rows, each with bits of its own."""
+    return dataclasses.replace(of, index=of.index | (jnp.asarray(i, jnp.uint32) << _PART))
 
 
 def whole(of: Rows) -> Rows:
@@ -105,7 +114,7 @@ def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
     """
     length = -(-count // 32)
     like = jax.ShapeDtypeStruct((*of.index.shape, length), jnp.uint32)
-    packed = compiler.held(lambda: words(of, length, stream), (of.key0, of.key1), like)
+    packed = compiler.held(lambda: words(of, length, stream), of.key0, like)
     return (2 * _unpack(packed, count).astype(jnp.int8) - 1).astype(jnp.int8)
 
 

@@ -17,12 +17,21 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax.core import ShapedArray
-from jaxtyping import Array, Float, Int16
+from jaxtyping import Array, Float, Int16, PyTree
 
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.stencils import Stencil, displace, draw
+from zoqo_jax.stencils import Stencil, displace, draw, part
 
-__all__ = ["Implicit", "PerturbedArray", "TransposedArray", "Use", "on_rows", "use", "watch"]
+__all__ = [
+    "Implicit",
+    "PerturbedArray",
+    "TransposedArray",
+    "Use",
+    "by_row",
+    "on_rows",
+    "use",
+    "watch",
+]
 
 
 class Use(NamedTuple):
@@ -96,6 +105,11 @@ class PerturbedArray(quax.ArrayValue):
         """The values; what an operation without a rule gets."""
         return self.array.decode(self.displaced(draw(self.stencil, self.array)))
 
+    def part(self, i: Array | int) -> PerturbedArray:
+        """The part whose codes are the i-th of their byte; `i` may be traced."""
+        stencil, array = part(self.stencil, self.array, i)
+        return dataclasses.replace(self, array=array, stencil=stencil)
+
     def endpoint(self) -> QuantizedArray:
         """The same values as a quantized array."""
         return self.array.moved(self.displaced(draw(self.stencil, self.array)))
@@ -148,18 +162,20 @@ def on_rows(fn: Callable[[Array], Array], w: _Stored) -> _Stored:
         [0.75, 1.0]
     """
     if isinstance(w, PerturbedArray):
-        stencil, per_block = w.stencil, _per_block(fn, w.array)
-        rows, side = jax.tree.map(lambda x: fn(x[..., None])[..., 0], (stencil.rows, stencil.side))
-        width, chance = per_block(stencil.width), per_block(stencil.probability)
-        stencil = dataclasses.replace(
-            stencil, rows=rows, side=side, width=width, probability=chance
-        )
+        stencil = w.stencil
+        rows, side = by_row(fn, (stencil.rows, stencil.side))
+        stencil = dataclasses.replace(stencil, rows=rows, side=side)
         return dataclasses.replace(w, array=on_rows(fn, w.array), stencil=stencil)
     per_block = _per_block(fn, w)
     block = w.block if w.block is not None and w.block[0] == -1 else None
     return dataclasses.replace(
         w, packed=fn(w.packed), scale=per_block(w.scale), offset=per_block(w.offset), block=block
     )
+
+
+def by_row(fn: Callable[[Array], Array], tree: PyTree) -> PyTree:
+    """Apply a function of rows, as for `on_rows`, to arrays that have one number for each row."""
+    return jax.tree.map(lambda x: fn(x[..., None])[..., 0], tree)
 
 
 def _per_block(

@@ -37,6 +37,7 @@ from jaxtyping import Array, Bool, PyTree
 from zoqo_jax import compiler
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.implicit import Implicit, PerturbedArray, TransposedArray, on_rows, use
+from zoqo_jax.pieces import in_pieces
 from zoqo_jax.stencils import Stencil, column_signs, displace, draw, reach, row_signs
 
 __all__ = ["Way", "convolution", "dot_general"]
@@ -88,10 +89,12 @@ def _product(
     def dot(values: Array, x: Array) -> Array:
         return _dot(values, x, side, dims, **params)
 
+    kernel = _kernel(w, x, side, dims, **params) if isinstance(w, PerturbedArray) else None
+    if kernel is None and _stored(w).per_byte > 1 and w.ndim - 1 not in dims[1][side]:
+        return _by_parts(w, x, side, dims, **params)
     if isinstance(w, QuantizedArray):
         return dot(_after(x, w).materialise(), x)
     chosen = _way(w, x, side, dims)
-    kernel = _kernel(w, x, side, dims, **params)
     if chosen == "direct":
         return _direct(w, x, dot, kernel)
     if chosen == "halves":
@@ -114,15 +117,57 @@ def _by_rows(
     rows = w.shape[0]
     few = max(_LARGE // w.shape[1], 1)
     shape = jax.eval_shape(lambda values, x: _dot(values, x, side, dims, **params), w.aval(), x)
-    place = len(shape.shape) - 1 if side else 0
+    out = jnp.zeros(shape.shape, shape.dtype)
 
-    def piece(i: Array, out: Array) -> Array:
-        start = jnp.minimum(i * few, rows - few)  # the last piece may go over rows again
+    def product(start: Array) -> Array:
         some = on_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), w)
-        product = _product(some, x, side, dims, **params)
-        return jax.lax.dynamic_update_slice_in_dim(out, product, start, place)
+        return _product(some, x, side, dims, **params)
 
-    return jax.lax.fori_loop(0, -(-rows // few), piece, jnp.zeros(shape.shape, shape.dtype))
+    return in_pieces(product, rows, few, out, axis=out.ndim - 1 if side else 0)
+
+
+def _by_parts(
+    w: QuantizedArray | PerturbedArray, x: Array, side: int, dims: Dims, **params: Any
+) -> Array:
+    """A product in the parts of the last axis that share bytes, so that codes are never joined."""
+    last, count = w.ndim - 1, _stored(w).per_byte
+    shape = jax.eval_shape(lambda values, x: _dot(values, x, side, dims, **params), w.aval(), x)
+    out = jnp.zeros(shape.shape, shape.dtype)
+    length = w.shape[-1] // count
+
+    if last not in dims[0][side]:
+        return in_pieces(
+            lambda start: _product(_part(w, start // length), x, side, dims, **params),
+            w.shape[-1],
+            length,
+            out,
+            axis=out.ndim - 1 if side else w.ndim - len(dims[0][side]) - 1,
+        )
+
+    x_axis = dims[0][1 - side][list(dims[0][side]).index(last)]
+    dtype = jnp.promote_types(out.dtype, jnp.float32)  # the sum is to be rounded once
+    params["preferred_element_type"] = dtype
+
+    def add_product(i: Array, total: Array) -> Array:
+        some = jax.lax.dynamic_slice_in_dim(x, i * length, length, x_axis)
+        return total + _product(_part(w, i), some, side, dims, **params)
+
+    return jax.lax.fori_loop(0, count, add_product, out.astype(dtype)).astype(out.dtype)
+
+
+def _part(w: QuantizedArray | PerturbedArray, i: Array) -> QuantizedArray | PerturbedArray:
+    """A part, its scales sliced off first: within a product they would be sliced lane by lane."""
+    part = w.part(i)
+    array = _stored(part)
+    scale, offset = (
+        x if x is None or x.size == 1 else compiler.kept(x) for x in (array.scale, array.offset)
+    )
+    array = dataclasses.replace(array, scale=scale, offset=offset)
+    return dataclasses.replace(part, array=array) if isinstance(part, PerturbedArray) else array
+
+
+def _stored(w: QuantizedArray | PerturbedArray) -> QuantizedArray:
+    return w.array if isinstance(w, PerturbedArray) else w
 
 
 def convolution(w: PerturbedArray, x: Array, **params: Any) -> Array:
@@ -201,7 +246,7 @@ def _shared(
     array, stencil = w.array, w.stencil
     a = row_signs(stencil) * _query_side(w)
     b = column_signs(stencil, array)
-    m = reach(stencil.width, array.grid).reshape(-1)[0]
+    m = reach(stencil.width(array), array.grid).reshape(-1)[0]
     scale = array.scale.reshape(-1)[0].astype(jnp.float32)
     out = _dot(_after(x, array).materialise(), x, side, dims, **params)
     along = _along_direction(a.astype(x.dtype), b.astype(x.dtype), x, side, dims, **params)
@@ -232,7 +277,7 @@ def _shared(
 def _slices_at_edge(w: PerturbedArray, axis: int) -> Bool[Array, " slices"]:
     """Which slices along an axis hold codes nearer to the grid's edges than the reach."""
     grid, codes = w.array.grid, w.array.codes
-    m = reach(w.stencil.width, grid).reshape(-1)[0]
+    m = reach(w.stencil.width(w.array), grid).reshape(-1)[0]
     others = tuple(other for other in range(w.ndim) if other != axis)
     highest, lowest = (f(axis=others).astype(jnp.int16) for f in (codes.max, codes.min))
     return (highest > grid.high - m) | (lowest < grid.low + m)
@@ -282,7 +327,7 @@ def _halves(w: PerturbedArray, x: Array, side: int, dims: Dims, dot: Dot) -> Arr
 def _neighbours(w: PerturbedArray) -> tuple[Array, Array]:
     """M and D: half the sum and half the difference of the values at the neighbours +m and -m."""
     array = w.array
-    m = jnp.broadcast_to(reach(array.spread(w.stencil.width), array.grid), array.shape)
+    m = jnp.broadcast_to(reach(array.spread(w.stencil.width(array)), array.grid), array.shape)
     above, below = (array.decode(w.displaced(u)).astype(jnp.float32) for u in (m, -m))
     mean, half = (above + below) / 2, (above - below) / 2
     return mean.astype(array.value_dtype), half.astype(array.value_dtype)
@@ -297,14 +342,15 @@ def _direct(w: PerturbedArray, x: Array, dot: Dot, kernel: Kernel | None = None)
     """
 
     def one_side(array: QuantizedArray, stencil: Stencil, side: Array, x: Array) -> Array:
-        codes = displace(array.codes, side * draw(stencil, array), array.grid, stencil.boundary)
-        return dot(_after(x, array).decode(codes), x)
+        array = _after(x, array)
+        u = draw(_drawn_after(x, stencil), array)
+        return dot(array.decode(displace(array.codes, side * u, array.grid, stencil.boundary)), x)
 
     def two_sides(array: QuantizedArray, stencil: Stencil, sides: Array, x: Array) -> Array:
         """The products of two sides, whose direction is drawn once."""
         if kernel is not None:
             return kernel(array, stencil, sides, x)
-        u = draw(stencil, array)
+        u = draw(_drawn_after(x[0], stencil), _after(x[0], array))
 
         def codes(side: Array) -> Array:
             return displace(array.codes, side * u, array.grid, stencil.boundary)
@@ -369,7 +415,7 @@ def _kernel(
             array,
             row_signs(stencil) * sides[0].astype(jnp.int8),
             column_signs(stencil, array),
-            reach(stencil.width, array.grid),
+            reach(stencil.width(array), array.grid),
             stencil.boundary,
             transposed=transposed,
             precision=precision,
@@ -397,6 +443,12 @@ def _one_by_one(fn: Any, size: int, batched: PyTree, operands: PyTree) -> tuple[
 def _after(x: Array, array: QuantizedArray) -> QuantizedArray:
     """The same array, not to be decoded before `x` is known."""
     return dataclasses.replace(array, scale=compiler.after(x, array.scale))
+
+
+def _drawn_after(x: Array, stencil: Stencil) -> Stencil:
+    """The same stencil, its bits not to be drawn before `x` is known."""
+    rows = dataclasses.replace(stencil.rows, key0=compiler.after(x, stencil.rows.key0))
+    return dataclasses.replace(stencil, rows=rows)
 
 
 def _query_side(w: PerturbedArray) -> Array:

@@ -211,10 +211,11 @@ def _sliceable(leaf: PyTree) -> PyTree:
     """Give every slice of a stack a copy of what slices share, so that `lax.scan` can take it."""
     if isinstance(leaf, PerturbedArray):
         array, stencil = leaf.array, leaf.stencil
-        width, probability = (
-            _spread_leading(x, array) for x in (stencil.width, stencil.probability)
+        radius, share = (
+            None if x is None else jnp.broadcast_to(x.reshape(-1)[0], array.shape[:1])
+            for x in (stencil.radius, stencil.share)
         )
-        stencil = dataclasses.replace(stencil, width=width, probability=probability)
+        stencil = dataclasses.replace(stencil, radius=radius, share=share)
         return dataclasses.replace(leaf, array=_sliceable(array), stencil=stencil)
     if isinstance(leaf, QuantizedArray):
         scale, offset = (_spread_leading(x, leaf) for x in (leaf.scale, leaf.offset))
@@ -225,10 +226,7 @@ def _sliceable(leaf: PyTree) -> PyTree:
 def _without_blocks(leaf: PyTree) -> PyTree:
     """Give every row a scale of its own where blocks lie along rows."""
     if isinstance(leaf, PerturbedArray):
-        array, stencil = leaf.array, leaf.stencil
-        width, chance = (_per_row(x, array) for x in (stencil.width, stencil.probability))
-        stencil = dataclasses.replace(stencil, width=width, probability=chance)
-        return dataclasses.replace(leaf, array=_without_blocks(array), stencil=stencil)
+        return dataclasses.replace(leaf, array=_without_blocks(leaf.array))
     if isinstance(leaf, QuantizedArray) and leaf.block is not None and leaf.block[0] != -1:
         scale, offset = _per_row(leaf.scale, leaf), _per_row(leaf.offset, leaf)
         return dataclasses.replace(leaf, scale=scale, offset=offset, block=None)

@@ -38,6 +38,7 @@ __all__ = [
     "Law",
     "Stencil",
     "Structure",
+    "Unit",
     "check",
     "check_choice",
     "column_signs",
@@ -45,7 +46,7 @@ __all__ = [
     "displace",
     "dithered_reach",
     "draw",
-    "parts",
+    "part",
     "reach",
     "row_signs",
     "weighted_signs",
@@ -54,6 +55,7 @@ __all__ = [
 Law = Literal["uniform", "gaussian", "rademacher"]
 Structure = Literal["dense", "rank_one", "sparse"]
 Boundary = Literal["clamp", "mask", "reflect"]
+Unit = Literal["codes", "values"]
 
 # float32 quotients of equal decimals can miss a whole number by an ulp or two: .02 / .001 must
 # floor to 20.
@@ -69,10 +71,12 @@ class Stencil(eqx.Module):
     Attributes:
         rows: where the bits of each row come from.
         side: the side of the query, 1 or -1, once for each row.
-        width: mu / s in codes, not yet floored, in the shape of the array's scale.
-        probability: chance of an entry, or of a cell's one entry, to be in the support, in the
-            shape of the scale, or None for 1.
-        digits: binary digits that represent `probability`, at most 24.
+        radius: mu, one number, or copies of it for a scan.
+        share: chance of an entry, or of a cell's one entry, to be in the support, one number or
+            copies of it for a scan, or None for 1.
+        unit: of the radius: "values", or "codes" of whatever scale.
+        dithered: whether entries narrower than a code are kept with the chance of their width.
+        digits: binary digits that represent probabilities, at most 24.
         cell: neighbours in a row of whom at most one is in the support; 1 for no limit.
         law: the law of an entry.
         structure: how entries hang together.
@@ -81,8 +85,10 @@ class Stencil(eqx.Module):
 
     rows: Rows
     side: Int8[Array, "*rows"]
-    width: Float[Array, "..."]
-    probability: Float[Array, "..."] | None
+    radius: Float[Array, ""] | Float[Array, " layers"]
+    share: Float[Array, ""] | Float[Array, " layers"] | None
+    unit: Unit = eqx.field(static=True)
+    dithered: bool = eqx.field(static=True)
     digits: int = eqx.field(static=True)
     cell: int = eqx.field(static=True)
     law: Law = eqx.field(static=True)
@@ -96,15 +102,35 @@ class Stencil(eqx.Module):
     @property
     def is_rank_one_signs(self) -> bool:
         """Whether an entry is its row's sign times its column's, up to reach and edges."""
-        is_signs = self.law == "rademacher" and self.probability is None
+        is_signs = self.law == "rademacher" and self.share is None and not self.dithered
         return self.structure == "rank_one" and is_signs
+
+    def width(self, array: QuantizedArray) -> Float[Array, "..."]:
+        """The radius in codes, not yet floored: in the shape of the scale, or one number."""
+        radius = _one_number(self.radius, array.ndim)
+        return radius if self.unit == "codes" else radius / array.step
+
+    def one_code_long(self) -> Stencil:
+        """A stencil whose entries have the same signs, easier to draw where that can be."""
+        if self.law != "rademacher" or self.dithered or self.boundary == "mask":
+            return self
+        return dataclasses.replace(self, radius=jnp.ones_like(self.radius), unit="codes")
+
+    def probability(self, array: QuantizedArray) -> Float[Array, "..."] | None:
+        """Chance of an entry to be in the support, as `width`, or None for 1."""
+        kept = jnp.minimum(self.width(array), 1.0) if self.dithered else None
+        if self.share is None:
+            return kept
+        share = _one_number(self.share, array.ndim)
+        return share if kept is None else kept * share
 
 
 def describe(
     key: Key[Array, ""],
     array: QuantizedArray,
-    width: Float[Array, "..."] | float,
+    radius: Float[Array, ""] | float,
     *,
+    unit: Unit = "codes",
     law: Law = "uniform",
     structure: Structure = "dense",
     boundary: Boundary = "clamp",
@@ -116,14 +142,15 @@ def describe(
     Args:
         key: a key of this array, this step and this query alone.
         array: the array to be probed.
-        width: mu / s in codes, broadcastable to `array.scale`.
+        radius: mu.
+        unit: of the radius: "values", or "codes" of whatever scale.
         law: law of an entry.
         structure: how entries hang together.
         boundary: what happens at the grid's edges.
         density: expected fraction of the support, in (0, 1], for structure="sparse". A number costs
             draws by its size; a traced array draws for every entry.
-        dithered: where `width < 1`, keep an entry with probability `width` instead of widening its
-            reach to one whole code.
+        dithered: where mu is less than a code, keep an entry with probability mu / s instead of
+            widening its reach to one whole code.
 
     Returns:
         The stencil: about twelve bytes a row, which a compiled program never stores.
@@ -135,19 +162,17 @@ def describe(
         (2, 3)
     """
     rows = draws.rows(key, array.shape[:-1])
-    shape = array.scale.shape
-    width = jnp.broadcast_to(jnp.asarray(width, jnp.float32), shape)
     cell, share, digits = 1, None, draws.RESOLUTION
     if structure == "sparse":
         cell, share = _cells(density)
         digits = draws.RESOLUTION if share is None else _digits(share)
-    probability = None if share is None else jnp.full(shape, share, jnp.float32)
-    if dithered:
-        kept = jnp.minimum(width, 1.0)
-        probability = kept if probability is None else kept * probability
-        digits = draws.RESOLUTION
+    digits = draws.RESOLUTION if dithered else digits
     side = jnp.ones(rows.index.shape, jnp.int8)
-    return Stencil(rows, side, width, probability, digits, cell, law, structure, boundary)
+    radius, share = (
+        None if x is None else jnp.asarray(x, jnp.float32).reshape(()) for x in (radius, share)
+    )
+    choices = (unit, dithered, digits, cell, law, structure, boundary)
+    return Stencil(rows, side, radius, share, *choices)
 
 
 def draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
@@ -155,25 +180,13 @@ def draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
 
     Under boundary="mask" the entries that would leave the grid on either side are zero.
     """
-    drawn = [_draw(*part) for part in parts(stencil, array)]
+    drawn = [_draw(*part(stencil, array, i)) for i in range(array.per_byte)]
     return jnp.concatenate(drawn, axis=-1) if len(drawn) > 1 else drawn[0]
 
 
-def parts(stencil: Stencil, array: QuantizedArray) -> list[tuple[Stencil, QuantizedArray]]:
-    """A stencil and its array for each of the parts whose codes share bytes; their draws differ."""
-    widths = array.split(stencil.width)
-    chances = [None] * array.per_byte
-    if stencil.probability is not None:
-        chances = array.split(stencil.probability)
-    return [
-        (
-            dataclasses.replace(stencil, rows=rows, width=width, probability=chance),
-            part,
-        )
-        for part, rows, width, chance in zip(
-            array.parts, draws.parts(stencil.rows, array.per_byte), widths, chances, strict=True
-        )
-    ]
+def part(stencil: Stencil, array: QuantizedArray, i: Array | int) -> tuple[Stencil, QuantizedArray]:
+    """A stencil and its array for one of the parts whose codes share bytes; their draws differ."""
+    return dataclasses.replace(stencil, rows=draws.part(stencil.rows, i)), array.part(i)
 
 
 def _draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
@@ -181,12 +194,11 @@ def _draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
     if array.size == 0:
         return jnp.zeros(array.shape, jnp.int16)
     columns = array.shape[-1] if array.ndim else 1
-    width = array.spread(stencil.width)
-    chance = None if stencil.probability is None else array.spread(stencil.probability)
-    if stencil.cell == 1:
-        u = _entries(stencil, array.grid, width, chance, columns)
-    else:
-        u = _scattered_entries(stencil, array.grid, width, chance, columns)
+    width, chance = array.spread(stencil.width(array)), stencil.probability(array)
+    chance = None if chance is None else array.spread(chance)
+    m = array.spread(_reach_by_block(stencil, array))
+    entries = _entries if stencil.cell == 1 else _scattered_entries
+    u = entries(stencil, m, width, chance, columns)
     u = (u * stencil.side.astype(jnp.int16)[..., None]).reshape(array.shape)
     if stencil.boundary == "mask":
         u = jnp.where(_both_sides_fit(array.packed, u, array.grid), u, 0)
@@ -195,15 +207,18 @@ def _draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
 
 def row_signs(stencil: Stencil) -> Int8[Array, "*rows"]:
     """The sign of every row of a rank-one direction, for the + side of a query."""
-    bit = draws.words(draws.whole(stencil.rows), 1, _SIGN)[..., 0] & 1
-    return 2 * bit.astype(jnp.int8) - 1
+    rows = draws.whole(stencil.rows)
+    like = jax.ShapeDtypeStruct(rows.index.shape, jnp.uint32)
+    word = compiler.held(lambda: draws.words(rows, 1, _SIGN)[..., 0], rows.key0, like)
+    return 2 * (word & 1).astype(jnp.int8) - 1
 
 
 def column_signs(stencil: Stencil, array: QuantizedArray) -> Int8[Array, " columns"]:
     """The signs that all rows of a rank-one Rademacher direction share."""
     columns = array.packed.shape[-1] if array.ndim else 1
-    rows = draws.parts(draws.shared(stencil.rows), array.per_byte)
-    return jnp.concatenate([draws.signs(part, columns, _ENTRY).reshape(columns) for part in rows])
+    row = draws.shared(stencil.rows)
+    by_part = [draws.signs(draws.part(row, i), columns, _ENTRY) for i in range(array.per_byte)]
+    return jnp.concatenate([signs.reshape(columns) for signs in by_part])
 
 
 def weighted_signs(
@@ -225,7 +240,8 @@ def weighted_signs(
         precision=jax.lax.Precision.HIGHEST,
     ).reshape(array.shape)
     if stencils.boundary == "mask":
-        m = reach(array.spread(stencils.width[0]), array.grid)
+        first = jax.tree.map(lambda x: x[0], stencils)
+        m = array.spread(_reach_by_block(first, array))
         total = jnp.where(_both_sides_fit(array.packed, m, array.grid), total, 0.0)
     return total
 
@@ -263,6 +279,20 @@ def reach(width: Float[Array, "..."], grid: Grid) -> Int16[Array, "..."]:
     """
     widest = float(grid.high - grid.low)
     return jnp.clip(jnp.floor(width * (1.0 + _FLOOR_TOLERANCE)), 1.0, widest).astype(jnp.int16)
+
+
+def _one_number(x: Array, ndim: int) -> Array:
+    """A number, or what an array holds copies of, with so many axes."""
+    return x.reshape(-1)[0].reshape((1,) * ndim)
+
+
+def _reach_by_block(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
+    """The reach as `Stencil.width`, kept where otherwise every entry would compute it."""
+    width = stencil.width(array)
+    if width.size == 1:
+        return reach(width, array.grid)
+    like = jax.ShapeDtypeStruct(width.shape, jnp.int16)
+    return compiler.held(lambda: reach(width, array.grid), stencil.rows.key0, like)
 
 
 def dithered_reach(
@@ -313,16 +343,18 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _entries(
-    stencil: Stencil, grid: Grid, width: Array, chance: Array | None, columns: int
+    stencil: Stencil, m: Array, width: Array, chance: Array | None, columns: int
 ) -> Int16[Array, "*rows columns"]:
     """Draws of the law for the + side, on its support."""
     ranked = stencil.structure == "rank_one"
     rows = draws.shared(stencil.rows) if ranked else stencil.rows
-    m = reach(width, grid)
+    bits = draws.signs if stencil.law == "rademacher" else draws.words
+    words = bits(rows, columns, _ENTRY)
+    if ranked:  # what all rows share is made once
+        words = compiler.kept(words)
     if stencil.law == "rademacher":
-        u = m * draws.signs(rows, columns, _ENTRY).astype(jnp.int16)
+        u = m * words.astype(jnp.int16)
     else:
-        words = draws.words(rows, columns, _ENTRY)
         size = _uniform_size if stencil.law == "uniform" else _gaussian_size
         magnitude = size(words >> 1, m, width)
         u = jnp.where(words & 1, -magnitude, magnitude)  # a fair sign: exactly symmetric
@@ -335,7 +367,7 @@ def _entries(
 
 
 def _scattered_entries(
-    stencil: Stencil, grid: Grid, width: Array, chance: Array | None, columns: int
+    stencil: Stencil, m: Array, width: Array, chance: Array | None, columns: int
 ) -> Int16[Array, "*rows columns"]:
     """Draws of the law, at most one in a cell of neighbours; past the end of a row it is lost."""
     rows, cell = stencil.rows, stencil.cell
@@ -352,11 +384,11 @@ def _scattered_entries(
             return jnp.take_along_axis(whole, column, axis=-1)
 
         kept = None if chance is None else at_places(chance)
-        u = _entries(stencil, grid, at_places(width), kept, cells)
+        u = _entries(stencil, at_places(m), at_places(width), kept, cells)
         return u.astype(jnp.int32) * 2 * _LONGEST_CELL + place
 
     like = jax.ShapeDtypeStruct((*rows.index.shape, cells), jnp.int32)
-    drawn = compiler.held(entry_and_place, (rows.key0, rows.key1), like)[..., None]
+    drawn = compiler.held(entry_and_place, rows.key0, like)[..., None]
     is_place = (drawn & (2 * _LONGEST_CELL - 1)) == jnp.arange(cell, dtype=jnp.int32)
     u = jnp.where(is_place, drawn >> (2 * _LONGEST_CELL).bit_length() - 1, 0).astype(jnp.int16)
     return u.reshape(*rows.index.shape, cells * cell)[..., :columns]

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
 
-from zoqo_jax import draws, queries, stencils
-from zoqo_jax.arrays import QuantizedArray, is_quantized
+from zoqo_jax import compiler, draws, queries, stencils
+from zoqo_jax.arrays import QuantizedArray, cut, is_quantized
 from zoqo_jax.draws import Rows
-from zoqo_jax.implicit import PerturbedArray, on_rows
+from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
+from zoqo_jax.pieces import in_pieces
 from zoqo_jax.stencils import Stencil
 
 __all__ = [
@@ -82,6 +83,7 @@ class Rules(NamedTuple):
         describe: (key, array, count) -> the stencil to probe `array` with.
         weigh: (l+ - l-, u) -> what one query pair says, in the shape of u, to be summed over
             queries; a product of something of the first and something of the second.
+        hears_signs: whether of u nothing but its sign matters to `weigh`.
         move: (rows, array, sum over queries of `weigh`, count, residual) -> (codes to move,
             residual); `rows` are where the bits of the move come from.
         remember: array -> its first residual, or None for a method that keeps none.
@@ -90,6 +92,7 @@ class Rules(NamedTuple):
     describe: Callable[[Array, QuantizedArray, Array], Stencil]
     weigh: Callable[[Array, Array], Array]
     move: Callable[[Rows, QuantizedArray, Array, Array, Any], tuple[Array, Any]]
+    hears_signs: bool = False
     remember: Callable[[QuantizedArray], Any] | None = None
 
 
@@ -154,25 +157,25 @@ def by_queries(
         """The change of a leaf's bytes, and what error feedback keeps, for the rows picked."""
         piece = on_rows(pick, array)
         rows = draws.rows(keys[num_queries], array.shape[:-1])
-        rows = jax.tree.map(lambda x: pick(x[..., None])[..., 0], rows)
-        rest = [None] * array.per_byte if kept is None else _cut(pick(kept), array.per_byte)
-        steps = []
-        for i, (part, bits) in enumerate(
-            zip(piece.parts, draws.parts(rows, array.per_byte), strict=True)
-        ):
+        rows = by_row(pick, rows)
+        steps, rest = [], []
+        for i, part in enumerate(piece.parts):
             total = said(after, keys, array, pick, i)
-            step, rest[i] = rules.move(bits, part, total, after.count - 1, rest[i])
+            residual = None if kept is None else cut(pick(kept), i, array.per_byte)
+            step, residual = rules.move(draws.part(rows, i), part, total, after.count - 1, residual)
             steps.append(step)
-        kept = None if kept is None else _joined(rest)
+            rest.append(residual)
+        kept = None if kept is None else jnp.concatenate(rest, axis=-1)
         return piece.stepped(steps).packed - piece.packed, kept
 
     def said(after: StepState, keys: Array, array: QuantizedArray, pick: Pick, part: int) -> Array:
         """What the step's queries said about a part of a leaf, for the rows picked."""
 
         def stencil(query: Array | int) -> tuple[Stencil, QuantizedArray]:
-            whole = PerturbedArray(array, rules.describe(keys[query], array, after.count - 1))
-            picked = on_rows(pick, whole)
-            return stencils.parts(picked.stencil, picked.array)[part]
+            described = rules.describe(keys[query], array, after.count - 1)
+            described = described.one_code_long() if rules.hears_signs else described
+            picked = on_rows(pick, PerturbedArray(array, described))
+            return stencils.part(picked.stencil, picked.array, part)
 
         def one(query: Array | int) -> Array:
             return rules.weigh(after.differences[query], stencils.draw(*stencil(query)))
@@ -186,7 +189,7 @@ def by_queries(
         weights = jax.vmap(lambda d: rules.weigh(d, jnp.int16(1)))(after.differences)
         directions = jax.vmap(lambda query: stencil(query)[0])(jnp.arange(num_queries))
         total = stencils.weighted_signs(directions, weights.astype(jnp.float32), piece)
-        m = stencils.reach(piece.spread(first.width), piece.grid)
+        m = stencils.reach(piece.spread(first.width(piece)), piece.grid)
         return total * rules.weigh(jnp.float32(1.0), m).astype(jnp.float32)
 
     def update(
@@ -219,7 +222,10 @@ def by_queries(
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 
-        all_keys = keys(state, len(arrays))
+        # What the update needs is made when the forward passes are over, and takes their place.
+        wait = functools.partial(compiler.after, after.differences)
+        arrays = [dataclasses.replace(array, scale=wait(array.scale)) for array in arrays]
+        all_keys = keys(state._replace(count=wait(state.count)), len(arrays))
         deltas, residual = [], []
         for leaf, array in enumerate(arrays):
             kept = state.residual[leaf] if state.residual else None
@@ -316,27 +322,10 @@ def _in_pieces(
     rows = array.shape[0]
     few = max(_PIECE // (array.size // rows), 1)
 
-    def one_piece(i: Array, done: tuple[Array, Any]) -> tuple[Array, Any]:
-        start = jnp.minimum(i * few, rows - few)  # the last piece may go over rows again
+    def piece(start: Array) -> tuple[Array, Any]:
+        return change(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few))
 
-        def pick(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, few)
-
-        def put(whole: Array, piece: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
-
-        return jax.tree.map(put, done, change(pick))
-
-    start = (jnp.zeros_like(array.packed), kept)
-    return jax.lax.fori_loop(0, -(-rows // few), one_piece, start)
-
-
-def _cut(x: Array, count: int) -> list[Any]:
-    return jnp.split(x, count, axis=-1) if count > 1 else [x]
-
-
-def _joined(parts: list[Any]) -> Array:
-    return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    return in_pieces(piece, rows, few, (jnp.zeros_like(array.packed), kept))
 
 
 def _fill(params: PyTree, deltas: list[Array]) -> PyTree:

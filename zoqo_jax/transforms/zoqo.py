@@ -105,11 +105,11 @@ def zoqo(
     dithered = step == "dithered"
 
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
-        mu, s = value_at(radius, count), array.step
         return stencils.describe(
             key,
             array,
-            mu / s,
+            value_at(radius, count),
+            unit="values",
             law=noise,
             structure=structure,
             boundary=boundary,
@@ -117,8 +117,10 @@ def zoqo(
             dithered=dithered,
         )
 
+    hears_signs = vote == "majority" or num_queries == 1
+
     def weigh(difference: Array, u: Array) -> Array:
-        if vote == "majority" or num_queries == 1:  # signs are all that counts: stay with integers
+        if hears_signs:  # stay with integers
             return jnp.sign(difference).astype(jnp.int16) * jnp.sign(u)
         return difference * u.astype(jnp.float32)
 
@@ -133,6 +135,5 @@ def zoqo(
             E = array.spread(stencils.reach(eta / s, array.grid))
         return -E * g, residual
 
-    return stepping.by_queries(
-        Rules(describe, weigh, move), key, num_queries, query_batch, sides, axis_name
-    )
+    rules = Rules(describe, weigh, move, hears_signs)
+    return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)
