@@ -168,11 +168,10 @@ def describe(
         digits = draws.RESOLUTION if share is None else _digits(share)
     digits = draws.RESOLUTION if dithered else digits
     side = jnp.ones(rows.index.shape, jnp.int8)
-    radius, share = (
-        None if x is None else jnp.asarray(x, jnp.float32).reshape(()) for x in (radius, share)
-    )
+    mu = jnp.asarray(radius, jnp.float32)
+    share = None if share is None else jnp.asarray(share, jnp.float32)
     choices = (unit, dithered, digits, cell, law, structure, boundary)
-    return Stencil(rows, side, radius, share, *choices)
+    return Stencil(rows, side, mu, share, *choices)
 
 
 def draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
