@@ -449,6 +449,8 @@ SHARED = {  # scales that parts of the last axis divide among them, and some tha
     "column": (Quantizer(4, range="minmax", axis=1), (3, 24)),
     "whole blocks": (zq.nf4(block=6), (3, 24)),
     "cut blocks": (Quantizer(2, range="minmax", block=5), (2, 3, 24)),
+    "halved blocks": (zq.nf4(block=8), (3, 24)),
+    "one block": (zq.nf4(block=64), (3, 24)),
     "blocks of rows": (Quantizer(2, range="minmax", block=2, axis=0), (3, 24)),
 }
 
@@ -476,14 +478,22 @@ def test_codes_that_share_bytes_are_the_parts_of_the_last_axis(quantizer, shape)
     np.testing.assert_array_equal(np.concatenate(values_of_parts, axis=-1), values)
     spread = np.broadcast_to(array.spread(array.scale), shape)
     cuts = [
-        np.broadcast_to(part.spread(scale), part.shape)
-        for part, scale in zip(array.parts, array.split(array.scale), strict=True)
+        np.broadcast_to(part.spread(array.part_of(array.scale, i)), part.shape)
+        for i, part in enumerate(array.parts)
     ]
     np.testing.assert_array_equal(np.concatenate(cuts, axis=-1), spread)
     rebuilt = zq.QuantizedArray.from_codes(
         jnp.asarray(n), array.scale, array.offset, array.grid, array.block, array.dtype
     )
     assert_identical(rebuilt, array)
+
+
+def test_a_block_in_two_parts_is_halved_and_no_more():
+    """So that parts have no scale for every code."""
+    array = zq.nf4(block=64)(normal(2, 27 * 64))
+    assert array.scale.shape == (2, 27)
+    for part in array.parts:
+        assert part.block == (-1, 32) and part.scale.shape == (2, 27)
 
 
 @pytest.mark.parametrize(

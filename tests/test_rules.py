@@ -4,6 +4,7 @@ Products agree to the roundings of their floats; whatever moves, picks or decode
 for bit.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -422,3 +423,22 @@ def test_watching_ends_with_the_explanation():
     with pytest.raises(ZeroDivisionError):
         zq.explain(lambda p: 1 / 0, params)
     assert not implicit._watchers
+
+
+@pytest.mark.parametrize("grid", ["blocks", slow("nf4"), slow("shared")])
+def test_a_product_can_be_differentiated_by_its_input_and_its_scales(grid):
+    """As an adapter beside frozen codes is trained, or the scales of codes."""
+    array, x = GRIDS[grid](normal(0, 20, 24)), normal(1, 5, 20) / 20
+
+    def loss(x, scale, how):
+        w = dataclasses.replace(array, scale=scale)
+        return jnp.sum(jnp.sin(how(lambda w: (x @ w) @ w.T)(w)))
+
+    def materialised(fn):
+        return lambda w: fn(w.materialise())
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    actual, expected = (gradient(x, array.scale, how) for how in (zq.quaxify, materialised))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), actual, expected
+    )

@@ -173,6 +173,7 @@ def bernoulli(
     return _unpack(lower, count).astype(bool)
 
 
+@jax.jit  # traced once for every shape
 def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
     """Two random words for each counter (x0, x1)."""
     keys = (key0, key1, key0 ^ key1 ^ _PARITY)
