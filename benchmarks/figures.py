@@ -33,7 +33,8 @@ def draw(one: Measured, where: Path) -> None:
 
 def _draw_step(fig: Any, one: Measured) -> None:
     """Bars: time and temporary bytes of a step over those of a forward pass, one query."""
-    entries = one.find("step", queries=1, scanned=True) or one.find("step", queries=1)
+    usual = one.find("step", queries=1, scanned=True, in_turn=False)
+    entries = usual or one.find("step", queries=1)
     entries.sort(key=lambda e: (e["cell"]["tokens"], e["cell"]["storage"]))
     names = [f"{e['cell']['storage']}\n{e['cell']['tokens']}" for e in entries]
 
