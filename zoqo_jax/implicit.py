@@ -40,7 +40,7 @@ class Use(NamedTuple):
     Attributes:
         label: the array's.
         operation: name of the JAX primitive.
-        way: "shared", "halves", "direct" (see `products.py`), "rows" (only looked-up rows are
+        way: "shared", "halves", "direct" (see `ways.py`), "rows" (only looked-up rows are
             decoded) or "values" (the operation has no rule: it got a float array).
         shape: of the array as the operation saw it, one layer of a scanned stack.
         vectors: how many vectors a product multiplies for one displacement, else 0.

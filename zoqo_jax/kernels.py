@@ -4,7 +4,7 @@ Where XLA does not fuse decoding into a product, it writes a matrix of floats an
 two to sixteen times the bytes of the codes, once for each side of a query. `rank_one_product`
 decodes a tile of codes in registers, once for either side of a rank-one direction, and multiplies
 at once; `decoded_product` is the same without a direction. Values are those of the "direct" way of
-`products.py`, under every boundary. The kernel is our own; that a rank-one population may share
+`ways.py`, under every boundary. The kernel is our own; that a rank-one population may share
 its reads of the weights is the economy of EGGROLL (Sarkar et al., arXiv:2511.16652).
 
 Pallas compiles the kernel for NVIDIA GPUs by way of Triton, and interprets it elsewhere, slowly,
