@@ -117,7 +117,8 @@ def directions(model, radius, law, structure="dense", density=1.0, dithered=Fals
         stencil = stencils.describe(
             leaf_key(count, query, leaf),
             arrays[leaf],
-            1.0 if mu is None else mu / arrays[leaf].step,
+            1.0 if mu is None else mu,
+            unit="codes" if mu is None else "values",
             law=law,
             structure=structure,
             density=density,
