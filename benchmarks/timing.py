@@ -33,7 +33,7 @@ class Effort:
         least: but at least so many rounds.
     """
 
-    rounds: int = 15
+    rounds: int = 40
     seconds: float = 8.0
     least: int = 3
 

@@ -625,3 +625,21 @@ def test_factories_refuse_what_they_cannot_use_and_name_it(untyped, name, argume
     with pytest.raises(ValueError, match=argument) as error:
         FACTORIES[name](**{argument: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "error_feedback"])
+def test_a_scalar_is_trained_as_any_array_is(rounding):
+    params = {"s": zq.Quantizer(8, range=1.0)(jnp.float32(0.0))}
+    tx = zq.caq_zo(100.0, key=jax.random.key(0), rounding=rounding)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(
+            None, state, params, value_fn=lambda params: (params["s"] - 0.5) ** 2
+        )
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(100):
+        params, state = step(params, state)
+    assert abs(zq.dequantize(params)["s"].item() - 0.5) < 0.1

@@ -83,9 +83,9 @@ class Rules(NamedTuple):
         describe: (key, array, count) -> the stencil to probe `array` with.
         weigh: (l+ - l-, u) -> what one query pair says, in the shape of u, to be summed over
             queries; a product of something of the first and something of the second.
-        hears_signs: whether of u nothing but its sign matters to `weigh`.
         move: (rows, array, sum over queries of `weigh`, count, residual) -> (codes to move,
             residual); `rows` are where the bits of the move come from.
+        hears_signs: whether of u nothing but its sign matters to `weigh`.
         remember: array -> its first residual, or None for a method that keeps none.
     """
 
@@ -165,7 +165,8 @@ def by_queries(
             step, residual = rules.move(draws.part(rows, i), part, total, after.count - 1, residual)
             steps.append(step)
             rest.append(residual)
-        kept = None if kept is None else jnp.concatenate(rest, axis=-1)
+        if kept is not None:
+            kept = jnp.concatenate(rest, axis=-1) if len(rest) > 1 else rest[0]
         return piece.stepped(steps).packed - piece.packed, kept
 
     def said(after: StepState, keys: Array, array: QuantizedArray, pick: Pick, part: int) -> Array:
