@@ -106,9 +106,9 @@ def test_what_a_step_allocates_does_not_grow_with_the_model(model, storage, stru
     codes = 16 * WIDTH * WIDTH
     # Random words are a bit for each code, reaches of blocks a float for 64; with many queries the
     # changes of a leaf's bytes are gathered before they are added.
-    assert temporary[1] - temporary[0] < (0.5 if num_queries == 1 else 1.2) * codes
-    assert temporary[1] < 8 * LAYER  # half of the model in floats
-    assert forward.memory_analysis().temp_size_in_bytes < 4 * LAYER
+    assert temporary[1] - temporary[0] < (0.3 if num_queries == 1 else 1.2) * codes
+    assert temporary[1] < (3 if num_queries == 1 else 8) * LAYER  # the model in floats has 16
+    assert forward.memory_analysis().temp_size_in_bytes < 2 * LAYER
 
 
 @pytest.mark.parametrize("storage", ["int8", slow("nf4")])

@@ -48,7 +48,7 @@ __all__ = [
 Schedule = float | int | Callable[[Any], Any]
 Pick = Callable[[Array], Array]
 
-_PIECE = 2**18  # codes of a leaf that an update with many queries treats at once
+_PIECE = 2**17  # codes of a leaf that an update with many queries treats at once
 
 
 class StepState(NamedTuple):
