@@ -24,7 +24,7 @@ test: style  ## check the style, then run every fast test and doctest
 test-slow: $(STAMP)  ## run the slow tests
 	@$(RUN) -m pytest -m slow
 
-bench: $(STAMP)  ## measure what a step costs, about 40 minutes; QUICK=1: a small network, 3 minutes
+bench: $(STAMP)  ## measure what a step costs, about 70 minutes; QUICK=1: a small network, 3 minutes
 	@set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(if $(QUICK),--quick); done
 
 lint: style  ## check style, formatting and types

@@ -7,8 +7,8 @@ dense directions. Several queries of a rank-one direction are evaluated together
 
 The layers are stacked and scanned, which compiles in a few seconds; with int8, one query and 32
 tokens they are also unrolled, as Flax modules are by default, which takes half a minute a program.
-Several queries are measured at 32 tokens only: at 1,024 a call would take a minute. With one query
-the sides of a query are also evaluated "in turn".
+With one query the sides of a query are also evaluated "in turn". Many queries of many tokens come
+last: a call takes up to half a minute, so they have two rounds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from benchmarks.timing import Effort, Program, report_of
 from zoqo_jax.stencils import Structure
 
 __all__ = ["Cell", "forward", "measure", "stepper"]
+
+_MANY = 2**13  # tokens of all queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +56,14 @@ def cells(quick: bool) -> list[Cell]:
         some = [Cell(storage, 32) for storage in models.STORAGES]
         return [dataclasses.replace(cell, tiny=True) for cell in (*some, Cell("int8", 32, 8, True))]
     grid = [(32, 1), (1024, 1), (256, 1), (32, 8), (32, 64)]
+    grid += [(256, 8), (1024, 8), (256, 64), (1024, 64)]
     together = [Cell(storage, *at, True) for at in grid for storage in models.STORAGES]
     in_turn = [
         Cell(storage, tokens, 1, True, in_turn=True)
         for tokens in (1024, 32)
         for storage in models.STORAGES
     ]
-    return [*together[:6], *in_turn, *together[6:], Cell("int8", 32)]
+    return [*together[:6], *in_turn, *together[6:15], Cell("int8", 32), *together[15:]]
 
 
 def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
@@ -68,6 +71,8 @@ def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
     net = dataclasses.replace(models.TINY if cell.tiny else models.NET, scanned=cell.scanned)
     params = zq.quantize(net.params(jax.random.key(0)), models.STORAGES[cell.storage])
     batch = net.batch(cell.tokens)
+    if cell.tokens * cell.queries >= _MANY:
+        effort = dataclasses.replace(effort, least=2)
     programs = {"forward": forward(net, params, batch)}
     for structure in models.STRUCTURES:
         query_batch = None if structure == "rank_one" else 1

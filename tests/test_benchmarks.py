@@ -22,7 +22,7 @@ def test_a_step_is_measured_once_and_reported(tmp_path):
     arguments = ("--quick", "--progress=false", f"--results={tmp_path}")
     first = run("step", *arguments, "--only=storage=int8 tokens=32 queries=1")
     assert first.returncode == 0, first.stderr
-    (path,) = tmp_path.glob("step_*.json")
+    (path,) = tmp_path.glob("quick/step_*.json")
     written = path.read_text()
     (cell,) = json.loads(written)["cells"].values()
     assert set(cell["seconds"]) == {"forward", "rank_one", "sparse", "dense"}
@@ -33,7 +33,7 @@ def test_a_step_is_measured_once_and_reported(tmp_path):
     report = run("report", *arguments)
     assert report.returncode == 0, report.stderr
     assert "step / forward" in report.stdout or "rank-one" in report.stdout
-    assert list(tmp_path.glob("*.png"))
+    assert list(tmp_path.glob("quick/*.png"))
 
 
 def test_every_table_has_its_place_in_the_document():
