@@ -630,7 +630,7 @@ def test_factories_refuse_what_they_cannot_use_and_name_it(untyped, name, argume
 @pytest.mark.parametrize("rounding", ["stochastic", "error_feedback"])
 def test_a_scalar_is_trained_as_any_array_is(rounding):
     params = {"s": zq.Quantizer(8, range=1.0)(jnp.float32(0.0))}
-    tx = zq.caq_zo(100.0, key=jax.random.key(0), rounding=rounding)
+    tx = zq.caq_zo(300.0, key=jax.random.key(0), rounding=rounding)
 
     @jax.jit
     def step(params, state):

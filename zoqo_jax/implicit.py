@@ -185,8 +185,8 @@ def _per_block(
     rows = array.shape[:-1]
 
     def apply(x: Array | None) -> Array | None:
-        if x is None:
-            return None
+        if x is None or x.ndim == 0:
+            return x
         if all(n == 1 for n in x.shape[:-1]) and (array.block is None or array.block[0] == -1):
             new = jax.eval_shape(fn, jax.ShapeDtypeStruct((*rows, x.shape[-1]), x.dtype))
             return x.reshape((1,) * (len(new.shape) - 1) + x.shape[-1:])
