@@ -113,11 +113,18 @@ def _by_rows(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot) -> Array:
 
 
 def _product(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot) -> Array:
-    """The product, in the way that suits it."""
+    """The product, by the kernel or in parts where either can be."""
     array = w.array if isinstance(w, PerturbedArray) else w
     kernel = _kernel(w, x, dot) if isinstance(w, PerturbedArray) else None
     if kernel is None and array.per_byte > 1 and w.ndim - 1 not in dot.batched:
         return _by_parts(w, x, dot, array.per_byte)
+    return _in_its_way(w, x, dot, kernel)
+
+
+def _in_its_way(
+    w: QuantizedArray | PerturbedArray, x: Array, dot: Dot, kernel: Kernel | None = None
+) -> Array:
+    """The product in the way that suits it."""
     if isinstance(w, QuantizedArray):
         return dot(ways.after(x, w).materialise(), x)
     chosen = _way(w, x, dot)
@@ -142,7 +149,7 @@ def _by_parts(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot, count: int
     out = _empty(w, x, dot)
     if last not in dot.contracted:
         return in_pieces(
-            lambda start: _product(_part(w, start // length), x, dot),
+            lambda start: _in_its_way(_part(w, start // length), x, dot),
             w.shape[-1],
             length,
             out,
@@ -154,7 +161,7 @@ def _by_parts(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot, count: int
 
     def add_product(i: Array, total: Array) -> Array:
         some = jax.lax.dynamic_slice_in_dim(x, i * length, length, dot.x_axis(last))
-        return total + _product(_part(w, i), some, wide)
+        return total + _in_its_way(_part(w, i), some, wide)
 
     return jax.lax.fori_loop(0, count, add_product, out.astype(dtype)).astype(out.dtype)
 
