@@ -8,7 +8,7 @@ dense directions. Several queries of a rank-one direction are evaluated together
 The layers are stacked and scanned, which compiles in a few seconds; with int8, one query and 32
 tokens they are also unrolled, as Flax modules are by default, which takes half a minute a program.
 With one query the sides of a query are also evaluated "in turn". Many queries of many tokens come
-last: a call takes up to half a minute, so they have two rounds.
+last: a call takes up to half a minute, so they have two rounds, with 64 queries one.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
     params = zq.quantize(net.params(jax.random.key(0)), models.STORAGES[cell.storage])
     batch = net.batch(cell.tokens)
     if cell.tokens * cell.queries >= _MANY:
-        effort = dataclasses.replace(effort, least=2)
+        effort = dataclasses.replace(effort, least=2 if cell.queries < 64 else 1)
     programs = {"forward": forward(net, params, batch)}
     for structure in models.STRUCTURES:
         query_batch = None if structure == "rank_one" else 1
