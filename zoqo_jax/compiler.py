@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool
 
-__all__ = ["after", "either", "held", "kept"]
+__all__ = ["after", "blank", "either", "held", "kept"]
 
 
 def held(make: Callable[[], Array], source: Array, like: Any) -> Array:
@@ -32,10 +32,18 @@ def held(make: Callable[[], Array], source: Array, like: Any) -> Array:
     if not _on_cpu() or source.size == 0:
         return make()
     never = _never(jax.lax.stop_gradient(source))
-    start = (never.astype(jnp.int32), jnp.zeros(like.shape, like.dtype))
+    start = (never.astype(jnp.int32), blank(source, like))
     return jax.lax.while_loop(
         lambda state: state[0] < 1, lambda state: (state[0] + 1, make()), start
     )[1]
+
+
+def blank(source: Array, like: Any) -> Array:
+    """Zeros to be filled, not to be had before `source` is."""
+    if not _on_cpu() or source.size == 0:
+        return jnp.zeros(like.shape, like.dtype)
+    never = _never(jax.lax.stop_gradient(source))
+    return jnp.full(like.shape, never.astype(like.dtype))
 
 
 @jax.custom_jvp

@@ -12,6 +12,7 @@ bits that the whole stack has for it. A row is the last axis of an array.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import equinox as eqx
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int8, Int32, Integer, Key, UInt32
 
 from zoqo_jax import compiler
+from zoqo_jax.pieces import in_pieces
 
 __all__ = [
     "RESOLUTION",
@@ -38,6 +40,7 @@ RESOLUTION = 24  # binary digits of a probability that is not known beforehand
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PART = 30  # where a row's number ends and that of its part begins
+_MANY_WORDS = 2**15
 _PARITY = np.uint32(0x1BD11BDA)
 
 
@@ -112,10 +115,24 @@ def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
         >>> sorted(set(signs(rows(jax.random.key(0), ()), 100, 0).tolist()))
         [-1, 1]
     """
-    length = -(-count // 32)
-    like = jax.ShapeDtypeStruct((*of.index.shape, length), jnp.uint32)
-    packed = compiler.held(lambda: words(of, length, stream), of.key0, like)
+    packed = _kept_words(of, -(-count // 32), stream)
     return (2 * _unpack(packed, count).astype(jnp.int8) - 1).astype(jnp.int8)
+
+
+def _kept_words(of: Rows, count: int, stream: int) -> UInt32[Array, "*rows count"]:
+    """Random words, kept in memory; those of a large array are written piece by piece in place."""
+    shape = (*of.index.shape, count)
+    rows = shape[0]
+    few = max(rows * _MANY_WORDS // max(math.prod(shape), 1), 1)
+    like = jax.ShapeDtypeStruct(shape, jnp.uint32)
+    if few >= rows or not of.index.ndim:
+        return compiler.held(lambda: words(of, count, stream), of.key0, like)
+
+    def piece(start: Array) -> Array:
+        some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), of)
+        return words(some, count, stream)
+
+    return in_pieces(piece, rows, few, compiler.blank(of.key0, like))
 
 
 def below(of: Rows, bound: int, count: int, stream: int) -> Int32[Array, "*rows count"]:
