@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models import STORAGES
 from benchmarks.results import Results
 
 __all__ = [
@@ -375,7 +376,7 @@ def ms_fine(entry: Entry, name: str) -> str:
 
 def targets(one: Measured) -> str:
     """Each target by storage, met or not: judged by medians (memory: by bytes)."""
-    storages: list[str] = ["int8", "uint4", "nf4"]
+    storages = list(STORAGES)
     rows: list[list[str]] = []
 
     def judge(what: str, bound: float, found: dict[str, Any], *, least: bool = False) -> None:

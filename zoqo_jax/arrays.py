@@ -184,7 +184,7 @@ class QuantizedArray(quax.ArrayValue):
         """The codes, one a byte, in the logical shape."""
         if self.per_byte == 1:
             return self.packed
-        return jnp.concatenate([part.packed for part in self.parts], axis=-1)
+        return jnp.concatenate([self._unpacked(i) for i in range(self.per_byte)], axis=-1)
 
     @property
     def parts(self) -> list[QuantizedArray]:
@@ -195,12 +195,16 @@ class QuantizedArray(quax.ArrayValue):
         """One of `parts`, whose number may be traced."""
         if self.per_byte == 1:
             return self
-        width = 8 // self.per_byte
-        codes = (self.packed >> jnp.asarray(i * width, jnp.uint8)) & (2**width - 1)
         offset = None if self.offset is None else self.part_of(self.offset, i)
         block = None if self.block is None else (self.block[0], self._length_in_parts)
         scale = self.part_of(self.scale, i)
+        codes = self._unpacked(i)
         return QuantizedArray(codes, scale, offset, self.grid, block, self.value_dtype)
+
+    def _unpacked(self, i: Array | int) -> UInt8[Array, "..."]:
+        """The i-th code of every byte."""
+        width = 8 // self.per_byte
+        return (self.packed >> jnp.asarray(i * width, jnp.uint8)) & (2**width - 1)
 
     def part_of(self, per_block: Array, i: Array | int) -> Array:
         """What `part(i)` has of something in `scale`'s shape."""

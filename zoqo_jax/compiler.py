@@ -31,8 +31,7 @@ def held(make: Callable[[], Array], source: Array, like: Any) -> Array:
     """
     if not _on_cpu() or source.size == 0:
         return make()
-    never = _never(jax.lax.stop_gradient(source))
-    start = (never.astype(jnp.int32), blank(source, like))
+    start = (blank(source, jax.ShapeDtypeStruct((), jnp.int32)), blank(source, like))
     return jax.lax.while_loop(
         lambda state: state[0] < 1, lambda state: (state[0] + 1, make()), start
     )[1]

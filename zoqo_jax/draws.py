@@ -122,10 +122,9 @@ def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
 def _kept_words(of: Rows, count: int, stream: int) -> UInt32[Array, "*rows count"]:
     """Random words, kept in memory; those of a large array are written piece by piece in place."""
     shape = (*of.index.shape, count)
-    rows = shape[0]
-    few = max(rows * _MANY_WORDS // max(math.prod(shape), 1), 1)
+    rows, few = shape[0], max(_MANY_WORDS // max(math.prod(shape[1:]), 1), 1)
     like = jax.ShapeDtypeStruct(shape, jnp.uint32)
-    if few >= rows or not of.index.ndim:
+    if not of.index.ndim or few >= rows:
         return compiler.held(lambda: words(of, count, stream), of.key0, like)
 
     def piece(start: Array) -> Array:

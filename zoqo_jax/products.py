@@ -30,7 +30,7 @@ from zoqo_jax import compiler, ways
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.implicit import Implicit, PerturbedArray, TransposedArray, on_rows, use
 from zoqo_jax.pieces import in_pieces
-from zoqo_jax.stencils import Stencil, column_signs, reach, row_signs
+from zoqo_jax.stencils import Stencil, column_signs, row_signs
 from zoqo_jax.ways import Dims, Dot, Kernel
 
 __all__ = ["Way", "convolution", "dot_general"]
@@ -235,7 +235,7 @@ def _kernel(w: PerturbedArray, x: Array, dot: Dot) -> Kernel | None:
             array,
             row_signs(stencil) * sides[0].astype(jnp.int8),
             column_signs(stencil, array),
-            reach(stencil.width(array), array.grid),
+            stencil.reach(array),
             stencil.boundary,
             transposed=contracted == 1,
             precision=dot.params.get("precision"),

@@ -110,6 +110,14 @@ class Stencil(eqx.Module):
         radius = _one_number(self.radius, array.ndim)
         return radius if self.unit == "codes" else radius / array.step
 
+    def reach(self, array: QuantizedArray) -> Int16[Array, "..."]:
+        """How far entries may reach, in codes, as `width`; kept, lest every entry compute it."""
+        width = self.width(array)
+        if width.size == 1:
+            return reach(width, array.grid)
+        like = jax.ShapeDtypeStruct(width.shape, jnp.int16)
+        return compiler.held(lambda: reach(width, array.grid), self.rows.key0, like)
+
     def one_code_long(self) -> Stencil:
         """A stencil whose entries have the same signs, easier to draw where that can be."""
         if self.law != "rademacher" or self.dithered or self.boundary == "mask":
@@ -195,7 +203,7 @@ def _draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
     columns = array.shape[-1] if array.ndim else 1
     width, chance = array.spread(stencil.width(array)), stencil.probability(array)
     chance = None if chance is None else array.spread(chance)
-    m = array.spread(_reach_by_block(stencil, array))
+    m = array.spread(stencil.reach(array))
     entries = _entries if stencil.cell == 1 else _scattered_entries
     u = entries(stencil, m, width, chance, columns)
     u = (u * stencil.side.astype(jnp.int16)[..., None]).reshape(array.shape)
@@ -240,7 +248,7 @@ def weighted_signs(
     ).reshape(array.shape)
     if stencils.boundary == "mask":
         first = jax.tree.map(lambda x: x[0], stencils)
-        m = array.spread(_reach_by_block(first, array))
+        m = array.spread(first.reach(array))
         total = jnp.where(_both_sides_fit(array.packed, m, array.grid), total, 0.0)
     return total
 
@@ -283,15 +291,6 @@ def reach(width: Float[Array, "..."], grid: Grid) -> Int16[Array, "..."]:
 def _one_number(x: Array, ndim: int) -> Array:
     """A number, or what an array holds copies of, with so many axes."""
     return x.reshape(-1)[0].reshape((1,) * ndim)
-
-
-def _reach_by_block(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
-    """The reach as `Stencil.width`, kept where otherwise every entry would compute it."""
-    width = stencil.width(array)
-    if width.size == 1:
-        return reach(width, array.grid)
-    like = jax.ShapeDtypeStruct(width.shape, jnp.int16)
-    return compiler.held(lambda: reach(width, array.grid), stencil.rows.key0, like)
 
 
 def dithered_reach(

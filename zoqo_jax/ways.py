@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, PyTree
 from zoqo_jax import compiler
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.implicit import PerturbedArray
-from zoqo_jax.stencils import Stencil, column_signs, displace, draw, reach, row_signs
+from zoqo_jax.stencils import Stencil, column_signs, displace, draw, row_signs
 
 __all__ = ["Dims", "Dot", "Kernel", "after", "direct", "halves", "shared", "slices_at_edge"]
 
@@ -103,7 +103,7 @@ def shared(w: PerturbedArray, x: Array, dot: Dot, axis: int, at_edge: Array) -> 
     array, stencil = w.array, w.stencil
     a = row_signs(stencil) * _query_side(w)
     b = column_signs(stencil, array)
-    m = reach(stencil.width(array), array.grid).reshape(-1)[0]
+    m = stencil.reach(array).reshape(-1)[0]
     scale = array.scale.reshape(-1)[0].astype(jnp.float32)
     out = dot(after(x, array).materialise(), x)
     along = _along_direction(a.astype(x.dtype), b.astype(x.dtype), x, dot)
@@ -134,7 +134,7 @@ def shared(w: PerturbedArray, x: Array, dot: Dot, axis: int, at_edge: Array) -> 
 def slices_at_edge(w: PerturbedArray, axis: int) -> Bool[Array, " slices"]:
     """Which slices along an axis hold codes nearer to the grid's edges than the reach."""
     grid, codes = w.array.grid, w.array.codes
-    m = reach(w.stencil.width(w.array), grid).reshape(-1)[0]
+    m = w.stencil.reach(w.array).reshape(-1)[0]
     others = tuple(other for other in range(w.ndim) if other != axis)
     highest, lowest = (f(axis=others).astype(jnp.int16) for f in (codes.max, codes.min))
     return (highest > grid.high - m) | (lowest < grid.low + m)
@@ -180,7 +180,7 @@ def halves(w: PerturbedArray, x: Array, dot: Dot) -> Array:
 def _neighbours(w: PerturbedArray) -> tuple[Array, Array]:
     """M and D: half the sum and half the difference of the values at the neighbours +m and -m."""
     array = w.array
-    m = jnp.broadcast_to(reach(array.spread(w.stencil.width(array)), array.grid), array.shape)
+    m = jnp.broadcast_to(array.spread(w.stencil.reach(array)), array.shape)
     above, below = (array.decode(w.displaced(u)).astype(jnp.float32) for u in (m, -m))
     mean, half = (above + below) / 2, (above - below) / 2
     return mean.astype(array.value_dtype), half.astype(array.value_dtype)

@@ -131,7 +131,5 @@ def caq_zo(
     def remember(array: QuantizedArray) -> Array:
         return jnp.zeros(array.shape, jnp.int32)
 
-    rules = Rules(
-        describe, weigh, move, remember=remember if rounding == "error_feedback" else None
-    )
+    rules = Rules(describe, weigh, move, remember if rounding == "error_feedback" else None)
     return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)

@@ -85,15 +85,15 @@ class Rules(NamedTuple):
             queries; a product of something of the first and something of the second.
         move: (rows, array, sum over queries of `weigh`, count, residual) -> (codes to move,
             residual); `rows` are where the bits of the move come from.
-        hears_signs: whether of u nothing but its sign matters to `weigh`.
         remember: array -> its first residual, or None for a method that keeps none.
+        hears_signs: whether of u nothing but its sign matters to `weigh`.
     """
 
     describe: Callable[[Array, QuantizedArray, Array], Stencil]
     weigh: Callable[[Array, Array], Array]
     move: Callable[[Rows, QuantizedArray, Array, Array, Any], tuple[Array, Any]]
-    hears_signs: bool = False
     remember: Callable[[QuantizedArray], Any] | None = None
+    hears_signs: bool = False
 
 
 class QueryTransformation(optax.GradientTransformationExtraArgs):
@@ -190,7 +190,7 @@ def by_queries(
         weights = jax.vmap(lambda d: rules.weigh(d, jnp.int16(1)))(after.differences)
         directions = jax.vmap(lambda query: stencil(query)[0])(jnp.arange(num_queries))
         total = stencils.weighted_signs(directions, weights.astype(jnp.float32), piece)
-        m = stencils.reach(piece.spread(first.width(piece)), piece.grid)
+        m = piece.spread(first.reach(piece))
         return total * rules.weigh(jnp.float32(1.0), m).astype(jnp.float32)
 
     def update(

@@ -135,5 +135,5 @@ def zoqo(
             E = array.spread(stencils.reach(eta / s, array.grid))
         return -E * g, residual
 
-    rules = Rules(describe, weigh, move, hears_signs)
+    rules = Rules(describe, weigh, move, hears_signs=hears_signs)
     return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)
