@@ -7,6 +7,8 @@ EXTRAS := experiments,test,notebooks
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 NOTEBOOKS := $(wildcard notebooks/*.py)
+# Tests run side by side, each process with a compiler's memory: some 3 GiB.
+TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal
 BENCHMARKS := dequantization step baselines scaling memory report
 
 .DEFAULT_GOAL := help
@@ -19,10 +21,10 @@ demo: $(STAMP)  ## attack a bundled model with ZOQO and report
 	@$(RUN) -m experiments.attack
 
 test: style  ## check the style, then run every fast test and doctest
-	@$(RUN) -m pytest
+	@$(TEST)
 
 test-slow: $(STAMP)  ## run the slow tests
-	@$(RUN) -m pytest -m slow
+	@$(TEST) -m slow
 
 bench: $(STAMP)  ## measure what a step costs, about 70 minutes; QUICK=1: a small network, 3 minutes
 	@set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(if $(QUICK),--quick); done
