@@ -359,16 +359,19 @@ def test_query_batch_changes_nothing_but_the_cost(name, query_batch):
         ("caq_zo", {"structure": "sparse", "density": 0.5, "rounding": "error_feedback"}),
     ],
 )
-def test_an_update_made_piece_by_piece_is_the_update_made_at_once(name, options, monkeypatch):
-    """Of large leaves, with many queries: the last piece goes over rows of the one before again."""
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_an_update_made_in_place_piece_by_piece_is_the_update_made_at_once(
+    name, options, num_queries, monkeypatch
+):
+    """Of large leaves: the last piece goes over rows of the one before, and leaves them alone."""
     values = integers(4, 2, 7, 6, 24, size=7)
     params = {
         "packed": zq.Quantizer(2, axis=0)(values[0, 0]),  # pieces of 4 rows of 6
         "stack": zq.nf4(block=8)(values[0]),  # of one matrix of 7
         "rows": zq.Quantizer(8, block=3, axis=0)(values[1, 0]),
     }
-    tx = make(name, num_queries=3, **options)
-    log = jnp.asarray([[1.0, -0.5, 0.25], [-0.75, 0.5, 1.0]]) * 64
+    tx = make(name, num_queries=num_queries, **options)
+    log = jnp.asarray([[1.0, -0.5, 0.25], [-0.75, 0.5, 1.0]])[:, :num_queries] * 64
 
     def replayed():
         def one(carry, differences):
@@ -381,7 +384,8 @@ def test_an_update_made_piece_by_piece_is_the_update_made_at_once(name, options,
     at_once = replayed()
     for leaf in params:
         assert (at_once[0][leaf].packed != params[leaf].packed).any()
-    monkeypatch.setattr(stepping, "_PIECE", 100)
+    for size in ("_WHOLE", "_PIECE", "_PIECE_OF_SUM"):
+        monkeypatch.setattr(stepping, size, 100)
     assert_equal(replayed(), at_once)
 
 

@@ -6,6 +6,7 @@ backend is JAX's default one when a function is traced.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool
 __all__ = ["after", "blank", "either", "held", "kept"]
 
 
-def held(make: Callable[[], Array], source: Array, like: Any) -> Array:
+def held(make: Callable[[], Any], source: Array, like: Any) -> Any:
     """`make()`, kept in memory.
 
     XLA would fuse the making of a random word into each of its 32 uses, or that of a block's scale
@@ -25,13 +26,14 @@ def held(make: Callable[[], Array], source: Array, like: Any) -> Array:
     runs once must not be plain to see.
 
     Args:
-        make: makes an array.
+        make: makes an array, or a tree of them.
         source: an array that it is made from.
         like: its shape and dtype.
     """
     if not _on_cpu() or source.size == 0:
         return make()
-    start = (blank(source, jax.ShapeDtypeStruct((), jnp.int32)), blank(source, like))
+    count = blank(source, jax.ShapeDtypeStruct((), jnp.int32))
+    start = (count, jax.tree.map(functools.partial(blank, source), like))
     return jax.lax.while_loop(
         lambda state: state[0] < 1, lambda state: (state[0] + 1, make()), start
     )[1]

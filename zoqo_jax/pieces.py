@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, PyTree
 
-__all__ = ["in_pieces"]
+Pick = Callable[[Array], Array]
+
+__all__ = ["in_pieces", "in_place"]
 
 
 def in_pieces(
@@ -38,3 +40,40 @@ def in_pieces(
         return jax.tree.map(put, out, make(start))
 
     return jax.lax.fori_loop(0, -(-length // few), add_piece, out)
+
+
+def in_place(
+    change: Callable[[Pick, PyTree], PyTree], length: int, few: int, arrays: PyTree
+) -> PyTree:
+    """Change the first axis of arrays, a few of its places at a time, each once.
+
+    Where the arrays are not needed afterwards, XLA writes the new ones over them.
+
+    Args:
+        change: from (pick, arrays as they are by now) to new pieces, `pick` being what takes the
+            piece's places from anything as long as the arrays.
+        length: of the axis.
+        few: at most `length`; it need not divide it.
+        arrays: what to change.
+
+    Examples:
+        >>> in_place(lambda pick, x: pick(x) + 1, 5, 2, jnp.arange(5)).tolist()
+        [1, 2, 3, 4, 5]
+    """
+
+    def change_piece(i: Array, arrays: PyTree) -> PyTree:
+        start = jnp.minimum(i * few, length - few)
+        is_new = start + jnp.arange(few) >= i * few  # the last piece may go over places again
+
+        def pick(whole: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(whole, start, few)
+
+        def put(whole: Array, piece: Array) -> Array:
+            if length % few:
+                chosen = jnp.expand_dims(is_new, range(1, piece.ndim))
+                piece = jnp.where(chosen, piece, pick(whole))
+            return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
+
+        return jax.tree.map(put, arrays, change(pick, arrays))
+
+    return jax.lax.fori_loop(0, -(-length // few), change_piece, arrays)

@@ -7,9 +7,10 @@ from their differences.
 
 Randomness: `fold_in(key, count)` makes the key of a step, folding in the query and then the leaf
 makes that of a direction. Nothing is stored, so the update draws again what the forward passes
-drew. Where it has many queries to sum it goes through a leaf in pieces of a few rows, so that what
-it needs besides the codes does not grow with the model. An update's bytes are changes modulo 256:
-`packed + update` wraps to the true sum, and `optax.apply_updates` is exact.
+drew. It goes through large leaves, or through all but small ones where it sums over queries, in
+pieces of a few rows, so that what it needs besides the codes does not grow with the model. An
+update's bytes are changes modulo 256: `packed + update` wraps to the true sum, and
+`optax.apply_updates` is exact.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from zoqo_jax import compiler, draws, queries, stencils
 from zoqo_jax.arrays import QuantizedArray, cut, is_quantized
 from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
-from zoqo_jax.pieces import in_pieces
+from zoqo_jax.pieces import in_place
 from zoqo_jax.stencils import Stencil
 
 __all__ = [
@@ -48,7 +49,10 @@ __all__ = [
 Schedule = float | int | Callable[[Any], Any]
 Pick = Callable[[Array], Array]
 
-_PIECE = 2**17  # codes of a leaf that an update with many queries treats at once
+# Codes of a leaf that an update treats as a whole, and, of larger leaves, in a piece. One query's
+# direction is never made: beside the codes there is a random bit for each.
+_WHOLE, _PIECE = 2**24, 2**21
+_PIECE_OF_SUM = 2**17  # both, where it sums over queries, in floats
 
 
 class StepState(NamedTuple):
@@ -152,9 +156,9 @@ def by_queries(
         return [rules.describe(of_query[i], array, state.count) for i, array in enumerate(arrays)]
 
     def move(
-        after: StepState, keys: Array, array: QuantizedArray, kept: Any, pick: Pick
+        after: StepState, keys: Array, pick: Pick, array: QuantizedArray, kept: Any
     ) -> tuple[Array, Any]:
-        """The change of a leaf's bytes, and what error feedback keeps, for the rows picked."""
+        """A leaf's new bytes, and what error feedback keeps, for the rows picked."""
         piece = on_rows(pick, array)
         rows = draws.rows(keys[num_queries], array.shape[:-1])
         rows = by_row(pick, rows)
@@ -167,7 +171,7 @@ def by_queries(
             rest.append(residual)
         if kept is not None:
             kept = jnp.concatenate(rest, axis=-1) if len(rest) > 1 else rest[0]
-        return piece.stepped(steps).packed - piece.packed, kept
+        return piece.stepped(steps).packed, kept
 
     def said(after: StepState, keys: Array, array: QuantizedArray, pick: Pick, part: int) -> Array:
         """What the step's queries said about a part of a leaf, for the rows picked."""
@@ -225,15 +229,20 @@ def by_queries(
 
         # What the update needs is made when the forward passes are over, and takes their place.
         wait = functools.partial(compiler.after, after.differences)
-        arrays = [dataclasses.replace(array, scale=wait(array.scale)) for array in arrays]
         all_keys = keys(state._replace(count=wait(state.count)), len(arrays))
         deltas, residual = [], []
         for leaf, array in enumerate(arrays):
             kept = state.residual[leaf] if state.residual else None
-            change = functools.partial(move, after, all_keys[:, leaf], array, kept)
-            # One query's direction is never made: all of a leaf is one loop over its bytes.
-            delta, kept = change(_all) if num_queries == 1 else _in_pieces(change, array, kept)
-            deltas.append(delta)
+            change = functools.partial(move, after, all_keys[:, leaf])
+            whole, most = (_WHOLE, _PIECE) if num_queries == 1 else (_PIECE_OF_SUM, _PIECE_OF_SUM)
+            if array.ndim < 2 or array.size <= whole:
+                waiting = dataclasses.replace(array, scale=wait(array.scale))
+                packed, kept = change(lambda x: x, waiting, kept)
+            else:
+                packed, kept = _in_place(change, array, kept, most, after.differences)
+            # What `optax.apply_updates` adds it to is what it was taken from, and XLA knows that
+            # p + (n - p) is n: compiled together, the new bytes are written over the old.
+            deltas.append(packed - array.packed)
             residual.append(kept)
         if state.residual:
             after = after._replace(residual=tuple(residual))
@@ -310,23 +319,23 @@ def _quantized_leaves(params: PyTree | None) -> list[QuantizedArray]:
     return leaves
 
 
-def _all(x: Array) -> Array:
-    return x
-
-
-def _in_pieces(
-    change: Callable[[Pick], tuple[Array, Any]], array: QuantizedArray, kept: Any
+def _in_place(
+    change: Callable[[Pick, QuantizedArray, Any], tuple[Array, Any]],
+    array: QuantizedArray,
+    kept: Any,
+    most: int,
+    heard: Array,
 ) -> tuple[Array, Any]:
-    """A change of a leaf, a few rows of its first axis at a time."""
-    if array.ndim < 2 or array.size <= _PIECE:
-        return change(_all)
+    """A leaf's new bytes, a few rows of its first axis at a time, some `most` codes."""
     rows = array.shape[0]
-    few = max(_PIECE // (array.size // rows), 1)
+    few = max(most // (array.size // rows), 1)
 
-    def piece(start: Array) -> tuple[Array, Any]:
-        return change(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few))
+    def piece(pick: Pick, now: tuple[Array, Any]) -> tuple[Array, Any]:
+        packed, kept = now
+        make = functools.partial(change, pick, dataclasses.replace(array, packed=packed), kept)
+        return compiler.held(make, heard, jax.eval_shape(make))
 
-    return in_pieces(piece, rows, few, (jnp.zeros_like(array.packed), kept))
+    return in_place(piece, rows, few, (array.packed, kept))
 
 
 def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
