@@ -1,74 +1,21 @@
-"""The attack experiment's data, its bundled model and the model's training."""
+"""The attack experiments' images: what is bundled, folders, tar files, tensorflow-datasets."""
 
 import gzip
-import os
-import pickle
 import subprocess
 import sys
 import tracemalloc
 import types
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from pictures import IDX_CODES, NAMES, digits, idx_bytes, packed, write_folder, write_pictures
+from PIL import Image
 
-from experiments.attack import models
-from experiments.attack.data import ASSETS, load, read_idx
-from experiments.attack.models import (
-    CNN,
-    apply_cnn,
-    load_classifier,
-    load_mnist_cnn,
-    load_params,
-    save_params,
-)
-from experiments.attack.train import TrainConfig, _shift, accuracy, train
+from experiments.attack.data import load, read_idx
 
-IDX_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
-NAMES = {
-    ("train", "images"): "train-images-idx3-ubyte",
-    ("train", "labels"): "train-labels-idx1-ubyte",
-    ("test", "images"): "t10k-images-idx3-ubyte",
-    ("test", "labels"): "t10k-labels-idx1-ubyte",
-}
-
-
-def idx_bytes(array, *, shape=None):
-    """An IDX file of `array`; `shape` is what the header claims."""
-    shape = array.shape if shape is None else shape
-    code = IDX_CODES[array.dtype.str[1:]]
-    header = bytes([0, 0, code, len(shape)]) + np.asarray(shape, ">u4").tobytes()
-    return header + array.astype(array.dtype.newbyteorder(">")).tobytes()
-
-
-def digits(count, seed=0):
-    """Images of uint8 noise, and labels that one can learn: where the bright band lies."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 10, count).astype(np.uint8)
-    images = rng.integers(0, 60, (count, 28, 28)).astype(np.uint8)
-    for image, label in zip(images, labels, strict=True):
-        image[2 * label + 4 : 2 * label + 6] = 255
-    return images, labels
-
-
-def write_folder(folder, *, split="test", zipped=False, images=None, labels=None):
-    default = digits(6)
-    arrays = {
-        "images": default[0] if images is None else images,
-        "labels": default[1] if labels is None else labels,
-    }
-    for kind, array in arrays.items():
-        content, name = idx_bytes(array), NAMES[split, kind]
-        if zipped:
-            content, name = gzip.compress(content), f"{name}.gz"
-        (folder / name).write_bytes(content)
-    return arrays["images"], arrays["labels"]
-
-
-# --- the bundled test set and model ---------------------------------------------------------------
+# --- the bundled test set -------------------------------------------------------------------------
 
 
 def test_bundled_test_set_is_mnist():
@@ -82,58 +29,6 @@ def test_bundled_test_set_is_mnist():
     counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert np.bincount(labels).tolist() == counts
     assert images.mean(dtype=np.float64) == pytest.approx(0.13251, abs=1e-5)
-
-
-def test_bundled_model_is_accurate():
-    logits_fn, params = load_mnist_cnn()
-    images, labels = load("mnist")
-    assert accuracy(params, images, labels) >= 0.985
-    logits = logits_fn(jnp.asarray(images[:8]))
-    assert logits.shape == (8, 10)
-    assert logits.dtype == jnp.float32
-    direct = CNN().apply({"params": params}, jnp.asarray(images[:8]))
-    assert_array_equal(np.asarray(logits), np.asarray(direct))
-
-
-def test_bundled_model_is_small_and_float16():
-    path = ASSETS / "mnist_cnn.npz"
-    assert path.stat().st_size < 400_000
-    with np.load(path, allow_pickle=False) as file:
-        assert {file[name].dtype for name in file.files} == {np.dtype(np.float16)}
-    _, params = load_mnist_cnn()
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-
-
-def test_accuracy_counts_an_incomplete_last_batch():
-    _, params = load_mnist_cnn()
-    images, labels = load("mnist")
-    images, labels = images[:25], labels[:25].copy()
-    whole = accuracy(params, images, labels, batch=25)
-    labels[-1] = (labels[-1] + 1) % 10
-    assert accuracy(params, images, labels, batch=10) == pytest.approx(whole - 1 / 25)
-
-
-def test_a_model_of_other_shapes_is_refused(tmp_path, monkeypatch):
-    _, params = load_mnist_cnn()
-    save_params(tmp_path / "mnist_cnn.npz", {"Dense_0": params["Dense_0"]})
-    monkeypatch.setattr(models, "ASSETS", tmp_path)
-    with pytest.raises(ValueError, match=r"mnist_cnn\.npz: the weights must have the shapes"):
-        load_mnist_cnn()
-
-
-def test_load_classifier_takes_the_bundled_weights_or_a_file(tmp_path):
-    logits_fn, params = load_mnist_cnn()
-    images = jnp.asarray(load("mnist")[0][:8])
-    assert_array_equal(np.asarray(load_classifier()(images)), np.asarray(logits_fn(images)))
-    path = tmp_path / "other.npz"
-    save_params(path, jax.tree.map(lambda x: -x, params))
-    other = apply_cnn(jax.tree.map(lambda x: -x, params), images)
-    assert_array_equal(np.asarray(load_classifier(str(path))(images)), np.asarray(other))
-    save_params(path, {"Dense_0": params["Dense_0"]})
-    with pytest.raises(ValueError, match=r"other\.npz: the weights must have the shapes"):
-        load_classifier(path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_classifier(tmp_path / "nowhere.npz")
 
 
 def test_only_the_test_split_is_bundled():
@@ -274,7 +169,11 @@ def test_folder_errors(tmp_path):
         (digits(6)[0], digits(5)[1], "6 images but 5 labels"),
         (digits(6)[0].reshape(6, -1), digits(6)[1], r"rank 3.*got shape \(6, 784\)"),
         (digits(6)[0], digits(6)[1][:, None], r"labels must have rank 1, got shape \(6, 1\)"),
-        (digits(6)[0][:, :27], digits(6)[1], r"28 x 28.*got uint8 of shape \(6, 27, 28, 1\)"),
+        (
+            digits(6)[0][:, :27],
+            digits(6)[1],
+            r"28 x 28.*32 x 32.*got uint8 of shape \(6, 27, 28, 1\)",
+        ),
         (digits(6)[0].astype(np.float32), digits(6)[1], "must be uint8.*got float32"),
         (digits(6)[0], digits(6)[1].astype(np.float32), "labels must be integers, got float32"),
         (digits(6)[0], np.arange(5, 11, dtype=np.uint8), r"\[0, 9\], got \[5, 10\]"),
@@ -296,6 +195,41 @@ def test_a_dataset_without_a_name(dataset):
 def test_an_unknown_split():
     with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'validation'"):
         load("mnist", split="validation")
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "mode"), [((32, 32), "RGB"), ((28, 28), "L")])
+def test_pictures_come_from_a_folder_or_a_tar_file(tmp_path, size, mode):
+    pixels, labels = write_pictures(tmp_path / "set", size=size, mode=mode)
+    (tmp_path / "set" / "test" / "cat" / "notes.txt").write_text("no picture")
+    tar = packed(tmp_path / "set", tmp_path / "set.tar")
+    zipped = packed(tmp_path / "set", tmp_path / "set.tar.gz", "w:gz")
+    for source in (str(tmp_path / "set"), tar, zipped):
+        images, classes = load(source)
+        assert_array_equal(images, pixels.astype(np.float32) / np.float32(255))
+        assert_array_equal(classes, labels)
+    with pytest.raises(FileNotFoundError, match=r"no pictures train/CLASS"):
+        load(tar, split="train")
+
+
+def test_bad_pictures_are_named(tmp_path):
+    write_pictures(tmp_path / "large", size=(64, 64))
+    with pytest.raises(ValueError, match=r"test/boat/00\.png: .*\(64, 64\) pixels"):
+        load(str(tmp_path / "large"))
+    write_pictures(tmp_path / "broken")
+    (tmp_path / "broken" / "test" / "cat" / "00.png").write_bytes(b"\x89PNG\r\n\x1a\n half")
+    with pytest.raises(ValueError, match=r"test/cat/00\.png is not a readable picture"):
+        load(str(tmp_path / "broken"))
+    write_pictures(tmp_path / "mixed")
+    Image.new("RGB", (28, 28)).save(tmp_path / "mixed" / "test" / "cat" / "00.png")
+    with pytest.raises(ValueError, match="must have one size"):
+        load(str(tmp_path / "mixed"))
+    whole = Path(packed(tmp_path / "mixed", tmp_path / "whole.tar"))
+    (tmp_path / "torn.tar").write_bytes(whole.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"torn\.tar is not a readable tar file"):
+        load(str(tmp_path / "torn.tar"))
 
 
 # --- tensorflow-datasets (a stand-in: the real one downloads) -------------------------------------
@@ -346,160 +280,10 @@ def test_tfds_cannot_download(monkeypatch):
     ("example", "message"),
     [
         ({"text": "a", "label": 1}, "no feature 'image'"),
-        ({"image": np.zeros((32, 32, 3), np.uint8), "label": 1}, r"shape \(1, 32, 32, 3\)"),
+        ({"image": np.zeros((64, 64, 3), np.uint8), "label": 1}, r"shape \(1, 64, 64, 3\)"),
     ],
 )
 def test_tfds_of_another_kind(monkeypatch, example, message):
     fake_tfds(monkeypatch, lambda name, *, split: [example])
     with pytest.raises(ValueError, match=message):
         load("tfds:other")
-
-
-# --- weights on disk ------------------------------------------------------------------------------
-
-
-def test_params_survive_the_disk(tmp_path):
-    path = tmp_path / "weights.npz"
-    params = {"a": {"kernel": jnp.linspace(-1, 1, 6).reshape(2, 3)}, "b": jnp.float32(0.1)}
-    save_params(path, params, dtype=np.float32)
-    jax.tree.map(assert_array_equal, load_params(path), params)
-    save_params(path, params)  # Replaces the file.
-    rounded = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), params)
-    jax.tree.map(assert_array_equal, load_params(path), rounded)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["weights.npz"]
-
-
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({}, "at least one array"),
-        ({"a/b": np.zeros(1)}, "must not contain '/'"),
-        ({"a": {"b": np.array([1.0, 1e5])}}, "a/b is not finite in float16"),
-        ({"a": np.array([np.nan])}, "a is not finite"),
-    ],
-)
-def test_params_that_cannot_be_saved(tmp_path, params, message):
-    with pytest.raises(ValueError, match=message):
-        save_params(tmp_path / "weights.npz", params)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "weights.npz"
-    save_params(path, {"a": np.ones(2)})
-
-    def broken(file, **arrays):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(np, "savez_compressed", broken)
-    with pytest.raises(OSError, match="disk full"):
-        save_params(path, {"a": np.zeros(2)})
-    assert_array_equal(load_params(path)["a"], np.ones(2))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["weights.npz"]
-
-
-class Trap:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_weights_never_run_code(tmp_path):
-    path, trace = tmp_path / "weights.npz", tmp_path / "trace"
-    np.savez(path, allow_pickle=True, a=np.array([Trap(trace)], dtype=object))
-    with pytest.raises(ValueError, match=r"weights\.npz is not a readable \.npz"):
-        load_params(path)
-    path.write_bytes(pickle.dumps(Trap(trace)))
-    with pytest.raises(ValueError, match=r"weights\.npz is not a readable \.npz"):
-        load_params(path)
-    assert not trace.exists()
-
-
-def test_weights_that_are_damaged(tmp_path):
-    path = tmp_path / "weights.npz"
-    content = (ASSETS / "mnist_cnn.npz").read_bytes()
-    middle = len(content) // 2
-    for bad in (b"", content[:middle], content[:middle] + bytes(64) + content[middle + 64 :]):
-        path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"weights\.npz is not a readable \.npz"):
-            load_params(path)
-    branches = {"a": np.ones(1), "a/b": np.ones(1)}
-    np.savez(path, **branches)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"weights\.npz: .* both a leaf and a branch"):
-        load_params(path)
-    for array in (np.array([1, 2]), np.array([np.inf]), np.array(["text"])):
-        np.savez(path, a=array)
-        with pytest.raises(ValueError, match=r"weights\.npz: a must hold finite"):
-            load_params(path)
-
-
-# --- training -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("idx")
-    for split, count, seed in (("train", 512, 1), ("test", 64, 2)):
-        images, labels = digits(count, seed)
-        write_folder(folder, split=split, images=images, labels=labels)
-    return str(folder)
-
-
-@jax.numpy_dtype_promotion("standard")  # optax.adam itself mixes int32 and float32.
-def test_training_writes_a_loadable_model(tiny_folder, tmp_path):
-    output = tmp_path / "new" / "weights.npz"
-    config = TrainConfig(tiny_folder, str(output), epochs=1, batch_size=50, progress=False)
-    metrics = train(config)
-    assert metrics["steps"] == 10  # 512 // 50: the last 12 images are left out.
-    assert 0 < metrics["train_loss"] < np.log(10)
-    params = load_params(output)
-    assert metrics["test_accuracy"] == accuracy(params, *load(tiny_folder))
-    assert metrics["test_accuracy"] > 0.2  # Chance is 0.1.
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, load_mnist_cnn()[1])
-
-    again = tmp_path / "again.npz"
-    train(TrainConfig(tiny_folder, str(again), epochs=1, batch_size=50, progress=False))
-    jax.tree.map(assert_array_equal, load_params(again), params)
-
-
-def test_images_are_shifted_by_up_to_two_pixels():
-    image = np.zeros((28, 28, 1), np.float32)
-    image[5, 20] = 1
-    shifted = _shift(jnp.asarray(np.broadcast_to(image, (500, 28, 28, 1))), jax.random.key(0))
-    index, row, column, _ = np.nonzero(np.asarray(shifted))
-    assert_array_equal(index, np.arange(500))  # Each image keeps its one bright pixel.
-    moves = set(zip((row - 5).tolist(), (column - 20).tolist(), strict=True))
-    assert moves == {(i, j) for i in range(-2, 3) for j in range(-2, 3)}
-
-
-def test_training_refuses_bad_settings(tiny_folder, tmp_path):
-    output = str(tmp_path / "weights.npz")
-    with pytest.raises(ValueError, match=r"batch_size must be at most the 512.*got 513"):
-        train(TrainConfig(tiny_folder, output, batch_size=513))
-    with pytest.raises(ValueError, match="output must name a file, got the folder"):
-        train(TrainConfig(tiny_folder, str(tmp_path)))
-    with pytest.raises(ValueError, match="split must be 'test'"):
-        train(TrainConfig("mnist", output))
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("output", ""),
-        ("epochs", 0),
-        ("batch_size", -1),
-        ("learning_rate", 0.0),
-        ("learning_rate", float("nan")),
-        ("seed", -1),
-    ],
-)
-def test_config_names_the_bad_setting(setting, value):
-    settings = {"data": "x", "output": "y", setting: value}
-    with pytest.raises(ValueError, match=f"{setting} must .* got {value!r}"):
-        TrainConfig(**settings)

@@ -1,8 +1,8 @@
 """Attack a black-box image classifier on an integer grid: `python -m experiments.attack --help`.
 
-By default it attacks 300 MNIST digits of the bundled network with ZOQO at 8 and at 4 bits and,
-beside them, with ZO-SignSGD in floats, prints a table, and writes the table and a figure to
-`results/attack`.
+By default it attacks 300 MNIST digits of the bundled network with ZOQO at 8 and at 4 bits, with
+directions from coarse to fine and with dense ones, and beside them with SignHunter, Square Attack
+and ZO-SignSGD, prints a table, and writes the table and a figure to `results/attack`.
 """
 
 import csv
@@ -10,66 +10,57 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 from absl import app, flags, logging
 
-from experiments.attack import report
+from experiments.attack import config, models, report
 from experiments.attack.config import Config
 from experiments.attack.run import Metrics, run
 
 _DEFAULT = Config()
 
-_BITS = flags.DEFINE_list(
-    "bits", ["8", "4"], "bit widths of the ZOQO runs, 2 to 8, comma-separated"
+_BITS = flags.DEFINE_list("bits", ["8", "4"], "bit widths of the ZOQO runs, 2 to 8")
+_STRUCTURES = flags.DEFINE_list(
+    "structures",
+    ["coarse_to_fine", "dense"],
+    f"structures of the ZOQO runs' directions: {', '.join(get_args(config.Structure))}",
 )
-_BASELINE = flags.DEFINE_bool("baseline", True, "run float ZO-SignSGD too")
+_BASELINES = flags.DEFINE_bool("baseline", True, "run SignHunter, Square Attack and ZO-SignSGD too")
 _OUTPUT = flags.DEFINE_string("output", "results/attack", "folder for the table and the figure")
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
+_EPSILON = flags.DEFINE_float(
+    "epsilon", None, "radius of the l_inf ball, pixels in [0, 1]; default: 0.3, CIFAR-10 12/255"
+)
 
+_HELP: dict[str, Any] = {
+    "dataset": "mnist (bundled), tfds:NAME, a folder of IDX files or pictures, a tar file",
+    "weights": f"{', '.join(models.BUNDLED)}, or an .npz of experiments.attack.train",
+    "weight_bits": "quantize the attacked network: 2 to 8, or 32 for floats",
+    "num_images": "correctly classified images to attack; 0: all",
+    "budget": "most model evaluations for an image",
+    "loss": "margin or cross_entropy",
+    "targeted": "look for one wrong class, drawn for each image, instead of any",
+    "noise": "law of ZOQO's directions: uniform, gaussian or rademacher",
+    "step": "ZOQO's step rule, floor (the paper's) or dithered",
+    "learning_rate": "first step in pixel values; 0: the method's own",
+    "decay_steps": "ZOQO's learning rate falls as 1/sqrt(1 + t/decay_steps); 0: constant",
+    "radius": "size of the probes in pixel values; 0: the method's own",
+    "num_queries": "directions a step; 0: the method's own",
+    "density": "share of pixels in a sparse direction or Square Attack's first square; 0: its own",
+    "seed": "seed of all randomness",
+    "batch_size": "images attacked at a time",
+    "model_batch": "images that the model evaluates at a time",
+}
+_KINDS = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+}
 _SETTINGS = {
-    "dataset": flags.DEFINE_string(
-        "dataset", _DEFAULT.dataset, "mnist (bundled), tfds:NAME or a folder of IDX files"
-    ),
-    "weights": flags.DEFINE_string(
-        "weights",
-        _DEFAULT.weights,
-        "weights of experiments.attack.train; empty: the bundled network",
-    ),
-    "num_images": flags.DEFINE_integer(
-        "num_images", _DEFAULT.num_images, "correctly classified images to attack"
-    ),
-    "epsilon": flags.DEFINE_float(
-        "epsilon", _DEFAULT.epsilon, "radius of the l_inf ball; pixels lie in [0, 1]"
-    ),
-    "budget": flags.DEFINE_integer(
-        "budget", _DEFAULT.budget, "most model evaluations for an image"
-    ),
-    "learning_rate": flags.DEFINE_float(
-        "learning_rate", _DEFAULT.learning_rate, "first step in pixel values; 0: epsilon/3"
-    ),
-    "decay_steps": flags.DEFINE_integer(
-        "decay_steps",
-        _DEFAULT.decay_steps,
-        "ZOQO's learning rate falls as 1/sqrt(1 + t/decay_steps); 0: constant",
-    ),
-    "radius": flags.DEFINE_float(
-        "radius", _DEFAULT.radius, "size of the probes in pixel values; 0: epsilon/3"
-    ),
-    "num_queries": flags.DEFINE_integer(
-        "num_queries",
-        _DEFAULT.num_queries,
-        "directions a step; 0: ZOQO 1, up to 5 bits 5; float 10",
-    ),
-    "noise": flags.DEFINE_enum(
-        "noise", _DEFAULT.noise, ["uniform", "gaussian", "rademacher"], "law of ZOQO's directions"
-    ),
-    "step": flags.DEFINE_enum(
-        "step", _DEFAULT.step, ["floor", "dithered"], "ZOQO's step rule; floor is the paper's"
-    ),
-    "seed": flags.DEFINE_integer("seed", _DEFAULT.seed, "seed of all randomness"),
-    "batch_size": flags.DEFINE_integer(
-        "batch_size", _DEFAULT.batch_size, "images attacked at a time"
-    ),
+    name: _KINDS[type(getattr(_DEFAULT, name))](name, getattr(_DEFAULT, name), text)
+    for name, text in _HELP.items()
 }
 
 
@@ -98,14 +89,19 @@ def main(argv: Sequence[str]) -> None:
 
 def _configs() -> list[Config]:
     settings = {name: flag.value for name, flag in _SETTINGS.items()}
-    base = Config(**settings)
+    epsilon = _EPSILON.value
+    if epsilon is None:
+        epsilon = 12 / 255 if settings["weights"] == "cifar10" else _DEFAULT.epsilon
+    base = Config(**settings, epsilon=epsilon)
     configs = []
-    for bits in _BITS.value:
-        if not bits.strip().isdigit():
-            raise ValueError(f"bits must be whole numbers, got {bits!r}.")
-        configs.append(dataclasses.replace(base, bits=int(bits)))
-    if _BASELINE.value:
-        configs.append(dataclasses.replace(base, method="zo_sign_sgd"))
+    for structure in _STRUCTURES.value:
+        for bits in _BITS.value:
+            if not bits.strip().isdigit():
+                raise ValueError(f"bits must be whole numbers, got {bits!r}.")
+            configs.append(dataclasses.replace(base, bits=int(bits), structure=structure))
+    if _BASELINES.value:
+        others = (name for name in get_args(config.MethodName) if name != "zoqo")
+        configs.extend(dataclasses.replace(base, method=name) for name in others)
     if not configs:
         raise ValueError("bits must name a width when baseline is off, got none.")
     return configs

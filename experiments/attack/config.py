@@ -4,70 +4,101 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
-__all__ = ["Config", "Method"]
+__all__ = ["Config", "Loss", "MethodName", "Structure"]
 
-Method = Literal["zoqo", "zo_sign_sgd"]
+MethodName = Literal["zoqo", "zo_sign_sgd", "sign_hunter", "square"]
+Structure = Literal["dense", "rank_one", "sparse", "coarse_to_fine"]
+Loss = Literal["margin", "cross_entropy"]
+
+_NAMES = {"zo_sign_sgd": "ZO-SignSGD", "sign_hunter": "SignHunter", "square": "Square Attack"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Settings of one attack run.
+    """Settings of one attack run. Where 0 is said to be allowed, it takes the method's default.
 
     Attributes:
-      dataset: "mnist" (bundled), "tfds:NAME" or a folder of IDX files.
-      weights: an .npz of `experiments.attack.train` to attack, or "" for the bundled MNIST network.
-      num_images: how many correctly classified test images to attack, from the first on.
-      method: "zoqo", on the integer grid, or "zo_sign_sgd", its float counterpart.
+      dataset: what `data.load` takes: "mnist" (bundled), "tfds:NAME", a folder or a tar file.
+      weights: a bundled network's name or an .npz of `experiments.attack.train`.
+      weight_bits: 32 to attack the network in floats, 2 to 8 to quantize it first.
+      num_images: how many correctly classified test images to attack, from the first on; 0: all.
+      method: "zoqo", on the integer grid, "zo_sign_sgd", its float counterpart, "sign_hunter" or
+        "square".
       epsilon: radius of the l_inf ball, in pixel values (images lie in [0, 1]).
-      budget: most evaluations of the model that one image may cost.
+      budget: most evaluations of the model that one image may cost, at least 2.
+      loss: "margin" of the logits or "cross_entropy".
+      targeted: look for one wrong class, drawn for each image, instead of any.
       bits: of the perturbation's codes, 2 to 8 (zoqo).
-      learning_rate: eta, in pixel values; 0 takes the method's default.
+      structure: of zoqo's directions: "coarse_to_fine" (blocks that shrink), "dense", "rank_one" or
+        "sparse".
+      noise: law of zoqo's directions, "uniform", "gaussian" or "rademacher"; coarse_to_fine has
+        whole blocks instead.
+      step: zoqo's step rule, "floor" (the paper's: at least one whole code) or "dithered".
+      learning_rate: eta, in pixel values, or 0.
       decay_steps: zoqo's learning rate falls as 1 / sqrt(1 + t / decay_steps) after t steps; with 0
         it is constant.
-      radius: mu, in pixel values; 0 takes the method's default.
-      num_queries: directions a step; 0 takes the method's default.
-      noise: law of zoqo's directions, "uniform", "gaussian" or "rademacher".
-      step: zoqo's step rule, "floor" (the paper's: at least one whole code) or "dithered".
+      radius: mu, in pixel values, or 0.
+      num_queries: directions a step, or 0.
+      density: share of the pixels in a sparse direction or in Square Attack's first square, or 0.
       seed: of all randomness.
       batch_size: images attacked at a time.
+      model_batch: images that the model evaluates at a time.
 
     Raises:
       ValueError: a setting outside what is said above, naming it and its value.
     """
 
     dataset: str = "mnist"
-    weights: str = ""
+    weights: str = "mnist"
+    weight_bits: int = 32
     num_images: int = 300
-    method: Method = "zoqo"
+    method: MethodName = "zoqo"
     epsilon: float = 0.3
     budget: int = 2_000
+    loss: Loss = "margin"
+    targeted: bool = False
     bits: int = 8
+    structure: Structure = "coarse_to_fine"
+    noise: str = "rademacher"
+    step: str = "dithered"
     learning_rate: float = 0.0
     decay_steps: int = 5
     radius: float = 0.0
     num_queries: int = 0
-    noise: str = "rademacher"
-    step: str = "dithered"
+    density: float = 0.0
     seed: int = 0
     batch_size: int = 128
+    model_batch: int = 16
 
     def __post_init__(self) -> None:
         """Check what no later room would check, or would only after minutes."""
-        if self.method not in get_args(Method):
-            raise ValueError(f"method must be one of {get_args(Method)}, got {self.method!r}.")
+        choices = {"method": MethodName, "structure": Structure, "loss": Loss}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                given = getattr(self, name)
+                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {given!r}.")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be in [2, 8], got {self.bits}.")
-        for name in ("num_images", "budget", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not (2 <= self.weight_bits <= 8 or self.weight_bits == 32):
+            raise ValueError(f"weight_bits must be in [2, 8] or 32, got {self.weight_bits}.")
+        least = {"num_images": 0, "budget": 2, "batch_size": 1, "model_batch": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
         for name in ("learning_rate", "decay_steps", "radius", "num_queries"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {value}.")
+        if not 0 <= self.density <= 1:
+            raise ValueError(f"density must be in [0, 1], got {self.density}.")
         if not 0.0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon must be positive and finite, got {self.epsilon}.")
 
     @property
     def name(self) -> str:
-        """How tables call the run, e.g. "ZOQO, 8 bit"."""
-        return f"ZOQO, {self.bits} bit" if self.method == "zoqo" else "ZO-SignSGD, float"
+        """How tables call the run, e.g. "ZOQO, 8 bit, coarse to fine"."""
+        if self.method != "zoqo":
+            return _NAMES[self.method]
+        words = self.structure.replace("_", " " if self.structure == "coarse_to_fine" else "-")
+        noise = "" if self.structure == "coarse_to_fine" else f" {self.noise}"
+        return f"ZOQO, {self.bits} bit, {words}{noise}"

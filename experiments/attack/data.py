@@ -1,4 +1,4 @@
-"""Digit images for the attack experiments: a bundled test set, IDX folders, tensorflow-datasets.
+"""Images for the attack experiments: MNIST's test set, IDX or picture folders, tensorflow-datasets.
 
 The IDX format is the one of LeCun, Cortes and Burges, "The MNIST database of handwritten digits"
 (1998): two zero bytes, a type code, the rank, one big-endian 32-bit size per dimension, the data.
@@ -6,21 +6,25 @@ Nothing is read, downloaded or imported before `load` asks for it.
 """
 
 import gzip
+import io
 import math
+import tarfile
 import zlib
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-__all__ = ["ASSETS", "IMAGE_SHAPE", "NUM_CLASSES", "load", "read_idx"]
+__all__ = ["ASSETS", "IMAGE_SHAPES", "NUM_CLASSES", "load", "read_idx"]
 
 ASSETS = Path(__file__).parent / "assets"
-IMAGE_SHAPE = (28, 28, 1)
+IMAGE_SHAPES = ((28, 28, 1), (32, 32, 3))
 NUM_CLASSES = 10
 
 _PREFIXES = {"train": "train", "test": "t10k"}
 _TFDS = "tfds:"
+_PICTURES = {".jpg", ".jpeg", ".png"}
 _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MAX_RANK = 8
 _MAX_BYTES = 2**31  # A gzip file of 2 MB can inflate to 2 GB: stop there, whatever the header says.
@@ -28,23 +32,26 @@ _CHUNK = 2**20
 
 
 def load(dataset: str, *, split: str = "test") -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of one split of a ten-class data set of 28 x 28 grey images.
+    """Images and labels of one split of a data set of ten classes.
 
     Args:
-      dataset: "mnist" for the MNIST test set that lies beside this file (no train split);
-        "tfds:NAME" for a tensorflow-datasets name, such as "tfds:mnist" or "tfds:fashion_mnist"
-        (its first use downloads it, for which that library needs TensorFlow; later ones do not);
-        anything else is a folder of IDX files under their usual names
-        (`train-images-idx3-ubyte`, `t10k-labels-idx1-ubyte`, ...), with or without `.gz`.
+      dataset: one of
+        - "mnist": the MNIST test set that lies beside this file (no train split);
+        - "tfds:NAME": a tensorflow-datasets name, such as "tfds:mnist" or "tfds:cifar10" (its first
+          use downloads it, for which that library needs TensorFlow; later ones do not);
+        - a folder of IDX files under their usual names (`train-images-idx3-ubyte`,
+          `t10k-labels-idx1-ubyte`, ...), with or without `.gz`;
+        - a folder or a tar file of pictures, `train/CLASS/*.jpg` and `test/CLASS/*.jpg` (or .png),
+          classes in the order of their names.
       split: "test" or "train".
 
     Returns:
-      Images, float32 of shape (n, 28, 28, 1) in [0, 1] (pixel / 255), and labels, int32 of shape
-      (n,) in [0, 9].
+      Images, float32 of shape (n, 28, 28, 1) or (n, 32, 32, 3) in [0, 1] (pixel / 255), and labels,
+      int32 of shape (n,) in [0, 9].
 
     Raises:
       ValueError: an unknown split, the train split of "mnist", or data of the wrong kind.
-      FileNotFoundError: the folder or one of its two files is missing.
+      FileNotFoundError: the folder, the tar file, or what should be in it, is missing.
       ImportError: "tfds:NAME" without tensorflow-datasets or something that it needs.
       RuntimeError: tensorflow-datasets could not find, download or prepare the data set.
 
@@ -65,8 +72,9 @@ def load(dataset: str, *, split: str = "test") -> tuple[np.ndarray, np.ndarray]:
     if dataset.startswith(_TFDS):
         images, labels = _read_tfds(dataset.removeprefix(_TFDS), split)
     else:
-        folder = ASSETS if dataset == "mnist" else Path(dataset).expanduser()
-        images, labels = _read_folder(folder, split)
+        path = ASSETS if dataset == "mnist" else Path(dataset).expanduser()
+        has_pictures = path.is_file() or (path / split).is_dir()
+        images, labels = (_read_pictures if has_pictures else _read_folder)(path, split)
     _check(images, labels, f"dataset {dataset!r}, split {split!r}")
     return images.astype(np.float32) / np.float32(255), labels.astype(np.int32)
 
@@ -160,6 +168,53 @@ def _find(folder: Path, name: str) -> Path:
     raise FileNotFoundError(f"dataset: the folder {folder} has neither {name} nor {name}.gz.")
 
 
+def _read_pictures(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    by_name = dict(_pictures(path, split))
+    if not by_name:
+        raise FileNotFoundError(f"dataset: {path} has no pictures {split}/CLASS/*.jpg or *.png.")
+    classes = sorted({name.parent.name for name in by_name})
+    names = sorted(by_name)
+    images = [_decoded(by_name[name], f"{path}: {name}") for name in names]
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f"{path}: all pictures of {split} must have one size.")
+    return np.stack(images), np.asarray([classes.index(name.parent.name) for name in names])
+
+
+def _pictures(path: Path, split: str) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Names and contents of the pictures `split/CLASS/*`, of a folder or a tar file."""
+    if path.is_dir():
+        for file in sorted((path / split).glob("*/*")):
+            if file.suffix.lower() in _PICTURES:
+                yield PurePosixPath(*file.relative_to(path).parts), file.read_bytes()
+        return
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                parts = name.parts
+                if not member.isfile() or len(parts) != 3 or parts[0] != split:
+                    continue
+                if name.suffix.lower() in _PICTURES and member.size <= _CHUNK:
+                    yield name, cast(BinaryIO, tar.extractfile(member)).read()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"{path} is not a readable tar file of pictures: {error}") from error
+
+
+def _decoded(content: bytes, source: str) -> np.ndarray:
+    """A picture's pixels, uint8 (height, width, channels)."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        picture = Image.open(io.BytesIO(content))
+        shape = (picture.height, picture.width)
+        if shape not in {wanted[:2] for wanted in IMAGE_SHAPES}:  # before a byte is decoded
+            raise ValueError(f"{source}: the picture has {shape} pixels.")
+        pixels = np.asarray(picture.convert("L" if picture.mode == "L" else "RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{source} is not a readable picture: {error}") from error
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
 def _read_tfds(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         import tensorflow_datasets as tfds
@@ -189,9 +244,9 @@ def _check(images: np.ndarray, labels: np.ndarray, source: str) -> None:
         raise ValueError(f"{source}: labels must have rank 1, got shape {labels.shape}.")
     if len(images) != len(labels):
         raise ValueError(f"{source}: got {len(images)} images but {len(labels)} labels.")
-    if images.shape[1:] != IMAGE_SHAPE or images.dtype != np.uint8:
+    if images.shape[1:] not in IMAGE_SHAPES or images.dtype != np.uint8:
         raise ValueError(
-            f"{source}: images must be uint8 of 28 x 28 grey pixels, "
+            f"{source}: images must be uint8 of 28 x 28 grey or 32 x 32 coloured pixels, "
             f"got {images.dtype} of shape {images.shape}."
         )
     if not np.issubdtype(labels.dtype, np.integer):

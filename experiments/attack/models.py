@@ -1,7 +1,8 @@
-"""The attacked classifier: a small Flax network for 28 x 28 digits, its weights on disk.
+"""The attacked classifiers: small Flax networks, and their weights on disk.
 
 Weights travel as a compressed `.npz` of plain arrays, one per leaf, named by the '/'-joined path
-of the leaf, so that a file can be read anywhere and never runs code.
+of the leaf, so that a file can be read anywhere and never runs code. A file does not name its
+network: the shapes of its arrays tell.
 """
 
 import os
@@ -19,25 +20,33 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from experiments.attack.data import ASSETS, IMAGE_SHAPE, NUM_CLASSES
+import zoqo_jax as zq
+from experiments.attack.data import ASSETS, NUM_CLASSES
 
 __all__ = [
+    "BUNDLED",
     "CNN",
     "LogitsFn",
     "Params",
-    "apply_cnn",
+    "ResNet",
+    "apply",
+    "fold",
     "load_classifier",
-    "load_mnist_cnn",
     "load_params",
+    "load_weights",
+    "network",
     "save_params",
 ]
 
 Params = dict[str, Any]
 LogitsFn = Callable[[jax.Array], jax.Array]
 
+BUNDLED = ("mnist",)
+"""Names of the weights that lie beside this file."""
+
 
 class CNN(nn.Module):
-    """Two 3 x 3 convolutions, each halved by max-pooling, and two dense layers.
+    """Two 3 x 3 convolutions, each halved by max-pooling, and two dense layers, for MNIST.
 
     Maps images, float32 of shape (n, 28, 28, 1) in [0, 1], to logits, float32 of shape
     (n, num_classes). The default sizes have 105,866 parameters.
@@ -58,9 +67,10 @@ class CNN(nn.Module):
     features: tuple[int, int] = (16, 32)
     hidden: int = 64
     num_classes: int = NUM_CLASSES
+    image_shape = (28, 28, 1)
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Logits of the images."""
         x = images
         for channels in self.features:
@@ -71,65 +81,173 @@ class CNN(nn.Module):
         return nn.Dense(self.num_classes)(x)
 
 
-def apply_cnn(params: Params, images: jax.Array) -> jax.Array:
-    """Logits of the default `CNN` with the given parameters.
+class ResNet(nn.Module):
+    """Eight 3 x 3 convolutions, four of them in two residual blocks, for CIFAR-10.
 
-    Args:
-      params: nested dictionaries as `CNN().init(...)["params"]` makes them.
-      images: shape (n, 28, 28, 1) in [0, 1].
+    Maps images, float32 of shape (n, 32, 32, 3) in [0, 1], to logits, float32 of shape
+    (n, num_classes). The default width has 412,394 parameters. It is trained with batch
+    normalisation (Ioffe and Szegedy, 2015, arXiv 1502.03167), of which `fold` makes biases.
 
-    Returns:
-      Logits of shape (n, 10).
+    Attributes:
+      width: channels of the first convolution; the last has eight times as many.
+      normalised: batch normalisation after each convolution, instead of a bias.
+      num_classes: number of logits.
 
     Example:
-      >>> _, params = load_mnist_cnn()
-      >>> apply_cnn(params, jnp.zeros((2, 28, 28, 1))).shape
-      (2, 10)
+      >>> import jax, jax.numpy as jnp
+      >>> images = jnp.zeros((2, 32, 32, 3))
+      >>> logits, variables = ResNet().init_with_output(jax.random.key(0), images)
+      >>> logits.shape, sum(leaf.size for leaf in jax.tree.leaves(variables))
+      ((2, 10), 412394)
     """
-    # Flax types the result as perhaps a pair, which it is only with mutable collections.
-    return cast(jax.Array, CNN().apply({"params": params}, images))
+
+    width: int = 16
+    normalised: bool = False
+    num_classes: int = NUM_CLASSES
+    image_shape = (32, 32, 3)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits of the images; `train` normalises by the batch at hand."""
+
+        def conv(x: jax.Array, channels: int) -> jax.Array:
+            x = nn.Conv(channels, (3, 3), use_bias=not self.normalised)(x)
+            if self.normalised:
+                x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+            return nn.relu(x)
+
+        def halved(x: jax.Array) -> jax.Array:
+            return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+        width = self.width
+        x = conv(4.0 * images - 2.0, width)
+        x = halved(conv(x, 2 * width))
+        x = x + conv(conv(x, 2 * width), 2 * width)
+        x = halved(conv(x, 4 * width))
+        x = halved(conv(x, 8 * width))
+        x = x + conv(conv(x, 8 * width), 8 * width)
+        return nn.Dense(self.num_classes)(x.max(axis=(1, 2))) / 8.0
 
 
-def load_mnist_cnn() -> tuple[LogitsFn, Params]:
-    """The bundled MNIST classifier (see `assets/README.md` for its accuracy and training).
+def fold(variables: Mapping[str, Any]) -> Params:
+    """The parameters of a `ResNet` without normalisation that computes what this one does.
+
+    Args:
+      variables: "params" and, where the network is normalised, "batch_stats".
 
     Returns:
-      `logits_fn`, which maps images of shape (n, 28, 28, 1) in [0, 1] to logits of shape (n, 10)
-      and can be jitted, differentiated and vmapped, and the float32 parameters that it uses:
-      `logits_fn(x)` is `apply_cnn(params, x)`.
+      Parameters of the network with `normalised=False`; for a network without normalisation, its
+      own.
+
+    Example:
+      >>> images = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
+      >>> trained = ResNet(width=4, normalised=True)
+      >>> variables = trained.init(jax.random.key(1), images)
+      >>> folded, normalised = apply(fold(variables), images), trained.apply(variables, images)
+      >>> bool(jnp.allclose(folded, normalised, atol=1e-5))
+      True
+    """
+    params = dict(variables["params"])
+    for name, seen in variables.get("batch_stats", {}).items():
+        norm, conv = params.pop(name), name.replace("BatchNorm", "Conv")
+        factor = norm["scale"] / jnp.sqrt(seen["var"] + 1e-5)
+        bias = norm["bias"] - seen["mean"] * factor
+        params[conv] = {"kernel": params[conv]["kernel"] * factor, "bias": bias}
+    return params
+
+
+def network(params: Mapping[str, Any]) -> CNN | ResNet:
+    """The network that parameters belong to, by their names and shapes.
+
+    Args:
+      params: nested dictionaries as `init` makes them; leaves may be quantized.
 
     Raises:
-      ValueError: the bundled file is damaged.
+      ValueError: no network of this file has such parameters.
 
     Example:
-      >>> from experiments.attack.data import load
-      >>> logits_fn, params = load_mnist_cnn()
-      >>> images, labels = load("mnist")
-      >>> logits_fn(images[:5]).argmax(1).tolist(), labels[:5].tolist()
-      ([7, 2, 1, 0, 4], [7, 2, 1, 0, 4])
+      >>> network(load_params(ASSETS / "mnist.npz")) == CNN(features=(16, 32), hidden=64)
+      True
     """
-    params = _load_cnn_params(ASSETS / "mnist_cnn.npz")
-    return partial(apply_cnn, params), params
+    try:
+        width = params["Conv_0"]["kernel"].shape[-1]
+        if "Conv_2" in params:
+            module = ResNet(width, num_classes=params["Dense_0"]["kernel"].shape[-1])
+        else:
+            features = (width, params["Conv_1"]["kernel"].shape[-1])
+            sizes = (params[name]["kernel"].shape[-1] for name in ("Dense_0", "Dense_1"))
+            module = CNN(features, *sizes)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"params must be those of a CNN or a ResNet, got {_shapes(params)}."
+        ) from error
+    images = jax.ShapeDtypeStruct((1, *module.image_shape), jnp.float32)
+    wanted = _shapes(jax.eval_shape(module.init, jax.random.key(0), images)["params"])
+    if _shapes(params) != wanted:
+        raise ValueError(f"params must have the shapes {wanted}, got {_shapes(params)}.")
+    return module
 
 
-def load_classifier(weights: str | Path = "") -> LogitsFn:
-    """A classifier to attack: the bundled one, or one that `experiments.attack.train` wrote.
+def apply(params: Params, images: jax.Array) -> jax.Array:
+    """Logits of the network that the parameters belong to.
 
     Args:
-      weights: the `.npz` file, or "" for the bundled MNIST network.
+      params: nested dictionaries as `load_params` makes them; leaves may be quantized.
+      images: shape (n, height, width, channels) in [0, 1].
 
     Returns:
-      A function from images of shape (n, 28, 28, 1) in [0, 1] to logits of shape (n, 10).
+      Logits of shape (n, classes).
+
+    Raises:
+      ValueError: no network of this file has such parameters.
+
+    Example:
+      >>> apply(load_params(ASSETS / "mnist.npz"), jnp.zeros((2, 28, 28, 1))).shape
+      (2, 10)
+    """
+    module = network(params)
+    # Flax types the result as perhaps a pair, which it is only with mutable collections.
+    return cast(jax.Array, zq.quaxify(module.apply)({"params": params}, images))
+
+
+def load_classifier(weights: str | Path = "mnist", bits: int = 32) -> LogitsFn:
+    """A classifier to attack: a bundled one, or one that `experiments.attack.train` wrote.
+
+    Args:
+      weights: a name of `BUNDLED` or an `.npz` file.
+      bits: 32 for floats; 2 to 8 for weights on a uniform grid of that many bits, each matrix and
+        convolution with one scale a channel, computed with as they are stored.
+
+    Returns:
+      A function from images of shape (n, height, width, channels) in [0, 1] to logits of shape
+      (n, classes); it can be jitted and vmapped and, in floats, differentiated.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is damaged or holds another network's weights.
+      ValueError: it is damaged or holds another network's weights, or bits that cannot be.
 
     Example:
-      >>> load_classifier()(jnp.zeros((2, 28, 28, 1))).shape
-      (2, 10)
+      >>> from experiments.attack.data import load
+      >>> images, labels = load("mnist")
+      >>> load_classifier("mnist", bits=4)(images[:5]).argmax(1).tolist(), labels[:5].tolist()
+      ([7, 2, 1, 0, 4], [7, 2, 1, 0, 4])
     """
-    return partial(apply_cnn, _load_cnn_params(weights)) if weights else load_mnist_cnn()[0]
+    params = load_weights(weights)
+    if bits != 32:
+        quantizer = zq.Quantizer(bits, axis=-1)
+        params = zq.quantize(params, quantizer, where=lambda path, leaf: leaf.ndim >= 2)
+    return partial(apply, params)
+
+
+def load_weights(weights: str | Path = "mnist") -> Params:
+    """The float32 parameters of `load_classifier`, of a bundled name or a file; see there."""
+    path = ASSETS / f"{weights}.npz" if weights in BUNDLED else weights
+    params = load_params(path)
+    try:
+        network(params)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return params
 
 
 def save_params(path: str | Path, params: Mapping[str, Any], *, dtype: Any = np.float16) -> None:
@@ -179,7 +297,7 @@ def load_params(path: str | Path) -> Params:
       ValueError: not such a file, damaged, or holding anything but finite floating-point arrays.
 
     Example:
-      >>> sorted(load_params(ASSETS / "mnist_cnn.npz"))
+      >>> sorted(load_params(ASSETS / "mnist.npz"))
       ['Conv_0', 'Conv_1', 'Dense_0', 'Dense_1']
     """
     flat = {}
@@ -207,14 +325,8 @@ def load_params(path: str | Path) -> Params:
     )
 
 
-def _load_cnn_params(path: str | Path) -> Params:
-    params = load_params(path)
-    images = jax.ShapeDtypeStruct((1, *IMAGE_SHAPE), jnp.float32)
-    expected = jax.eval_shape(CNN().init, jax.random.key(0), images)["params"]
-    shapes, wanted = (jax.tree.map(jnp.shape, tree) for tree in (params, expected))
-    if shapes != wanted:
-        raise ValueError(f"{path}: the weights must have the shapes {wanted}, got {shapes}.")
-    return params
+def _shapes(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), dict(params), is_leaf=zq.is_quantized)
 
 
 def _write_atomically(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

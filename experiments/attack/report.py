@@ -70,7 +70,8 @@ def _draw_images(fig, run: Metrics) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
         axes[0, column].set_title(f"{run.labels[place]}", fontsize=10)
-        axes[1, column].set_title(f"{run.queries[place]} queries", fontsize=8)
+        many = "query" if run.queries[place] == 1 else "queries"
+        axes[1, column].set_title(f"{run.queries[place]} {many}", fontsize=8)
         axes[2, column].set_title(f"read as {run.predicted[place]}", fontsize=10, color="C3")
     for axis, name in zip(axes[:, 0], ("clean", "perturbation", "adversarial"), strict=True):
         axis.set_ylabel(name, fontsize=9)
@@ -93,4 +94,4 @@ def _draw_failures(fig, runs: Sequence[Metrics]) -> None:
         f"{runs[0].images} images, $\\epsilon$ = {runs[0].config.epsilon:g}", fontsize=10
     )
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    axis.legend(fontsize=8, framealpha=0.9, loc="upper right")

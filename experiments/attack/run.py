@@ -1,16 +1,39 @@
 """One attack run, from a config to its metrics."""
 
 import dataclasses
+import functools
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments.attack import batching, data, models
+from experiments.attack import attack, data, models
 from experiments.attack.config import Config
 
-__all__ = ["Metrics", "run"]
+__all__ = ["Case", "Metrics", "load_case", "run"]
+
+
+class Case(NamedTuple):
+    """What a run attacks.
+
+    Attributes:
+      logits_fn: the model.
+      images: those that it reads correctly, float32 (n, height, width, channels).
+      labels: int32 (n,).
+      targets: int32 (n,) classes to be taken for, or None.
+    """
+
+    logits_fn: models.LogitsFn
+    images: np.ndarray
+    labels: np.ndarray
+    targets: np.ndarray | None
+
+    def part(self, begin: int, end: int) -> "Case":
+        """The images from one place to another."""
+        some = (x if x is None else x[begin:end] for x in self[1:])
+        return Case(self.logits_fn, *some)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +48,11 @@ class Metrics:
       median_queries: the same, median.
       seconds: wall time of the attack, compilation included.
       images_per_second: images / seconds.
-      clean: the attacked images, float32 (images, 28, 28, 1).
+      clean: the attacked images, float32 (images, height, width, channels).
       labels: their labels, int32 (images,).
       adversarial: what the attack made of them, clipped to [0, 1].
       predicted: the model's class for `adversarial`, int (images,).
-      success: whether it is wrong, bool (images,).
+      success: whether it is wrong (or the target), bool (images,).
       queries: evaluations spent on each image, int32 (images,).
     """
 
@@ -48,37 +71,51 @@ class Metrics:
     queries: np.ndarray
 
 
+def load_case(config: Config) -> Case:
+    """The model and the first `config.num_images` test images that it reads correctly.
+
+    Args:
+      config: what to attack; `num_images` 0 takes all correct ones. Choosing them costs no queries.
+
+    Raises:
+      ValueError: the data set has too few correctly classified images, or bad data or weights.
+      FileNotFoundError: the data set or the weights' file is missing.
+    """
+    case = _correct(config.dataset, config.weights, config.weight_bits, config.num_images)
+    return case._replace(targets=_others(case.labels, config.seed) if config.targeted else None)
+
+
 def run(config: Config, *, progress: bool = False) -> Metrics:
-    """Attack the first `config.num_images` correctly classified test images.
+    """Attack the first `config.num_images` correctly classified test images, or all of them.
 
     Args:
       config: what to attack, and how.
       progress: show a progress bar on standard error.
 
     Returns:
-      The metrics. Choosing the images costs no queries.
+      The metrics.
 
     Raises:
       ValueError: the data set has too few correctly classified images, or bad data or weights.
-      FileNotFoundError: the data set's folder or the weights' file is missing.
+      FileNotFoundError: the data set or the weights' file is missing.
 
     Example:
       >>> metrics = run(Config(num_images=2, budget=1_000))
       >>> metrics.failure_rate, bool((metrics.predicted != metrics.labels).all())
       (0.0, True)
     """
-    logits_fn = models.load_classifier(config.weights)
-    images, labels = data.load(config.dataset)
-    chosen = _first_correct(logits_fn, images, labels, config.num_images)
-    images, labels = images[chosen], labels[chosen]
+    case = load_case(config)
     start = time.perf_counter()
-    with tqdm(total=len(images), desc=config.name, unit="image", disable=not progress) as bar:
+    with tqdm(total=len(case.images), desc=config.name, unit="image", disable=not progress) as bar:
 
         def on_progress(finished: int, found: int) -> None:
             bar.set_postfix_str(f"{found} misclassified", refresh=False)
             bar.update(finished - bar.n)
 
-        outcome = batching.attack(logits_fn, images, labels, config, on_progress)
+        logits_fn, images, labels, targets = case
+        outcome = attack.attack(
+            logits_fn, images, labels, config, targets=targets, on_progress=on_progress
+        )
     seconds = time.perf_counter() - start
     adversarial = np.clip(images + outcome.perturbation, 0.0, 1.0)
     queries = outcome.queries[outcome.success]
@@ -99,18 +136,31 @@ def run(config: Config, *, progress: bool = False) -> Metrics:
     )
 
 
-def _first_correct(
-    logits_fn: models.LogitsFn, images: np.ndarray, labels: np.ndarray, count: int
-) -> np.ndarray:
-    """Places of the first `count` images that the model gets right."""
+@functools.lru_cache(maxsize=1)
+def _correct(dataset: str, weights: str, weight_bits: int, count: int) -> Case:
+    logits_fn = models.load_classifier(weights, weight_bits)
+    images, labels = data.load(dataset)
+    expected = models.network(models.load_weights(weights)).image_shape
+    if images.shape[1:] != expected:
+        shape = images.shape[1:]
+        raise ValueError(f"dataset has images of {shape}, but weights {weights} read {expected}.")
     found: list[int] = []
     for begin in range(0, len(images), _CHUNK):
         block = slice(begin, begin + _CHUNK)
         right = _classes(logits_fn, images[block]) == labels[block]
         found.extend(begin + np.flatnonzero(right))
-        if len(found) >= count:
-            return np.asarray(found[:count])
-    raise ValueError(f"num_images must be at most {len(found)}, the correct ones, got {count}.")
+        if 0 < count <= len(found):
+            break
+    if len(found) < count:
+        raise ValueError(f"num_images must be at most {len(found)}, the correct ones, got {count}.")
+    chosen = np.asarray(found[: count or None])
+    return Case(logits_fn, images[chosen], labels[chosen], None)
+
+
+def _others(labels: np.ndarray, seed: int) -> np.ndarray:
+    """For each image a class that is not its own."""
+    shift = np.random.default_rng(seed).integers(1, data.NUM_CLASSES, len(labels))
+    return ((labels + shift) % data.NUM_CLASSES).astype(np.int32)
 
 
 def _classes(logits_fn: models.LogitsFn, images: np.ndarray) -> np.ndarray:

@@ -1,32 +1,64 @@
-"""Trains the MNIST classifier that the attack experiments attack.
+"""Trains the classifiers that the attack experiments attack.
 
-Ordinary supervised training: Adam (Kingma and Ba, "Adam: A Method for Stochastic Optimization",
-2015, arXiv 1412.6980) with cosine decay, and images shifted at random by up to two pixels. No
-adversarial examples are used.
+- "cnn", for MNIST: Adam (Kingma and Ba, 2015, arXiv 1412.6980), its learning rate falling along a
+  cosine, and images shifted at random by up to two pixels.
+- "robust_cnn": a larger one, trained on the adversarial examples that projected gradient descent
+  finds in an l_inf ball (Madry et al., "Towards Deep Learning Models Resistant to Adversarial
+  Attacks", 2018, arXiv 1706.06083); the ball grows to its size in the first third of the training.
+- "resnet", for CIFAR-10: stochastic gradient descent with Nesterov momentum, a learning rate that
+  rises and falls along a line, weight decay, smoothed labels, and images shifted by up to four
+  pixels and mirrored at random.
 
-    python -m experiments.attack.train --data=FOLDER_OR_tfds:mnist --output=mnist_cnn.npz
+    python -m experiments.attack.train --network=cnn --data=FOLDER_OR_tfds:mnist --output=mnist.npz
+
+An interrupted training goes on from its last whole epoch.
 """
 
 import math
+import os
 import time
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
+from flax import serialization
 from tqdm import tqdm
 
-from experiments.attack.data import IMAGE_SHAPE, load
-from experiments.attack.models import CNN, apply_cnn, load_params, save_params
+from experiments.attack.data import load
+from experiments.attack.models import CNN, LogitsFn, ResNet, fold, load_classifier, save_params
 
 __all__ = ["TrainConfig", "accuracy", "train"]
 
-_MAX_SHIFT = 2  # pixels
+Network = Literal["cnn", "robust_cnn", "resnet"]
+
+_ATTACK_STEPS = 7  # of projected gradient descent, on each batch
+
+
+class _Recipe(NamedTuple):
+    """How a network is trained unless the configuration says otherwise."""
+
+    module: nn.Module
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    max_shift: int  # pixels
+    mirrored: bool = False
+    smoothing: float = 0.0  # of labels
+    epsilon: float = 0.0  # of the adversarial ball
+
+
+_RECIPES: dict[str, _Recipe] = {
+    "cnn": _Recipe(CNN(), 10, 128, 2e-3, max_shift=2),
+    "robust_cnn": _Recipe(CNN((32, 64), 128), 12, 128, 1e-3, max_shift=2, epsilon=0.3),
+    "resnet": _Recipe(ResNet(normalised=True), 18, 256, 0.2, 4, mirrored=True, smoothing=0.1),
+}
 
 
 @dataclass(frozen=True)
@@ -34,44 +66,57 @@ class TrainConfig:
     """Settings of one training run.
 
     Attributes:
-      data: a folder of IDX files or "tfds:NAME", with a train and a test split (see `data.load`).
+      data: what `data.load` takes, with a train and a test split.
       output: the `.npz` file to write; its folder is made if need be.
-      epochs: passes over the training images, at least 1.
-      batch_size: images per step, at least 1; the rest of an epoch's last batch is left out.
-      learning_rate: Adam's first learning rate, positive; it decays to 0 along a cosine.
-      seed: of the initial weights, the order of the images and their shifts; in [0, 2**32 - 1].
+      network: "cnn", "robust_cnn" or "resnet".
+      epochs: passes over the training images; 0 takes the network's default.
+      batch_size: images per step; 0 takes the network's default. The rest of an epoch's last batch
+        is left out.
+      learning_rate: the highest one; 0 takes the network's default.
+      seed: of the initial weights, the order of the images and what is done to them; in
+        [0, 2**32 - 1].
       progress: whether to show a progress bar.
 
     Raises:
       ValueError: a setting is out of range.
 
     Example:
-      >>> TrainConfig(data="tfds:mnist", output="weights.npz", epochs=3).batch_size
-      128
+      >>> TrainConfig(data="tfds:mnist", output="weights.npz", epochs=3).network
+      'cnn'
     """
 
     data: str
     output: str
-    epochs: int = 10
-    batch_size: int = 128
-    learning_rate: float = 2e-3
+    network: Network = "cnn"
+    epochs: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
     seed: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError(f"output must name a file, got {self.output!r}.")
+        if self.network not in get_args(Network):
+            raise ValueError(f"network must be one of {get_args(Network)}, got {self.network!r}.")
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
+            raise ValueError(f"learning_rate must not be negative, got {self.learning_rate}.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32 - 1], got {self.seed}.")
 
 
+class _Training(NamedTuple):
+    """What an epoch leaves to the next."""
+
+    variables: Any  # "params" and, where the network is normalised, "batch_stats"
+    state: optax.OptState
+
+
 def train(config: TrainConfig) -> dict[str, float]:
-    """Trains a `CNN`, writes its weights in float16 and measures what was written.
+    """Trains a network, writes its weights in float16 and measures what was written.
 
     Args:
       config: the settings.
@@ -86,40 +131,51 @@ def train(config: TrainConfig) -> dict[str, float]:
       FileNotFoundError: the data are missing.
 
     Example:
-      >>> config = TrainConfig(data="tfds:mnist", output="mnist_cnn.npz")
+      >>> config = TrainConfig(data="tfds:mnist", output="mnist.npz")
       >>> train(config)["test_accuracy"] > 0.985  # doctest: +SKIP
       True
     """
+    recipe = _RECIPES[config.network]
+    recipe = recipe._replace(
+        epochs=config.epochs or recipe.epochs,
+        batch_size=config.batch_size or recipe.batch_size,
+        learning_rate=config.learning_rate or recipe.learning_rate,
+    )
     output = Path(config.output)
     if output.is_dir():
         raise ValueError(f"output must name a file, got the folder {config.output!r}.")
     images, labels = load(config.data, split="train")
     test_images, test_labels = load(config.data, split="test")
-    if len(images) < config.batch_size:
+    if len(images) < recipe.batch_size:
         raise ValueError(
             f"batch_size must be at most the {len(images)} training images, "
-            f"got {config.batch_size}."
+            f"got {recipe.batch_size}."
         )
+    if images.shape[1:] != recipe.module.image_shape:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(f"data: {config.network} does not read images of {images.shape[1:]}.")
     output.parent.mkdir(parents=True, exist_ok=True)
 
     start = time.perf_counter()
-    params, losses = _fit(config, images, labels)
+    variables, losses = _fit(config, recipe, images, labels)
     seconds = time.perf_counter() - start
-    save_params(output, params)
+    save_params(output, fold(variables))
+    _checkpoint(config).unlink(missing_ok=True)
     return {
-        "test_accuracy": accuracy(load_params(output), test_images, test_labels),
-        "train_loss": float(np.mean(losses[-(len(losses) // config.epochs) :])),
-        "steps": len(losses),
+        "test_accuracy": accuracy(load_classifier(output), test_images, test_labels),
+        "train_loss": float(np.mean(losses)),
+        "steps": recipe.epochs * (len(images) // recipe.batch_size),
         "seconds": seconds,
     }
 
 
-def accuracy(params: Any, images: np.ndarray, labels: np.ndarray, *, batch: int = 1000) -> float:
-    """Fraction of images that the `CNN` with these parameters classifies as labelled.
+def accuracy(
+    logits_fn: LogitsFn, images: np.ndarray, labels: np.ndarray, *, batch: int = 1000
+) -> float:
+    """Fraction of images that a classifier reads as they are labelled.
 
     Args:
-      params: parameters of `CNN()`.
-      images: shape (n, 28, 28, 1) in [0, 1], n at least 1.
+      logits_fn: images to logits.
+      images: shape (n, height, width, channels) in [0, 1], n at least 1.
       labels: integers, shape (n,).
       batch: images per forward pass.
 
@@ -127,100 +183,168 @@ def accuracy(params: Any, images: np.ndarray, labels: np.ndarray, *, batch: int 
       A fraction in [0, 1].
 
     Example:
-      >>> from experiments.attack.data import load
-      >>> from experiments.attack.models import load_mnist_cnn
       >>> images, labels = load("mnist")
-      >>> accuracy(load_mnist_cnn()[1], images[:1000], labels[:1000]) > 0.98
+      >>> accuracy(load_classifier("mnist"), images[:1000], labels[:1000]) > 0.98
       True
     """
+    predict = jax.jit(lambda images: logits_fn(images).argmax(-1))
     correct = [
-        np.asarray(_predict(params, images[i : i + batch])) == labels[i : i + batch]
+        np.asarray(predict(images[i : i + batch])) == labels[i : i + batch]
         for i in range(0, len(images), batch)
     ]
     return float(np.concatenate(correct).mean())
 
 
-@jax.jit
-def _predict(params: Any, images: jax.Array) -> jax.Array:
-    return apply_cnn(params, images).argmax(-1)
-
-
 def _fit(
-    config: TrainConfig, images: np.ndarray, labels: np.ndarray
+    config: TrainConfig, recipe: _Recipe, images: np.ndarray, labels: np.ndarray
 ) -> tuple[Any, list[jax.Array]]:
-    per_epoch = len(images) // config.batch_size
-    optimizer = _optimizer(config.learning_rate, config.epochs * per_epoch)
-    init_key, shift_key = jax.random.split(jax.random.key(config.seed))
-    params = _init(init_key)
-    state = optimizer.init(params)
+    """The trained variables and the losses of the last epoch."""
+    per_epoch = len(images) // recipe.batch_size
+    steps = recipe.epochs * per_epoch
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    variables = jax.jit(recipe.module.init)(init_key, jnp.zeros((1, *images.shape[1:])))
+    training = _Training(variables, _optimizer(recipe, steps).init(variables["params"]))
+    first, training = _resume(config, training)
     rng, losses = np.random.default_rng(config.seed), []
-    with tqdm(total=config.epochs * per_epoch, unit="step", disable=not config.progress) as bar:
-        for epoch in range(config.epochs):
-            bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
-            order = rng.permutation(len(images))[: per_epoch * config.batch_size]
-            for batch in order.reshape(per_epoch, config.batch_size):
-                key = jax.random.fold_in(shift_key, len(losses))
-                params, state, loss = _step(
-                    params, state, images[batch], labels[batch], key, optimizer=optimizer
+    with tqdm(
+        total=steps, initial=first * per_epoch, unit="step", disable=not config.progress
+    ) as bar:
+        for epoch in range(recipe.epochs):
+            order = rng.permutation(len(images))[: per_epoch * recipe.batch_size]
+            if epoch < first:
+                continue
+            bar.set_description(f"epoch {epoch + 1}/{recipe.epochs}")
+            losses = []
+            for place, batch in enumerate(order.reshape(per_epoch, recipe.batch_size)):
+                done = epoch * per_epoch + place
+                training, loss = _step(
+                    training,
+                    images[batch],
+                    labels[batch],
+                    jax.random.fold_in(step_key, done),
+                    jnp.float32(recipe.epsilon * min(1.0, 3 * done / steps)),
+                    recipe=recipe,
+                    steps=steps,
                 )
                 losses.append(loss)
                 bar.update()
-    return params, losses
-
-
-@jax.jit
-def _init(key: jax.Array) -> Any:
-    return CNN().init(key, jnp.zeros((1, *IMAGE_SHAPE)))["params"]
+            bar.set_postfix_str(f"loss {np.mean(losses):.4f}")
+            _keep(config, epoch + 1, training)
+    return training.variables, losses
 
 
 @cache  # A new but equal optimizer would compile the same step again.
-def _optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+def _optimizer(recipe: _Recipe, steps: int) -> optax.GradientTransformation:
+    if isinstance(recipe.module, CNN):
+        return optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, steps))
+    rises = max(steps // 5, 1)
+    rate = optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, recipe.learning_rate, rises),
+            optax.linear_schedule(recipe.learning_rate, 0.0, max(steps - rises, 1)),
+        ],
+        [rises],
+    )
+    return optax.chain(
+        optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9, nesterov=True)
+    )
 
 
-@partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "state"))
+@partial(jax.jit, static_argnames=("recipe", "steps"), donate_argnames="training")
 def _step(
-    params: Any,
-    state: optax.OptState,
+    training: _Training,
     images: jax.Array,
     labels: jax.Array,
     key: jax.Array,
+    epsilon: jax.Array,
     *,
-    optimizer: optax.GradientTransformation,
-) -> tuple[Any, optax.OptState, jax.Array]:
-    images = _shift(images, key)
+    recipe: _Recipe,
+    steps: int,
+) -> tuple[_Training, jax.Array]:
+    images = _shift(images, key, recipe.max_shift)
+    if recipe.mirrored:
+        mirror = jax.random.bernoulli(jax.random.fold_in(key, 1), shape=(len(images), 1, 1, 1))
+        images = jnp.where(mirror, images[:, :, ::-1], images)
+    wanted = optax.smooth_labels(jax.nn.one_hot(labels, 10), recipe.smoothing)
+    rest = {name: x for name, x in training.variables.items() if name != "params"}
 
-    def objective(params):
-        logits = apply_cnn(params, images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    def objective(params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+        logits, changed = recipe.module.apply(
+            {"params": params, **rest}, images, train=True, mutable=list(rest)
+        )
+        return optax.softmax_cross_entropy(logits, wanted).mean(), changed
 
-    loss, gradients = jax.value_and_grad(objective)(params)
-    updates, state = optimizer.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, loss
+    params = training.variables["params"]
+    if recipe.epsilon:
+        loss_of = lambda x: objective(params, x)[0]  # noqa: E731
+        images = _adversarial(loss_of, images, jax.random.fold_in(key, 2), epsilon)
+    (loss, changed), gradients = jax.value_and_grad(objective, has_aux=True)(params, images)
+    updates, state = _optimizer(recipe, steps).update(gradients, training.state, params)
+    params = optax.apply_updates(params, updates)
+    return _Training({"params": params, **changed}, state), loss
 
 
-def _shift(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Each image moved by its own random number of pixels, at most `_MAX_SHIFT`, black outside."""
-    border = (_MAX_SHIFT, _MAX_SHIFT)
-    padded = jnp.pad(images, ((0, 0), border, border, (0, 0)))
-    corners = jax.random.randint(key, (len(images), 2), 0, 2 * _MAX_SHIFT + 1)
+def _shift(images: jax.Array, key: jax.Array, most: int) -> jax.Array:
+    """Each image moved by its own random number of pixels, at most `most`, black outside."""
+    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)))
+    corners = jax.random.randint(key, (len(images), 2), 0, 2 * most + 1)
 
-    def crop(image, corner):
-        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), IMAGE_SHAPE)
+    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:])
 
     return jax.vmap(crop)(padded, corners)
+
+
+def _adversarial(loss_of: Any, images: jax.Array, key: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """The images, moved uphill within the ball, from a random point of it."""
+    start = jax.random.uniform(key, images.shape, minval=-1.0, maxval=1.0) * epsilon
+
+    def step(_: int, x: jax.Array) -> jax.Array:
+        x = x + 2.5 / _ATTACK_STEPS * epsilon * jnp.sign(jax.grad(loss_of)(x))
+        return jnp.clip(jnp.clip(x, images - epsilon, images + epsilon), 0.0, 1.0)
+
+    return jax.lax.fori_loop(0, _ATTACK_STEPS, step, jnp.clip(images + start, 0.0, 1.0))
+
+
+def _checkpoint(config: TrainConfig) -> Path:
+    return Path(f"{config.output}.unfinished")
+
+
+def _keep(config: TrainConfig, epochs: int, training: _Training) -> None:
+    """Write what is needed to go on, all at once or not at all."""
+    path = _checkpoint(config)
+    content = {"config": repr(config), "epochs": epochs, "training": training}
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_bytes(serialization.to_bytes(content))
+    os.replace(temporary, path)
+
+
+def _resume(config: TrainConfig, training: _Training) -> tuple[int, _Training]:
+    """How many epochs an interrupted training with these settings had done, and what they left."""
+    path = _checkpoint(config)
+    if not path.is_file():
+        return 0, training
+    blank = {"config": "", "epochs": 0, "training": training}
+    try:
+        kept = serialization.from_bytes(blank, path.read_bytes())
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, or of another network: delete it.") from error
+    if kept["config"] != repr(config):
+        raise ValueError(f"{path} is of a training with other settings: finish it or delete it.")
+    return kept["epochs"], jax.tree.map(jnp.asarray, kept["training"])
 
 
 def _parse(argv: list[str]) -> TrainConfig:
     # Defined here and not on import, so that several experiments can be imported together.
     default = TrainConfig(data="-", output="-")
     flags.DEFINE_string(
-        "data", None, "Folder of IDX files, or tfds:NAME for tensorflow-datasets.", required=True
+        "data", None, "IDX folder, picture folder or tar file, or tfds:NAME.", required=True
     )
     flags.DEFINE_string("output", None, "The .npz file of weights to write.", required=True)
-    flags.DEFINE_integer("epochs", default.epochs, "Passes over the training images.")
-    flags.DEFINE_integer("batch_size", default.batch_size, "Images per step.")
-    flags.DEFINE_float("learning_rate", default.learning_rate, "Adam's first learning rate.")
+    flags.DEFINE_enum("network", default.network, get_args(Network), "What to train.")
+    flags.DEFINE_integer("epochs", 0, "Passes over the training images; 0: the network's own.")
+    flags.DEFINE_integer("batch_size", 0, "Images per step; 0: the network's own.")
+    flags.DEFINE_float("learning_rate", 0.0, "The highest one; 0: the network's own.")
     flags.DEFINE_integer("seed", default.seed, "Seed of weights, image order and shifts.")
     flags.DEFINE_bool("progress", default.progress, "Whether to show a progress bar.")
     rest = flags.FLAGS(argv)[1:]

@@ -1,0 +1,349 @@
+"""Many images attacked at once, each with its own key, count and stop.
+
+`attack` takes any batched JAX function, and compiles; or, with `compiled=False`, any Python
+function of numpy arrays, such as a client of a served model, and loops on the host. Both ask the
+same questions and count the same answers.
+
+A program advances a batch of fixed size until half of it is done. Then finished images leave and
+waiting ones take their places; when none waits any more the batch shrinks to the next power of two
+that holds what is left. So a program is compiled for each of a handful of sizes, never for an
+image. The model itself always sees `model_batch` images at a time, so that the size of a batch
+cannot change the last bit of an answer, and an image's randomness comes from its pixels and label:
+what an image gets depends on the image, the seed, and nothing else.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.attack import methods
+from experiments.attack.config import Config
+
+__all__ = ["Outcome", "attack", "margin_of"]
+
+Model = Callable[[Any], Any]
+
+_MOST_STEPS = 128  # of a program, so that progress is seen
+_SMALLEST_BATCH = 16
+
+
+class Outcome(NamedTuple):
+    """Results for each image, in the order given.
+
+    Attributes:
+      success: whether a misclassified point of the ball was found, bool (n,).
+      queries: evaluations of the model, up to and with the question that found it or ran out, int32
+          (n,).
+      perturbation: that point, or the one of least loss, in pixel values, float32 in the images'
+          shape; add it and cut off at 0 and 1.
+    """
+
+    success: np.ndarray
+    queries: np.ndarray
+    perturbation: np.ndarray
+
+
+class _Slot(NamedTuple):
+    """One image under attack, or an idle place in the batch."""
+
+    index: jax.Array  # int32 (), the image's place among all, -1 if idle
+    state: Any  # the method's
+    queries: jax.Array  # int32 ()
+    found: jax.Array  # bool ()
+    best: jax.Array  # the perturbation of least loss inside the ball, float32
+    loss: jax.Array  # there
+
+
+def margin_of(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """How far a class leads the best other, float32 (); negative when another wins.
+
+    Example:
+      >>> margin_of(jnp.array([1.0, 3.0, 2.5]), jnp.int32(1)).item()
+      0.5
+    """
+    others = jnp.where(jnp.arange(logits.shape[-1]) == label, -jnp.inf, logits)
+    return logits[label] - others.max()
+
+
+def attack(
+    logits_fn: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    config: Config,
+    *,
+    targets: np.ndarray | None = None,
+    compiled: bool = True,
+    on_progress: Callable[[int, int], None] = lambda finished, found: None,
+) -> Outcome:
+    """Search an l_inf ball round each image for a point that the model misclassifies.
+
+    Args:
+      logits_fn: images (m, height, width, channels) in [0, 1] -> logits (m, classes), never
+        differentiated; JAX operations, or any Python function of numpy arrays where not compiled.
+      images: float32 (n, height, width, channels) in [0, 1], correctly classified; those that are
+        not count as found with the first question that shows it.
+      labels: integers (n,), the images' classes.
+      config: the method and its settings.
+      targets: integers (n,), classes to be taken for; None: any but the label.
+      compiled: whether logits_fn is a JAX function.
+      on_progress: called with the number of images finished and found so far.
+
+    Returns:
+      The outcome for each image. It does not depend on the batch size or the images' order.
+
+    Raises:
+      ValueError: images, labels, targets or logits that are not as said above, or a budget that
+        does not pay for a single step.
+
+    Example:
+      >>> def logits_fn(images):  # is the upper half brighter than the lower?
+      ...     return jnp.stack([images[:, :2].sum((1, 2, 3)), images[:, 2:].sum((1, 2, 3))], -1)
+      >>> images = np.full((1, 4, 4, 1), 0.5, np.float32)
+      >>> images[:, :2] = 0.6
+      >>> attack(logits_fn, images, np.array([0]), Config(epsilon=0.1)).success
+      array([ True])
+    """
+    images, labels = _checked_images(images), _checked_classes("labels", labels, len(images))
+    if targets is not None:
+        targets = _checked_classes("targets", targets, len(images))
+        if (targets == labels).any():
+            place = int(np.flatnonzero(targets == labels)[0])
+            raise ValueError(f"targets must differ from labels, got {labels[place]} at {place}.")
+    method = methods.make(config, images.shape[1:])
+    if method.asks > config.budget:
+        raise ValueError(
+            f"budget must be at least {method.asks}, what a step of {config.name} asks, "
+            f"got {config.budget}."
+        )
+    wanted = labels if targets is None else targets
+    highest = int(max(labels.max(), wanted.max()))
+    program = _Program(images, labels, wanted, targets is not None, method, config)
+    if compiled:
+        seen = jax.ShapeDtypeStruct((config.model_batch, *images.shape[1:]), jnp.float32)
+        _check_logits(jax.eval_shape(logits_fn, seen), config.model_batch, highest)
+        advance = program.compiled(logits_fn)
+    else:
+        advance = program.by_hand(logits_fn, highest)
+    return _work_off(program, advance, images, config, on_progress)
+
+
+def _work_off(
+    program: "_Program",
+    advance: Callable[[_Slot, bool], _Slot],
+    images: np.ndarray,
+    config: Config,
+    on_progress: Callable[[int, int], None],
+) -> Outcome:
+    """Bring every image through a slot of the batch."""
+    count = len(images)
+    outcome = Outcome(np.zeros(count, bool), np.zeros(count, np.int32), np.zeros_like(images))
+    queue = iter(range(count))
+    place = np.full(_bucket(count, config.batch_size), -1, np.int32)
+    batch = program.idle(len(place))
+    finished = 0
+    while finished < count:
+        for slot in np.flatnonzero(place < 0):
+            place[slot] = next(queue, -1)
+        live = int(np.count_nonzero(place >= 0))
+        size = _bucket(live, config.batch_size)
+        if size < len(place):  # only once nothing waits: the live images move to a smaller batch
+            kept = np.argsort(place < 0, kind="stable")[:size]
+            place, batch = place[kept], program.take(batch, kept)
+        is_last = finished + live == count and size == _bucket(1, config.batch_size)
+        batch = advance(program.admit(batch, place), is_last)
+        queries, found = np.asarray(batch.queries), np.asarray(batch.found)
+        done = (place >= 0) & (found | (queries + program.method.asks > config.budget))
+        if done.any():
+            who = place[done]
+            outcome.success[who] = found[done]
+            outcome.queries[who] = queries[done]
+            outcome.perturbation[who] = np.asarray(batch.best)[done]
+            place[done] = -1
+            finished += len(who)
+        on_progress(finished, int(outcome.success.sum()))
+    return outcome
+
+
+class _Program:
+    """The parts of an attack, on batches of slots."""
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        wanted: np.ndarray,
+        targeted: bool,
+        method: methods.Method,
+        config: Config,
+    ) -> None:
+        self.method, self.config, self.targeted = method, config, targeted
+        self.images, self.wanted = jnp.asarray(images), jnp.asarray(wanted)
+        self.marks = jnp.asarray(list(map(_mark, images, labels)))
+        self.admit = jax.jit(jax.vmap(self._admitted))
+        self.take = jax.jit(lambda batch, kept: jax.tree.map(lambda x: x[kept], batch))
+
+    def idle(self, size: int) -> _Slot:
+        """A batch without images."""
+        return jax.vmap(self._fresh)(jnp.full(size, -1, jnp.int32))
+
+    def compiled(self, logits_fn: Model) -> Callable[[_Slot, bool], _Slot]:
+        """Advance a batch by compiled steps."""
+        chunk = self.config.model_batch
+
+        def evaluate(shown: jax.Array) -> jax.Array:
+            chunks = -(-len(shown) // chunk)
+            rest = (chunks * chunk - len(shown), *shown.shape[1:])
+            padded = jnp.concatenate([shown, jnp.zeros(rest, shown.dtype)])
+            logits = jax.lax.map(logits_fn, padded.reshape(chunks, chunk, *shown.shape[1:]))
+            return logits.reshape(chunks * chunk, -1)[: len(shown)]
+
+        def is_going(carry: tuple[jax.Array, _Slot, jax.Array]) -> jax.Array:
+            steps, batch, few = carry
+            return (steps < _MOST_STEPS) & (self.active(batch).sum() > few)
+
+        def go(carry: tuple[jax.Array, _Slot, jax.Array]) -> tuple[jax.Array, _Slot, jax.Array]:
+            steps, batch, few = carry
+            asked, shown = self.questions(batch)
+            logits = evaluate(shown.reshape(-1, *shown.shape[2:]))
+            return steps + 1, self.answered(batch, asked, logits), few
+
+        @jax.jit
+        def advance(batch: _Slot, few: jax.Array) -> _Slot:
+            return jax.lax.while_loop(is_going, go, (jnp.int32(0), batch, few))[1]
+
+        def until_half(batch: _Slot, is_last: bool) -> _Slot:
+            return advance(batch, jnp.int32(0 if is_last else len(batch.index) // 2))
+
+        return until_half
+
+    def by_hand(self, model: Model, highest: int) -> Callable[[_Slot, bool], _Slot]:
+        """Advance a batch by one step, its questions answered by a Python function."""
+        questions, answered = jax.jit(self.questions), jax.jit(self.answered)
+
+        def advance(batch: _Slot, is_last: bool) -> _Slot:
+            del is_last
+            asked, shown = questions(batch)
+            active = np.repeat(np.asarray(self.active(batch)), self.method.asks)
+            shown = np.asarray(shown).reshape(-1, *shown.shape[2:])
+            logits = _answers(model, shown[active], self.config.model_batch, highest)
+            everyone = np.zeros((len(shown), logits.shape[-1]), np.float32)
+            everyone[active] = logits
+            return answered(batch, asked, everyone)
+
+        return advance
+
+    def active(self, batch: _Slot) -> jax.Array:
+        """Which slots hold an image that is neither found nor out of budget, bool (slots,)."""
+        affordable = batch.queries + self.method.asks <= self.config.budget
+        return (batch.index >= 0) & ~batch.found & affordable
+
+    def questions(self, batch: _Slot) -> tuple[jax.Array, jax.Array]:
+        """Perturbations, and the images shown, both (slots, asks, height, width, channels)."""
+        asked = jax.vmap(self.method.ask)(batch.state)
+        return asked, jnp.clip(self.images[batch.index][:, None] + asked, 0.0, 1.0)
+
+    def answered(self, batch: _Slot, asked: jax.Array, logits: jax.Array) -> _Slot:
+        """The batch after the model's answers, (slots * asks, classes), came in."""
+        logits = logits.astype(jnp.float32).reshape(*asked.shape[:2], -1)
+        after = jax.vmap(self._told)(batch, asked, logits)
+        return _where(self.active(batch), after, batch)
+
+    def _told(self, slot: _Slot, asked: jax.Array, logits: jax.Array) -> _Slot:
+        wanted = self.wanted[slot.index]
+        margins = jax.vmap(lambda z: margin_of(z, wanted))(logits)
+        cross_entropy = self.config.loss == "cross_entropy"
+        losses = jax.nn.log_softmax(logits)[:, wanted] if cross_entropy else margins
+        if self.targeted:
+            margins, losses = -margins, -losses
+        losses = jnp.where(jnp.isnan(logits).any(-1), jnp.inf, losses)
+        inside = (jnp.abs(asked) <= jnp.float32(self.config.epsilon)).all(axis=(1, 2, 3))
+        hits = inside & (margins < 0)
+        found = hits.any()
+        ranks = jnp.where(inside, losses, jnp.inf)
+        which = jnp.where(found, jnp.argmax(hits), jnp.argmin(ranks))
+        better = found | (ranks[which] < slot.loss)
+        return _Slot(
+            slot.index,
+            self.method.tell(slot.state, losses),
+            slot.queries + self.method.asks,
+            found,
+            jnp.where(better, asked[which], slot.best),
+            jnp.where(better, ranks[which], slot.loss),
+        )
+
+    def _fresh(self, index: jax.Array) -> _Slot:
+        image = self.images[index]
+        key = jax.random.fold_in(jax.random.key(self.config.seed), self.marks[index])
+        state = self.method.init(key, image)
+        loss = jnp.float32(jnp.inf)
+        return _Slot(index, state, jnp.int32(0), jnp.bool(False), jnp.zeros_like(image), loss)
+
+    def _admitted(self, slot: _Slot, index: jax.Array) -> _Slot:
+        return _where(slot.index == index, slot, self._fresh(index))
+
+
+def _where(condition: jax.Array, true: _Slot, false: _Slot) -> _Slot:
+    def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(condition, range(condition.ndim, a.ndim)), a, b)
+
+    return jax.tree.map(choose, true, false)
+
+
+def _bucket(count: int, largest: int) -> int:
+    """The least power of two that holds `count`, between the smallest and the largest batch."""
+    return min(largest, max(_SMALLEST_BATCH, 1 << max(count - 1, 0).bit_length()))
+
+
+def _mark(image: np.ndarray, label: int) -> np.uint32:
+    """What tells an image from others, whatever its place."""
+    return np.uint32(zlib.crc32(image.tobytes(), int(label)))
+
+
+def _answers(model: Model, shown: np.ndarray, most: int, highest: int) -> np.ndarray:
+    """A Python function's logits, asked for at most `most` images at a time."""
+    found = []
+    for begin in range(0, len(shown), most):
+        some = shown[begin : begin + most]
+        logits = np.asarray(model(some), np.float32)
+        _check_logits(logits, len(some), highest)
+        found.append(logits)
+    return np.concatenate(found)
+
+
+def _checked_images(images: Any) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim != 4 or not images.size or not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(
+            "images must be floats of shape (n, height, width, channels), "
+            f"got {images.dtype} of shape {images.shape}."
+        )
+    bad = ~((images >= 0) & (images <= 1)).all(axis=(1, 2, 3))  # NaN is neither
+    if bad.any():
+        place = int(np.flatnonzero(bad)[0])
+        low, high = images[place].min(), images[place].max()
+        raise ValueError(f"images must lie in [0, 1], got [{low}, {high}] at {place}.")
+    return np.ascontiguousarray(images, np.float32)
+
+
+def _checked_classes(name: str, classes: Any, count: int) -> np.ndarray:
+    classes = np.asarray(classes)
+    if classes.shape != (count,) or not np.issubdtype(classes.dtype, np.integer):
+        raise ValueError(
+            f"{name} must be {count} integers, one for each image, "
+            f"got {classes.dtype} of shape {classes.shape}."
+        )
+    if classes.min() < 0:
+        raise ValueError(f"{name} must not be negative, got {classes.min()}.")
+    return classes.astype(np.int32)
+
+
+def _check_logits(logits: Any, count: int, highest: int) -> None:
+    shape = tuple(getattr(logits, "shape", ()))
+    if len(shape) != 2 or shape[0] != count:
+        raise ValueError(f"logits_fn must return shape ({count}, classes), got {shape}.")
+    if highest >= shape[1]:
+        raise ValueError(f"labels must be below {shape[1]}, the model's classes, got {highest}.")

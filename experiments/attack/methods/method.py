@@ -1,0 +1,27 @@
+"""What every attack method is made of."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+__all__ = ["Method"]
+
+
+class Method(NamedTuple):
+    """A method, on a single image; all its parts can be jitted and vmapped.
+
+    Perturbations are float32 in the image's shape, in pixel values. What the model is shown is the
+    image plus a perturbation, cut off at 0 and 1.
+
+    Attributes:
+      init: (key, image) -> state.
+      ask: state -> perturbations (asks, height, width, channels) to evaluate.
+      tell: (state, losses at them, float32 (asks,), less is nearer to success) -> state.
+      asks: evaluations of the model that one step spends.
+    """
+
+    init: Callable[[jax.Array, jax.Array], Any]
+    ask: Callable[[Any], jax.Array]
+    tell: Callable[[Any, jax.Array], Any]
+    asks: int
