@@ -12,13 +12,19 @@ TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal
 BENCHMARKS := dequantization step baselines scaling memory report
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench lint style notebook wheel clean
+.PHONY: help demo attack-tables cifar-model test test-slow bench lint style notebook wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s  %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## attack a bundled model with ZOQO and report
 	@$(RUN) -m experiments.attack
+
+attack-tables: $(STAMP)  ## attack thousands of images for docs/attacks.md, hours; CIFAR10=tfds:cifar10 for those rows
+	@$(RUN) -m experiments.attack.tables $(if $(CIFAR10),--cifar10=$(CIFAR10))
+
+cifar-model: $(STAMP)  ## train the CIFAR-10 network, half an hour; CIFAR10=tfds:cifar10 or a folder
+	@$(RUN) -m experiments.attack.train --network=resnet --data=$(or $(CIFAR10),tfds:cifar10) --output=experiments/attack/assets/cifar10.npz
 
 test: style  ## check the style, then run every fast test and doctest
 	@$(TEST)

@@ -1,0 +1,166 @@
+"""docs/attacks.md: tables, their CSV files, and figures, from what `tables.py` found."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from experiments.attack.tables import Runs
+
+__all__ = ["interval", "markdown", "write"]
+
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_HEADER = ["attack", "images", "seeds", "failure rate", "mean queries", "median", "images/s"]
+_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, seeds - 1 degrees
+_WIDTH, _PANELS = 4.2, ("mnist", "cifar10", "robust")
+_TITLES = {
+    "mnist": "MNIST, $\\epsilon$ = 0.3",
+    "cifar10": "CIFAR-10, $\\epsilon$ = 12/255",
+    "robust": "robust MNIST, $\\epsilon$ = 0.3",
+}
+
+
+def write(document: Path, found: Sequence[Runs]) -> None:
+    """Write every table into the document, and its CSV file and the figures beside it."""
+    found = [runs for runs in found if runs.queries]
+    folder = document.parent / document.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    for table in {runs.row.table for runs in found}:
+        with (folder / f"{table}.csv").open("w", newline="") as file:
+            lines = [_cells(runs) for runs in found if runs.row.table == table]
+            csv.writer(file).writerows([_HEADER, *lines])
+    failures(found, folder / "failures.png")
+    bits(found, folder / "bits.png")
+
+    def put(match: re.Match[str]) -> str:
+        start, name, end = match.groups()
+        some = [runs for runs in found if runs.row.table == name]
+        return f"{start}\n{markdown(some) if some else '*not attacked yet*'}\n\n{end}"
+
+    if document.is_file():
+        document.write_text(_MARKED.sub(put, document.read_text()))
+
+
+def markdown(found: Sequence[Runs]) -> str:
+    """Runs as a Markdown table."""
+    rows = [_HEADER, *map(_cells, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {text} |" for text in map(line, [rows[0], rule, *rows[1:]]))
+
+
+def interval(values: Sequence[float], digits: int) -> str:
+    """Mean over seeds and its 95 % interval by Student's t, e.g. "12.3 ± 0.4"; one seed has none.
+
+    Example:
+      >>> interval([1.0, 2.0, 3.0], 1), interval([4.0], 2)
+      ('2.0 ± 2.5', '4.00')
+    """
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) < 2:
+        return mean
+    half = _T95[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values))
+    return f"{mean} ± {half:.{digits}f}"
+
+
+def _cells(runs: Runs) -> list[str]:
+    found = [queries[queries > 0] for queries in runs.queries]
+    none = any(not len(queries) for queries in found)
+    images = len(runs.queries[0])
+    return [
+        runs.row.name,
+        f"{images:,}",
+        str(len(runs.queries)),
+        interval([float((queries == 0).mean()) for queries in runs.queries], 4),
+        "-" if none else interval([float(queries.mean()) for queries in found], 1),
+        "-" if none else interval([float(np.median(queries)) for queries in found], 0),
+        f"{sum(map(len, runs.queries)) / sum(runs.seconds):.1f}",
+    ]
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(_WIDTH * panels, 3.9), layout="constrained")
+    FigureCanvasAgg(fig)
+    return fig, fig.subplots(1, panels, squeeze=False)[0]
+
+
+def failures(found: Sequence[Runs], path: Path) -> None:
+    """Draw the share of images not yet misclassified against queries, a panel for each table."""
+    panels = [name for name in _PANELS if any(runs.row.table == name for runs in found)]
+    if not panels:
+        return
+    fig, axes = _figure(len(panels))
+    for axis, panel in zip(axes, panels, strict=True):
+        for runs in found:
+            if runs.row.table != panel or not _is_drawn(runs):
+                continue
+            budget = runs.row.config.budget
+            spent = np.sort(np.where(runs.queries[0] > 0, runs.queries[0], budget + 1))
+            x = np.concatenate([[1], spent[spent <= budget], [budget]])
+            left = 1 - np.searchsorted(spent, x, side="right") / len(spent)
+            axis.step(x, left, where="post", label=runs.row.name, **_style(runs))
+        axis.set_xscale("log")
+        axis.set_title(_TITLES[panel], fontsize=10)
+        axis.set_xlabel("evaluations of the network, for one image")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("images not yet misclassified")
+    axes[-1].legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=150)
+
+
+def bits(found: Sequence[Runs], path: Path) -> None:
+    """Draw failures and mean queries against the bits of the perturbation."""
+    panels = [name for name in _PANELS if any(_is_dense(runs, name) for runs in found)]
+    if not panels:
+        return
+    fig, axes = _figure(2)
+    for number, panel in enumerate(panels):
+        some = sorted(
+            (runs for runs in found if _is_dense(runs, panel)), key=lambda r: r.row.config.bits
+        )
+        widths = [runs.row.config.bits for runs in some]
+        means = [np.mean([q[q > 0].mean() for q in runs.queries if q.any()]) for runs in some]
+        fails = [np.mean([(q == 0).mean() for q in runs.queries]) for runs in some]
+        axes[0].plot(widths, means, "o-", color=f"C{number}", label=_TITLES[panel])
+        axes[1].plot(widths, fails, "o-", color=f"C{number}", label=_TITLES[panel])
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("mean queries, over successes")
+    axes[1].set_ylabel("failure rate")
+    for axis in axes:
+        axis.set_xlabel("bits of the perturbation, dense directions")
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=150)
+
+
+def _is_dense(runs: Runs, table: str) -> bool:
+    config = runs.row.config
+    return (runs.row.table, config.method, config.structure) == (table, "zoqo", "dense")
+
+
+def _is_drawn(runs: Runs) -> bool:
+    config = runs.row.config
+    return config.method != "zoqo" or config.bits in (8, 4)
+
+
+def _style(runs: Runs) -> dict[str, Any]:
+    config = runs.row.config
+    colour = {"sign_hunter": "C1", "square": "C2", "zo_sign_sgd": "0.5"}.get(config.method)
+    if colour is None:
+        colour = "C3" if config.structure == "coarse_to_fine" else "C0"
+    return {"color": colour, "ls": "--" if config.bits == 4 else "-"}

@@ -1,0 +1,239 @@
+"""The tables and figures of docs/attacks.md: `python -m experiments.attack.tables --help`.
+
+Every row of a table is one `Config`, attacked once for each of its seeds, a thousand images at a
+time. What is found is kept in experiments/attack/results, an `.npz` for each row and seed, written
+after every thousand: a run may be stopped at any moment and goes on from there. After each row
+the tables are written anew into the document, between `<!-- table: NAME -->` and `<!-- end -->`,
+with a CSV file each beside it, and the figures.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from experiments.attack import attack, pages
+from experiments.attack.config import Config
+from experiments.attack.run import Case, load_case
+
+__all__ = ["ROWS", "Row", "Runs", "load"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_RESULTS = flags.DEFINE_string(
+    "results", str(Path(__file__).resolve().parent / "results"), "folder of what was found"
+)
+_DOCUMENT = flags.DEFINE_string(
+    "document", str(_ROOT / "docs" / "attacks.md"), "what to write the tables into"
+)
+_CIFAR = flags.DEFINE_string(
+    "cifar10", "", "tfds:cifar10, a folder or a tar file of pictures; empty: leave its rows out"
+)
+_ONLY = flags.DEFINE_multi_string("only", [], "attack only rows whose name holds one of these")
+_RENDER = flags.DEFINE_bool("render", False, "only write the tables from what was found before")
+_PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
+
+_CHUNK = 1_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+      table: the table's name.
+      name: the row's, which names its files, too.
+      config: what is attacked, and how; its seed is that of the first run.
+      seeds: how many runs, with as many seeds.
+    """
+
+    table: str
+    name: str
+    config: Config
+    seeds: int = 3
+
+    def stem(self, seed: int) -> str:
+        """The name of a run's file."""
+        words = f"{self.table} {self.name} {seed}".lower().replace(",", "").replace("/", "-")
+        return words.replace(" ", "_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What the runs of a row came to, so far.
+
+    Attributes:
+      row: the row.
+      queries: of each run, evaluations spent on each image, 0 where it was not misclassified.
+      seconds: of each run.
+    """
+
+    row: Row
+    queries: list[np.ndarray]
+    seconds: list[float]
+
+
+def _rows() -> Iterator[Row]:
+    mnist = Config(num_images=0, budget=10_000)
+    thousand = dataclasses.replace(mnist, num_images=1_000)
+    cifar = dataclasses.replace(
+        thousand, dataset="cifar10", weights="cifar10", epsilon=12 / 255, batch_size=64
+    )
+    robust = dataclasses.replace(thousand, weights="mnist_robust")
+    for table, base in (("mnist", mnist), ("cifar10", cifar), ("robust", robust)):
+        for bits in (8, 4):
+            config = dataclasses.replace(base, bits=bits)
+            yield Row(table, f"ZOQO, {bits} bit, coarse to fine", config, seeds=3)
+        yield Row(table, "SignHunter", dataclasses.replace(base, method="sign_hunter"), seeds=1)
+        yield Row(table, "Square Attack", dataclasses.replace(base, method="square"))
+        few = 3 if table == "mnist" else 2
+        for bits in (8, 6, 4, 3, 2):
+            config = dataclasses.replace(base, bits=bits, structure="dense")
+            yield Row(table, f"ZOQO, {bits} bit, dense", config, seeds=few if bits != 8 else 3)
+        yield Row(table, "ZO-SignSGD, float", dataclasses.replace(base, method="zo_sign_sgd"))
+    for structure in ("dense", "rank_one", "sparse"):
+        for noise in ("rademacher", "uniform", "gaussian"):
+            for bits in (8, 4):
+                config = dataclasses.replace(thousand, structure=structure, noise=noise, bits=bits)
+                yield Row("noise", f"{structure}, {noise}, {bits} bit", config)
+    for base in (thousand, cifar):
+        for weight_bits in (32, 8, 4):
+            name = f"{base.weights}, {'float' if weight_bits == 32 else f'{weight_bits} bit'}"
+            config = dataclasses.replace(base, weight_bits=weight_bits)
+            yield Row("quantized", f"{name}, ZOQO", config)
+            config = dataclasses.replace(config, method="square")
+            yield Row("quantized", f"{name}, Square Attack", config)
+    for base in (thousand, cifar):
+        for loss in ("margin", "cross_entropy"):
+            for targeted in (False, True):
+                config = dataclasses.replace(base, loss=loss, targeted=targeted)
+                words = f"{base.weights}, {'targeted, ' if targeted else ''}{loss}"
+                yield Row("losses", f"{words}, ZOQO", config)
+                config = dataclasses.replace(config, method="square")
+                yield Row("losses", f"{words}, Square Attack", config)
+
+
+ROWS = tuple(_rows())
+
+
+def load(folder: Path, row: Row) -> Runs:
+    """What was found of a row.
+
+    Example:
+      >>> load(Path("/nowhere"), ROWS[0]).queries
+      []
+    """
+    runs = Runs(row, [], [])
+    for seed in range(row.seeds):
+        queries, seconds = _read(folder, row, seed)
+        if len(queries):
+            runs.queries.append(queries)
+            runs.seconds.append(seconds)
+    return runs
+
+
+def main(argv: Sequence[str]) -> None:
+    """Attack what is left, and write the tables."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    folder, document = Path(_RESULTS.value), Path(_DOCUMENT.value)
+    chosen = [row for row in ROWS if _chosen(row)]
+    try:
+        for row in [] if _RENDER.value else chosen:
+            for seed in range(row.seeds):
+                _attack(folder, row, seed)
+                jax.clear_caches()  # or compiled programs pile up
+            pages.write(document, [load(folder, row) for row in ROWS])
+        pages.write(document, [load(folder, row) for row in ROWS])
+    except KeyboardInterrupt:
+        print(f"interrupted; what was found is in {folder}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(f"tables and figures: {document}")
+
+
+def _chosen(row: Row) -> bool:
+    if row.config.dataset == "cifar10" and not _CIFAR.value:
+        return False
+    name = f"{row.table} {row.name}"
+    return not _ONLY.value or any(text in name for text in _ONLY.value)
+
+
+def _attack(folder: Path, row: Row, seed: int) -> None:
+    """Attack the images of a run that were not attacked before."""
+    config = dataclasses.replace(row.config, seed=seed)
+    if config.dataset == "cifar10":
+        config = dataclasses.replace(config, dataset=_CIFAR.value)
+    case = load_case(config)
+    total = len(case.images)
+    queries, seconds = _read(folder, row, seed)
+    title = f"{row.table}: {row.name}, seed {seed}"
+    with tqdm(
+        total=total, initial=len(queries), desc=title, unit="image", disable=not _PROGRESS.value
+    ) as bar:
+        while len(queries) < total:
+            part = case.part(len(queries), len(queries) + _CHUNK)
+            found, spent = _one(part, config, bar, len(queries))
+            queries, seconds = np.concatenate([queries, found]), seconds + spent
+            _write(folder, row, seed, queries, seconds)
+
+
+def _one(part: Case, config: Config, bar: Any, before: int) -> tuple[np.ndarray, float]:
+    start = time.perf_counter()
+    outcome = attack.attack(
+        part.logits_fn,
+        part.images,
+        part.labels,
+        config,
+        targets=part.targets,
+        on_progress=lambda finished, found: bar.update(before + finished - bar.n),
+    )
+    queries = np.where(outcome.success, outcome.queries, 0).astype(np.uint16)
+    return queries, time.perf_counter() - start
+
+
+def _settings(row: Row, seed: int) -> str:
+    """What a run's numbers depend on."""
+    config = dataclasses.asdict(dataclasses.replace(row.config, seed=seed))
+    for name in ("dataset", "batch_size"):
+        del config[name]
+    return json.dumps(config, sort_keys=True)
+
+
+def _read(folder: Path, row: Row, seed: int) -> tuple[np.ndarray, float]:
+    """The queries of the images attacked so far, and the seconds they took."""
+    nothing = np.zeros(0, np.uint16), 0.0
+    path = folder / f"{row.stem(seed)}.npz"
+    if not path.is_file():
+        return nothing
+    with np.load(path, allow_pickle=False) as file:
+        if str(file["settings"]) != _settings(row, seed):
+            return nothing  # another attack had this name
+        return file["queries"], float(file["seconds"])
+
+
+def _write(folder: Path, row: Row, seed: int, queries: np.ndarray, seconds: float) -> None:
+    """Keep what was found, all at once or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".")
+    with os.fdopen(descriptor, "wb") as file:
+        np.savez_compressed(
+            file, queries=queries, seconds=np.float64(seconds), settings=_settings(row, seed)
+        )
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, folder / f"{row.stem(seed)}.npz")
+
+
+if __name__ == "__main__":
+    app.run(main)
