@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from experiments.attack import attack, pages
+from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
 from experiments.attack.run import Case, load_case
 
@@ -164,6 +164,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _chosen(row: Row) -> bool:
+    if row.config.weights not in models.BUNDLED:
+        return False  # not trained yet
     if row.config.dataset == "cifar10" and not _CIFAR.value:
         return False
     name = f"{row.table} {row.name}"
