@@ -7,7 +7,6 @@ the tables go to the screen, and the figures into the folder of the results.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +16,13 @@ from absl import app, flags
 from benchmarks import figures, results
 from benchmarks.results import ROOT, folder
 from benchmarks.tables import ABSENT, TABLES, Measured, load
+from experiments import markdown
 
 __all__ = ["filled"]
 
 _DOCUMENT = flags.DEFINE_string(
     "document", str(ROOT.parent / "docs" / "performance.md"), "what to write the tables into"
 )
-_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FIGURES = {"step": "step", "size": "scaling", "growth": "memory"}
 
 
@@ -34,8 +33,7 @@ def filled(document: str, measured: Sequence[Measured]) -> str:
         ValueError: the document asks for a table that there is not.
     """
 
-    def put(match: re.Match[str]) -> str:
-        start, name, end = match.groups()
+    def body(name: str) -> str:
         if name not in TABLES:
             raise ValueError(f"no table is called {name!r}: choose among {', '.join(TABLES)}.")
         parts = []
@@ -45,10 +43,9 @@ def filled(document: str, measured: Sequence[Measured]) -> str:
             if name in _FIGURES:
                 parts.append(f"![{name}]({figures.file_of(_FIGURES[name], one)})")
             parts.append(TABLES[name](one))
-        body = "\n\n".join(parts) if parts else f"*{ABSENT}*"
-        return f"{start}\n{body}\n\n{end}"
+        return "\n\n".join(parts) if parts else f"*{ABSENT}*"
 
-    return _MARKED.sub(put, document)
+    return markdown.filled(document, body)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmarks.models import STORAGES
 from benchmarks.results import Results
+from experiments import markdown
 
 __all__ = [
     "ABSENT",
@@ -101,17 +102,8 @@ def text(found: tuple[float, float] | float | None) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is text."""
-    lines = [list(head), *map(list, rows)]
-    if len(lines) == 1:
-        return f"*{ABSENT}*"
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(f"| {one} |" for one in map(line, [lines[0], rule, *lines[1:]]))
+    lines = list(rows)
+    return markdown.table(head, lines) if lines else f"*{ABSENT}*"
 
 
 def ms(entry: Entry, name: str) -> str:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, PyTree
 
-Pick = Callable[[Array], Array]
+__all__ = ["Pick", "in_pieces", "in_place"]
 
-__all__ = ["in_pieces", "in_place"]
+Pick = Callable[[Array], Array]
 
 
 def in_pieces(

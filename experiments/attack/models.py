@@ -5,8 +5,6 @@ of the leaf, so that a file can be read anywhere and never runs code. A file doe
 network: the shapes of its arrays tell.
 """
 
-import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ from flax import traverse_util
 
 import zoqo_jax as zq
 from experiments.attack.data import ASSETS, NUM_CLASSES
+from experiments.files import replacing
 
 __all__ = [
     "BUNDLED",
@@ -30,6 +29,7 @@ __all__ = [
     "Params",
     "ResNet",
     "apply",
+    "classifier",
     "fold",
     "load_classifier",
     "load_params",
@@ -232,7 +232,11 @@ def load_classifier(weights: str | Path = "mnist", bits: int = 32) -> LogitsFn:
       >>> load_classifier("mnist", bits=4)(images[:5]).argmax(1).tolist(), labels[:5].tolist()
       ([7, 2, 1, 0, 4], [7, 2, 1, 0, 4])
     """
-    params = load_weights(weights)
+    return classifier(load_weights(weights), bits)
+
+
+def classifier(params: Params, bits: int = 32) -> LogitsFn:
+    """The function of `load_classifier`, of parameters at hand; see there."""
     if bits != 32:
         quantizer = zq.Quantizer(bits, axis=-1)
         params = zq.quantize(params, quantizer, where=lambda path, leaf: leaf.ndim >= 2)
@@ -280,7 +284,9 @@ def save_params(path: str | Path, params: Mapping[str, Any], *, dtype: Any = np.
         flat["/".join(names)] = array
     if not flat:
         raise ValueError(f"params must hold at least one array, got {params!r}.")
-    _write_atomically(Path(path), flat)
+    with replacing(path) as file:
+        # The stub reads ** as a clash with allow_pickle; no leaf has that name.
+        np.savez_compressed(file, **flat)  # pyright: ignore[reportArgumentType]
 
 
 def load_params(path: str | Path) -> Params:
@@ -327,17 +333,3 @@ def load_params(path: str | Path) -> Params:
 
 def _shapes(params: Any) -> Any:
     return jax.tree.map(lambda leaf: tuple(leaf.shape), dict(params), is_leaf=zq.is_quantized)
-
-
-def _write_atomically(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    # The temporary file lies in the same folder: os.replace is atomic only within a file system.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            # The stub reads ** as a clash with allow_pickle; no leaf has that name.
-            np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-        os.chmod(temporary, 0o644)  # mkstemp makes it readable by its owner alone.
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.markdown import filled, table
+
 if TYPE_CHECKING:
     from experiments.attack.tables import Runs
 
 __all__ = ["interval", "markdown", "write"]
 
-_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _HEADER = ["attack", "images", "seeds", "failure rate", "mean queries", "median", "images/s"]
 _T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, seeds - 1 degrees
 _WIDTH, _PANELS = 4.2, ("mnist", "cifar10", "robust")
@@ -32,33 +32,24 @@ def write(document: Path, found: Sequence[Runs]) -> None:
     found = [runs for runs in found if runs.queries]
     folder = document.parent / document.stem
     folder.mkdir(parents=True, exist_ok=True)
-    for table in {runs.row.table for runs in found}:
-        with (folder / f"{table}.csv").open("w", newline="") as file:
-            lines = [_cells(runs) for runs in found if runs.row.table == table]
+    for name in {runs.row.table for runs in found}:
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            lines = [_cells(runs) for runs in found if runs.row.table == name]
             csv.writer(file).writerows([_HEADER, *lines])
     failures(found, folder / "failures.png")
     bits(found, folder / "bits.png")
 
-    def put(match: re.Match[str]) -> str:
-        start, name, end = match.groups()
+    def body(name: str) -> str:
         some = [runs for runs in found if runs.row.table == name]
-        return f"{start}\n{markdown(some) if some else '*not attacked yet*'}\n\n{end}"
+        return markdown(some) if some else "*not attacked yet*"
 
     if document.is_file():
-        document.write_text(_MARKED.sub(put, document.read_text()))
+        document.write_text(filled(document.read_text(), body))
 
 
 def markdown(found: Sequence[Runs]) -> str:
     """Runs as a Markdown table."""
-    rows = [_HEADER, *map(_cells, found)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(f"| {text} |" for text in map(line, [rows[0], rule, *rows[1:]]))
+    return table(_HEADER, map(_cells, found))
 
 
 def interval(values: Sequence[float], digits: int) -> str:
@@ -148,9 +139,9 @@ def bits(found: Sequence[Runs], path: Path) -> None:
     fig.savefig(path, dpi=150)
 
 
-def _is_dense(runs: Runs, table: str) -> bool:
+def _is_dense(runs: Runs, name: str) -> bool:
     config = runs.row.config
-    return (runs.row.table, config.method, config.structure) == (table, "zoqo", "dense")
+    return (runs.row.table, config.method, config.structure) == (name, "zoqo", "dense")
 
 
 def _is_drawn(runs: Runs) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import markdown
 from experiments.attack.run import Metrics
 
 __all__ = ["figure", "table"]
@@ -14,7 +15,8 @@ _SHOWN = 5  # images to a row of the figure
 
 def table(runs: Sequence[Metrics]) -> str:
     """The runs as a Markdown table, failures first."""
-    rows = [["attack", "failure rate", "mean queries", "median", "seconds", "images/s"]]
+    head = ["attack", "failure rate", "mean queries", "median", "seconds", "images/s"]
+    rows = []
     for run in runs:
         rows.append(
             [
@@ -26,14 +28,7 @@ def table(runs: Sequence[Metrics]) -> str:
                 f"{run.images_per_second:.1f}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return " | ".join([first[0].ljust(first[1])] + [cell.rjust(width) for cell, width in rest])
-
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(f"| {text} |" for text in map(line, [rows[0], rule, *rows[1:]]))
+    return markdown.table(head, rows)
 
 
 def figure(runs: Sequence[Metrics], path: str | Path) -> None:

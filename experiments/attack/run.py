@@ -138,9 +138,10 @@ def run(config: Config, *, progress: bool = False) -> Metrics:
 
 @functools.lru_cache(maxsize=1)
 def _correct(dataset: str, weights: str, weight_bits: int, count: int) -> Case:
-    logits_fn = models.load_classifier(weights, weight_bits)
+    params = models.load_weights(weights)
+    logits_fn = models.classifier(params, weight_bits)
     images, labels = data.load(dataset)
-    expected = models.network(models.load_weights(weights)).image_shape
+    expected = models.network(params).image_shape
     if images.shape[1:] != expected:
         shape = images.shape[1:]
         raise ValueError(f"dataset has images of {shape}, but weights {weights} read {expected}.")

@@ -9,9 +9,7 @@ with a CSV file each beside it, and the figures.
 
 import dataclasses
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
 from experiments.attack.run import Case, load_case
+from experiments.files import replacing
 
 __all__ = ["ROWS", "Row", "Runs", "load"]
 
@@ -95,10 +94,10 @@ def _rows() -> Iterator[Row]:
             yield Row(table, f"ZOQO, {bits} bit, coarse to fine", config, seeds=3)
         yield Row(table, "SignHunter", dataclasses.replace(base, method="sign_hunter"), seeds=1)
         yield Row(table, "Square Attack", dataclasses.replace(base, method="square"))
-        few = 3 if table == "mnist" else 2
         for bits in (8, 6, 4, 3, 2):
             config = dataclasses.replace(base, bits=bits, structure="dense")
-            yield Row(table, f"ZOQO, {bits} bit, dense", config, seeds=few if bits != 8 else 3)
+            seeds = 3 if table == "mnist" or bits == 8 else 2
+            yield Row(table, f"ZOQO, {bits} bit, dense", config, seeds)
         yield Row(table, "ZO-SignSGD, float", dataclasses.replace(base, method="zo_sign_sgd"))
     for structure in ("dense", "rank_one", "sparse"):
         for noise in ("rademacher", "uniform", "gaussian"):
@@ -228,13 +227,10 @@ def _read(folder: Path, row: Row, seed: int) -> tuple[np.ndarray, float]:
 def _write(folder: Path, row: Row, seed: int, queries: np.ndarray, seconds: float) -> None:
     """Keep what was found, all at once or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".")
-    with os.fdopen(descriptor, "wb") as file:
+    with replacing(folder / f"{row.stem(seed)}.npz") as file:
         np.savez_compressed(
             file, queries=queries, seconds=np.float64(seconds), settings=_settings(row, seed)
         )
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, folder / f"{row.stem(seed)}.npz")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ An interrupted training goes on from its last whole epoch.
 """
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from functools import cache, partial
@@ -33,6 +32,7 @@ from tqdm import tqdm
 
 from experiments.attack.data import load
 from experiments.attack.models import CNN, LogitsFn, ResNet, fold, load_classifier, save_params
+from experiments.files import replacing
 
 __all__ = ["TrainConfig", "accuracy", "train"]
 
@@ -312,11 +312,9 @@ def _checkpoint(config: TrainConfig) -> Path:
 
 def _keep(config: TrainConfig, epochs: int, training: _Training) -> None:
     """Write what is needed to go on, all at once or not at all."""
-    path = _checkpoint(config)
     content = {"config": repr(config), "epochs": epochs, "training": training}
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_bytes(serialization.to_bytes(content))
-    os.replace(temporary, path)
+    with replacing(_checkpoint(config)) as file:
+        file.write(serialization.to_bytes(content))
 
 
 def _resume(config: TrainConfig, training: _Training) -> tuple[int, _Training]:

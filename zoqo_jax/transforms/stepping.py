@@ -29,7 +29,7 @@ from zoqo_jax import compiler, draws, queries, stencils
 from zoqo_jax.arrays import QuantizedArray, cut, is_quantized
 from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
-from zoqo_jax.pieces import in_place
+from zoqo_jax.pieces import Pick, in_place
 from zoqo_jax.stencils import Stencil
 
 __all__ = [
@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 Schedule = float | int | Callable[[Any], Any]
-Pick = Callable[[Array], Array]
 
 # Codes of a leaf that an update treats as a whole, and, of larger leaves, in a piece. One query's
 # direction is never made: beside the codes there is a random bit for each.

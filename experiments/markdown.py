@@ -1,0 +1,38 @@
+"""Markdown tables, and the places in a document that a command writes them into."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+__all__ = ["filled", "table"]
+
+_MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are numbers.
+
+    Example:
+      >>> print(table(["name", "s"], [["a", "10"]]))
+      | name |  s |
+      | ---- | -: |
+      | a    | 10 |
+    """
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)])
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(f"| {one} |" for one in map(line, [lines[0], rule, *lines[1:]]))
+
+
+def filled(document: str, body: Callable[[str], str]) -> str:
+    r"""The document with `body(NAME)` between each `<!-- table: NAME -->` and `<!-- end -->`.
+
+    Example:
+      >>> filled("<!-- table: a -->\nold<!-- end -->", str.upper)
+      '<!-- table: a -->\n\nA\n\n<!-- end -->'
+    """
+    return _MARKED.sub(lambda m: f"{m[1]}\n{body(m[2])}\n\n{m[3]}", document)
