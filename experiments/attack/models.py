@@ -74,8 +74,7 @@ class CNN(nn.Module):
         """Logits of the images."""
         x = images
         for channels in self.features:
-            x = nn.relu(nn.Conv(channels, (3, 3))(x))
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            x = _halved(nn.relu(nn.Conv(channels, (3, 3))(x)))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden)(x))
         return nn.Dense(self.num_classes)(x)
@@ -116,17 +115,25 @@ class ResNet(nn.Module):
                 x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
             return nn.relu(x)
 
-        def halved(x: jax.Array) -> jax.Array:
-            return nn.max_pool(x, (2, 2), strides=(2, 2))
-
         width = self.width
         x = conv(4.0 * images - 2.0, width)
-        x = halved(conv(x, 2 * width))
+        x = _halved(conv(x, 2 * width))
         x = x + conv(conv(x, 2 * width), 2 * width)
-        x = halved(conv(x, 4 * width))
-        x = halved(conv(x, 8 * width))
+        x = _halved(conv(x, 4 * width))
+        x = _halved(conv(x, 8 * width))
         x = x + conv(conv(x, 8 * width), 8 * width)
         return nn.Dense(self.num_classes)(x.max(axis=(1, 2))) / 8.0
+
+
+def _halved(x: jax.Array) -> jax.Array:
+    """The largest of every 2 x 2 pixels, a last odd row or column left out.
+
+    XLA computes the gradient of `nn.max_pool` on a CPU one pixel at a time; this one's trains the
+    CNN three times as fast.
+    """
+    count, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(count, height // 2, 2, width // 2, 2, channels).max((2, 4))
 
 
 def fold(variables: Mapping[str, Any]) -> Params:
