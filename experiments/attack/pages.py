@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,16 +15,30 @@ from experiments.markdown import filled, table
 if TYPE_CHECKING:
     from experiments.attack.tables import Runs
 
-__all__ = ["interval", "markdown", "write"]
+__all__ = ["Example", "examples", "interval", "markdown", "write"]
 
 _HEADER = ["attack", "images", "seeds", "failure rate", "mean queries", "median", "images/s"]
 _T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, seeds - 1 degrees
-_WIDTH, _PANELS = 4.2, ("mnist", "cifar10", "robust")
+_PANELS = ("mnist", "cifar10", "robust")
 _TITLES = {
     "mnist": "MNIST, $\\epsilon$ = 0.3",
     "cifar10": "CIFAR-10, $\\epsilon$ = 12/255",
     "robust": "robust MNIST, $\\epsilon$ = 0.3",
 }
+
+
+class Example(NamedTuple):
+    """What one attack made of a few images.
+
+    Attributes:
+      name: of the attack.
+      pictures: as the network saw them last, (n, height, width, channels) in [0, 1].
+      captions: a line for each of them.
+    """
+
+    name: str
+    pictures: np.ndarray
+    captions: list[str]
 
 
 def write(document: Path, found: Sequence[Runs]) -> None:
@@ -81,13 +95,14 @@ def _cells(runs: Runs) -> list[str]:
     ]
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(columns: int, rows: int = 1, size: tuple[float, float] = (4.2, 3.9)) -> Any:
+    """A figure and its axes (rows, columns), each of them `size` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(_WIDTH * panels, 3.9), layout="constrained")
+    fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     FigureCanvasAgg(fig)
-    return fig, fig.subplots(1, panels, squeeze=False)[0]
+    return fig, fig.subplots(rows, columns, squeeze=False)
 
 
 def failures(found: Sequence[Runs], path: Path) -> None:
@@ -95,7 +110,7 @@ def failures(found: Sequence[Runs], path: Path) -> None:
     panels = [name for name in _PANELS if any(runs.row.table == name for runs in found)]
     if not panels:
         return
-    fig, axes = _figure(len(panels))
+    fig, (axes,) = _figure(len(panels))
     for axis, panel in zip(axes, panels, strict=True):
         for runs in found:
             if runs.row.table != panel or not _is_drawn(runs):
@@ -119,7 +134,7 @@ def bits(found: Sequence[Runs], path: Path) -> None:
     panels = [name for name in _PANELS if any(_is_dense(runs, name) for runs in found)]
     if not panels:
         return
-    fig, axes = _figure(2)
+    fig, (axes,) = _figure(2)
     for number, panel in enumerate(panels):
         some = sorted(
             (runs for runs in found if _is_dense(runs, panel)), key=lambda r: r.row.config.bits
@@ -137,6 +152,20 @@ def bits(found: Sequence[Runs], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, fontsize=8)
     fig.savefig(path, dpi=150)
+
+
+def examples(found: Sequence[Example], path: Path) -> None:
+    """Draw what attacks made of the same few images, a row for each attack."""
+    columns = len(found[0].pictures)
+    fig, axes = _figure(columns, len(found), size=(1.05, 1.28))
+    for line, (name, pictures, captions) in zip(axes, found, strict=True):
+        for axis, picture, caption in zip(line, pictures, captions, strict=True):
+            axis.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(caption, fontsize=7, pad=2)
+        line[0].set_ylabel(name, fontsize=7)
+    fig.savefig(path, dpi=120)
 
 
 def _is_dense(runs: Runs, name: str) -> bool:

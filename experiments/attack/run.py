@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,9 +31,9 @@ class Case(NamedTuple):
     labels: np.ndarray
     targets: np.ndarray | None
 
-    def part(self, begin: int, end: int) -> "Case":
-        """The images from one place to another."""
-        some = (x if x is None else x[begin:end] for x in self[1:])
+    def take(self, places: slice | Sequence[int]) -> "Case":
+        """Some of the images."""
+        some = (x if x is None else x[places] for x in self[1:])
         return Case(self.logits_fn, *some)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
+from experiments.attack.data import NUM_CLASSES
 from experiments.attack.run import Case, load_case
 from experiments.files import replacing
 
@@ -42,6 +43,7 @@ _RENDER = flags.DEFINE_bool("render", False, "only write the tables from what wa
 _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
 
 _CHUNK = 1_000
+_SEEN = ("ZOQO, 8 bit, coarse to fine", "ZOQO, 2 bit, dense", "SignHunter", "Square Attack")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,8 @@ def main(argv: Sequence[str]) -> None:
                 jax.clear_caches()  # or compiled programs pile up
             pages.write(document, [load(folder, row) for row in ROWS])
         pages.write(document, [load(folder, row) for row in ROWS])
+        for table in () if _RENDER.value else sorted({row.table for row in chosen}):
+            _draw(table, document.parent / document.stem / f"examples_{table}.png")
     except KeyboardInterrupt:
         print(f"interrupted; what was found is in {folder}", file=sys.stderr)
         sys.exit(130)
@@ -171,11 +175,16 @@ def _chosen(row: Row) -> bool:
     return not _ONLY.value or any(text in name for text in _ONLY.value)
 
 
+def _with_data(config: Config) -> Config:
+    """The configuration with the data set that was named on the command line."""
+    if config.dataset != "cifar10":
+        return config
+    return dataclasses.replace(config, dataset=_CIFAR.value)
+
+
 def _attack(folder: Path, row: Row, seed: int) -> None:
     """Attack the images of a run that were not attacked before."""
-    config = dataclasses.replace(row.config, seed=seed)
-    if config.dataset == "cifar10":
-        config = dataclasses.replace(config, dataset=_CIFAR.value)
+    config = _with_data(dataclasses.replace(row.config, seed=seed))
     case = load_case(config)
     total = len(case.images)
     queries, seconds = _read(folder, row, seed)
@@ -184,7 +193,7 @@ def _attack(folder: Path, row: Row, seed: int) -> None:
         total=total, initial=len(queries), desc=title, unit="image", disable=not _PROGRESS.value
     ) as bar:
         while len(queries) < total:
-            part = case.part(len(queries), len(queries) + _CHUNK)
+            part = case.take(slice(len(queries), len(queries) + _CHUNK))
             found, spent = _one(part, config, bar, len(queries))
             queries, seconds = np.concatenate([queries, found]), seconds + spent
             _write(folder, row, seed, queries, seconds)
@@ -202,6 +211,29 @@ def _one(part: Case, config: Config, bar: Any, before: int) -> tuple[np.ndarray,
     )
     queries = np.where(outcome.success, outcome.queries, 0).astype(np.uint16)
     return queries, time.perf_counter() - start
+
+
+def _draw(table: str, path: Path) -> None:
+    """Attack an image of each class by the methods worth seeing, and draw what became of them."""
+    rows = [row for row in ROWS if row.table == table and row.name in _SEEN]
+    if not rows:
+        return
+    case = load_case(_with_data(rows[0].config))
+    places = [int(np.argmax(case.labels == label)) for label in range(NUM_CLASSES)]
+    _, images, labels, _ = case.take(places)
+    found = [pages.Example("the image", images, [str(label) for label in labels])]
+    for row in rows:
+        outcome = attack.attack(case.logits_fn, images, labels, row.config)
+        seen = np.clip(images + outcome.perturbation, 0.0, 1.0)
+        read = np.asarray(case.logits_fn(seen)).argmax(-1)
+        words = [
+            f"{label}, {spent:,} quer{'ies' if spent > 1 else 'y'}"
+            if label != right
+            else "not found"
+            for label, right, spent in zip(read, labels, outcome.queries, strict=True)
+        ]
+        found.append(pages.Example(row.name.replace(", ", "\n", 1), seen, words))
+    pages.examples(found, path)
 
 
 def _settings(row: Row, seed: int) -> str:
