@@ -221,7 +221,7 @@ def _draw(table: str, path: Path) -> None:
     case = load_case(_with_data(rows[0].config))
     places = [int(np.argmax(case.labels == label)) for label in range(NUM_CLASSES)]
     _, images, labels, _ = case.take(places)
-    found = [pages.Example("the image", images, [str(label) for label in labels])]
+    drawn = [pages.Example("the image", images, [str(label) for label in labels])]
     for row in rows:
         outcome = attack.attack(case.logits_fn, images, labels, row.config)
         seen = np.clip(images + outcome.perturbation, 0.0, 1.0)
@@ -232,8 +232,8 @@ def _draw(table: str, path: Path) -> None:
             else "not found"
             for label, right, spent in zip(read, labels, outcome.queries, strict=True)
         ]
-        found.append(pages.Example(row.name.replace(", ", "\n", 1), seen, words))
-    pages.examples(found, path)
+        drawn.append(pages.Example(row.name.replace(", ", "\n", 1), seen, words))
+    pages.examples(drawn, path)
 
 
 def _settings(row: Row, seed: int) -> str:
