@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS := experiments,test,notebooks
+EXTRAS := experiments,interop,test,notebooks
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 NOTEBOOKS := $(wildcard notebooks/*.py)

@@ -20,7 +20,7 @@ from flax import traverse_util
 
 import zoqo_jax as zq
 from experiments.attack.data import ASSETS, NUM_CLASSES
-from experiments.files import replacing
+from zoqo_jax.interop.files import replacing
 
 __all__ = [
     "BUNDLED",

@@ -24,7 +24,7 @@ from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
 from experiments.attack.data import NUM_CLASSES
 from experiments.attack.run import Case, load_case
-from experiments.files import replacing
+from zoqo_jax.interop.files import replacing
 
 __all__ = ["ROWS", "Row", "Runs", "load"]
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from experiments.attack.data import load
 from experiments.attack.models import CNN, LogitsFn, ResNet, fold, load_classifier, save_params
-from experiments.files import replacing
+from zoqo_jax.interop.files import replacing
 
 __all__ = ["TrainConfig", "accuracy", "train"]
 

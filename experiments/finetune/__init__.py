@@ -1,0 +1,1 @@
+"""Fine-tuning quantized language models with forward passes only."""

@@ -1,0 +1,1 @@
+"""Other people's files as codes, and back; each module reads and writes one kind."""

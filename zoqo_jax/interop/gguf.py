@@ -1,0 +1,504 @@
+"""GGUF, llama.cpp's files: their blocks of 4, 5 and 8 bits are codes here, bit for bit.
+
+    tensors, metadata, tokenizer = gguf.load("model.gguf")
+    gguf.save("trained.gguf", tensors, metadata)
+
+What is loaded and saved again unchanged is the identical file. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 hold
+32 codes a block, with a float16 scale (and minimum) each, and become a `QuantizedArray`; F32, F16
+and BF16 become float arrays. All other types (K-quants and more) are decoded to float32 by the
+`gguf` package, with a warning, and saved as such.
+
+A file is read without trust: every length is checked against what is left of the file before
+anything is made of it. Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from zoqo_jax.arrays import Grid, QuantizedArray
+from zoqo_jax.interop import tokenizing
+from zoqo_jax.interop.files import replacing
+
+__all__ = ["File", "load", "save"]
+
+_MAGIC, _VERSION, _ALIGNMENT, _MOST_AXES = b"GGUF", 3, 32, 4
+_BLOCK = 32
+_STRING, _ARRAY = 8, 9
+_NUMBERS = {
+    number: np.dtype(kind)
+    for number, kind in {
+        0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
+        10: "<u8", 11: "<i8", 12: "<f8",
+    }.items()
+}  # fmt: skip
+_PLAIN = {
+    0: np.dtype("<f4"), 1: np.dtype("<f2"), 24: np.dtype("<i1"), 25: np.dtype("<i2"),
+    26: np.dtype("<i4"), 30: np.dtype(ml_dtypes.bfloat16),
+}  # fmt: skip
+
+
+class _Format(NamedTuple):
+    """How a block of 32 codes lies in bytes: scale, minimum, fifth bits, the rest of the codes."""
+
+    name: str
+    bits: int
+    zero: int  # the code whose level is 0
+    has_minimum: bool
+
+    @property
+    def grid(self) -> Grid:
+        levels = tuple(float(n - self.zero) for n in range(2**self.bits))
+        return Grid(levels, 0, 2**self.bits - 1)
+
+    @property
+    def head(self) -> int:
+        """Bytes of scale and minimum."""
+        return 4 if self.has_minimum else 2
+
+    @property
+    def size(self) -> int:
+        """Bytes of a block."""
+        return self.head + _BLOCK * self.bits // 8
+
+
+_FORMATS = {
+    2: _Format("Q4_0", 4, 8, False),
+    3: _Format("Q4_1", 4, 0, True),
+    6: _Format("Q5_0", 5, 16, False),
+    7: _Format("Q5_1", 5, 0, True),
+    8: _Format("Q8_0", 8, 128, False),
+}
+
+
+class File(NamedTuple):
+    """What a GGUF file holds.
+
+    Attributes:
+        tensors: by name, in the file's order: `QuantizedArray`, or float (or integer) arrays. The
+            last axis is the one that lies contiguous in the file: a matrix is (outputs, inputs).
+        metadata: by key, in the file's order: `str`, `bool`, numpy scalars and arrays of the
+            file's types, lists of strings (`bytes` where they are not UTF-8).
+        tokenizer: a `tokenizers.Tokenizer` made of the metadata; None where they describe none.
+    """
+
+    tensors: dict[str, QuantizedArray | jax.Array]
+    metadata: dict[str, Any]
+    tokenizer: Any
+
+
+class _Info(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
+    """Read a GGUF file.
+
+    Args:
+        path: the file, version 2 or 3, little-endian.
+        tokenizer: whether to make the tokenizer, too (needs the `tokenizers` package).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a whole GGUF file, or of a kind that is not read; the message says
+            where.
+
+    Warns:
+        UserWarning: tensors were decoded to floats.
+
+    Examples:
+        >>> import tempfile
+        >>> from zoqo_jax import Quantizer
+        >>> codes = Quantizer(4, block=32, scale_dtype=jnp.float16)(jnp.ones((2, 64)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/a.gguf", {"w": codes}, {"general.name": "ones"})
+        ...     tensors, metadata, _ = load(f"{folder}/a.gguf")
+        >>> bool((tensors["w"].codes == codes.codes).all()), metadata
+        (True, {'general.name': 'ones'})
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {path}.")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty.")
+    data = np.memmap(path, np.uint8, mode="r")
+    try:
+        metadata, infos, start = _header(_Cursor(data))
+        _check_places(infos, len(data) - start)
+        tensors = {info.name: _tensor(info, data[start + info.offset :]) for info in infos}
+        words = tokenizing.from_gguf(metadata) if tokenizer else None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    decoded = sorted({_type_name(i.kind) for i in infos if i.kind not in {*_FORMATS, *_PLAIN}})
+    if decoded:
+        count = sum(i.kind not in {*_FORMATS, *_PLAIN} for i in infos)
+        warnings.warn(
+            f"{path}: {count} tensors of type {', '.join(decoded)} were decoded to float32: they "
+            "have no codes of their own, and are saved as floats.",
+            stacklevel=2,
+        )
+    return File(tensors, metadata, words)
+
+
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, QuantizedArray | jax.Array | np.ndarray],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write a GGUF file, version 3, all of it or nothing: a file that was there stays till then.
+
+    Args:
+        path: the file to write.
+        tensors: by name, written in this order. A `QuantizedArray` needs a uniform grid with levels
+            as in Q4_0 (-8..7), Q4_1 (0..15, with an offset), Q5_0, Q5_1 or Q8_0, scales that
+            32 neighbours of the last axis share, and scales and offsets that float16 holds.
+        metadata: by key, written in this order, as `load` gives it. Python integers become uint32
+            or int64, floats float32.
+
+    Raises:
+        ValueError: a tensor or a value that no GGUF type holds, named.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/a.gguf", {"norm": jnp.ones(3)}, {"general.alignment": 64})
+        ...     load(f"{folder}/a.gguf").tensors["norm"].tolist()
+        [1.0, 1.0, 1.0]
+    """
+    alignment = int(metadata.get("general.alignment", _ALIGNMENT))
+    _check_alignment(alignment)
+    kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
+    header = bytearray(struct.pack("<4sIQQ", _MAGIC, _VERSION, len(tensors), len(metadata)))
+    for key, value in metadata.items():
+        header += _string_bytes(key) + _value_bytes(key, value)
+    offset = 0
+    for name, tensor in tensors.items():
+        shape = tuple(reversed(tensor.shape))
+        header += _string_bytes(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        header += struct.pack("<IQ", kinds[name], offset)
+        offset += _padded(_bytes_of(kinds[name], tuple(tensor.shape)), alignment)
+    with replacing(path) as file:
+        _write(file, header, alignment)
+        for name, tensor in tensors.items():
+            _write(file, _tensor_bytes(name, tensor, kinds[name]), alignment)
+
+
+class _Cursor:
+    """Reads one thing after another, and never past the end."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self._data, self.place = data, 0
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self.place
+
+    def take(self, count: int) -> bytes:
+        if count > self.left:
+            raise ValueError(
+                f"the file ends too early: {count} bytes wanted at {self.place}, {self.left} left."
+            )
+        self.place += count
+        return self._data[self.place - count : self.place].tobytes()
+
+    def number(self, kind: str | np.dtype) -> Any:
+        kind = np.dtype(kind)
+        return np.frombuffer(self.take(kind.itemsize), kind)[0]
+
+    def count(self, least: int) -> int:
+        """How many things of at least so many bytes follow."""
+        count = int(self.number("<u8"))
+        if count * least > self.left:
+            raise ValueError(
+                f"the file ends too early: {count} items at {self.place}, {self.left} bytes left."
+            )
+        return count
+
+    def string(self) -> str | bytes:
+        raw = self.take(self.count(1))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return raw
+
+    def name(self) -> str:
+        name = self.string()
+        if isinstance(name, bytes) or not name:
+            raise ValueError(f"a name must be UTF-8 and not empty, got {name[:40]!r}.")
+        return name
+
+    def value(self, kind: int) -> Any:
+        if kind in _NUMBERS:
+            number = self.number("<u1" if kind == 7 else _NUMBERS[kind])
+            return _bool(number) if kind == 7 else number
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise ValueError(f"there is no value type {kind} (at {self.place}).")
+        kind = int(self.number("<u4"))
+        if kind in _NUMBERS:
+            count = self.count(_NUMBERS[kind].itemsize)
+            return np.frombuffer(self.take(count * _NUMBERS[kind].itemsize), _NUMBERS[kind])
+        if kind != _STRING:
+            raise ValueError(f"arrays of value type {kind} are not read (at {self.place}).")
+        return [self.string() for _ in range(self.count(8))]
+
+
+def _bool(number: Any) -> bool:
+    if number > 1:
+        raise ValueError(f"a bool must be 0 or 1, got {number}.")
+    return bool(number)
+
+
+def _header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Info], int]:
+    """Metadata, what tensors there are, and where their bytes begin."""
+    if cursor.take(min(4, cursor.left)) != _MAGIC:
+        raise ValueError("this is no GGUF file: it does not begin with 'GGUF'.")
+    version = int(cursor.number("<u4"))
+    if version not in (2, 3):
+        raise ValueError(f"version must be 2 or 3, and little-endian, got {version}.")
+    tensor_count, pair_count = cursor.count(24), cursor.count(13)
+    metadata: dict[str, Any] = {}
+    for _ in range(pair_count):
+        key = cursor.name()
+        if key in metadata:
+            raise ValueError(f"the key {key!r} is there twice.")
+        metadata[key] = cursor.value(int(cursor.number("<u4")))
+    infos = [_info(cursor) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if not isinstance(alignment, int | np.integer):
+        raise ValueError(f"general.alignment must be a whole number, got {alignment!r:.40}.")
+    _check_alignment(int(alignment))
+    start = _padded(cursor.place, int(alignment))
+    for info in infos:
+        if info.offset % int(alignment):
+            raise ValueError(f"tensor {info.name!r}: offset {info.offset} is not aligned.")
+    return metadata, infos, start
+
+
+def _info(cursor: _Cursor) -> _Info:
+    name = cursor.name()
+    axes = int(cursor.number("<u4"))
+    if not 1 <= axes <= _MOST_AXES:
+        raise ValueError(f"tensor {name!r} must have 1 to {_MOST_AXES} axes, got {axes}.")
+    shape = tuple(int(cursor.number("<u8")) for _ in range(axes))[::-1]
+    if not all(shape):
+        raise ValueError(f"tensor {name!r} must not be empty, got the shape {shape}.")
+    kind, offset = int(cursor.number("<u4")), int(cursor.number("<u8"))
+    try:
+        _bytes_of(kind, shape)
+    except ValueError as error:
+        raise ValueError(f"tensor {name!r}: {error}") from error
+    return _Info(name, shape, kind, offset)
+
+
+def _check_places(infos: list[_Info], room: int) -> None:
+    """That tensors have names of their own, lie in the file, and share no byte."""
+    if len({info.name for info in infos}) < len(infos):
+        raise ValueError("two tensors have the same name.")
+    end = 0
+    for info in sorted(infos, key=lambda info: info.offset):
+        if info.offset < end:
+            raise ValueError(f"tensor {info.name!r} overlaps another.")
+        end = info.offset + _bytes_of(info.kind, info.shape)
+        if end > room:
+            raise ValueError(
+                f"the file ends too early: tensor {info.name!r} of shape {info.shape} wants bytes "
+                f"up to {end}, there are {max(room, 0)}."
+            )
+
+
+def _check_alignment(alignment: int) -> None:
+    if not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment must be a power of two from 8 on, got {alignment}.")
+
+
+def _padded(count: int, alignment: int) -> int:
+    return -(-count // alignment) * alignment
+
+
+def _bytes_of(kind: int, shape: tuple[int, ...]) -> int:
+    """How many bytes a tensor takes."""
+    block, size = _layout(kind)
+    if shape[-1] % block:
+        raise ValueError(
+            f"the last axis must be a multiple of {block} in {_type_name(kind)}, got {shape}."
+        )
+    return math.prod(shape) // block * size
+
+
+def _layout(kind: int) -> tuple[int, int]:
+    """Elements and bytes of a block."""
+    if kind in _PLAIN:
+        return 1, _PLAIN[kind].itemsize
+    if kind in _FORMATS:
+        return _BLOCK, _FORMATS[kind].size
+    package = _package()
+    try:
+        return package.GGML_QUANT_SIZES[package.GGMLQuantizationType(kind)]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"there is no tensor type {kind}.") from error
+
+
+def _type_name(kind: int) -> str:
+    if kind in _FORMATS:
+        return _FORMATS[kind].name
+    return _package().GGMLQuantizationType(kind).name
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            "tensors of this type are decoded by the gguf package: pip install 'zoqo_jax[interop]'."
+        ) from error
+    return gguf
+
+
+def _tensor(info: _Info, data: np.ndarray) -> QuantizedArray | jax.Array:
+    raw = data[: _bytes_of(info.kind, info.shape)]
+    if info.kind in _PLAIN:
+        return jnp.asarray(np.array(raw).view(_PLAIN[info.kind]).reshape(info.shape))
+    if info.kind in _FORMATS:
+        return _codes(info, np.asarray(raw))
+    package = _package()
+    kind = package.GGMLQuantizationType(info.kind)
+    try:
+        rows = np.array(raw).reshape(math.prod(info.shape[:-1]), -1)
+        values = package.quants.dequantize(rows, kind)
+    except (NotImplementedError, KeyError) as error:
+        raise ValueError(f"tensor {info.name!r}: {kind.name} cannot be decoded.") from error
+    return jnp.asarray(values.reshape(info.shape), jnp.float32)
+
+
+def _codes(info: _Info, raw: np.ndarray) -> QuantizedArray:
+    form = _FORMATS[info.kind]
+    blocks = raw.reshape(*info.shape[:-1], info.shape[-1] // _BLOCK, form.size)
+    heads = np.ascontiguousarray(blocks[..., : form.head]).view("<f2")
+    if not np.isfinite(heads).all():
+        raise ValueError(f"tensor {info.name!r}: a scale is NaN or infinite.")
+    rest = blocks[..., form.head :]
+    if form.bits == 8:
+        codes = rest + np.uint8(form.zero)  # signed bytes, modulo 256
+    else:
+        nibbles = rest[..., -_BLOCK // 2 :]
+        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
+    if form.bits == 5:
+        codes |= np.unpackbits(rest[..., :4], axis=-1, bitorder="little") << 4
+    minimum = jnp.asarray(heads[..., 1]) if form.has_minimum else None
+    return QuantizedArray.from_codes(
+        jnp.asarray(codes.reshape(info.shape)),
+        jnp.asarray(heads[..., 0]),
+        minimum,
+        form.grid,
+        block=(-1, _BLOCK),
+    )
+
+
+def _kind(name: str, tensor: Any) -> int:
+    """The GGUF type that holds a tensor as it is."""
+    if not 1 <= tensor.ndim <= _MOST_AXES or not tensor.size:
+        raise ValueError(
+            f"tensors: {name!r} must have 1 to {_MOST_AXES} axes, none empty, got {tensor.shape}."
+        )
+    if not isinstance(tensor, QuantizedArray):
+        for kind, dtype in _PLAIN.items():
+            if tensor.dtype == dtype:
+                return kind
+        raise ValueError(f"tensors: {name!r} has a dtype without GGUF type, {tensor.dtype}.")
+    for kind, form in _FORMATS.items():
+        same = tensor.grid.levels == form.grid.levels
+        if same and form.has_minimum == (tensor.offset is not None):
+            if tensor.shape[-1] % _BLOCK:
+                raise ValueError(
+                    f"tensors: {name!r}: the last axis must be a multiple of {_BLOCK}, "
+                    f"got {tensor.shape}."
+                )
+            return kind
+    raise ValueError(
+        f"tensors: {name!r} has a grid that no GGUF type has, {tensor.grid} "
+        f"{'without' if tensor.offset is None else 'with'} offset."
+    )
+
+
+def _tensor_bytes(name: str, tensor: Any, kind: int) -> bytes:
+    if kind in _PLAIN:
+        return np.asarray(tensor).astype(_PLAIN[kind], copy=False).tobytes()
+    form = _FORMATS[kind]
+    blocks = (*tensor.shape[:-1], tensor.shape[-1] // _BLOCK)
+    head = [_per_block(name, tensor, tensor.scale)]
+    if form.has_minimum:
+        head.append(_per_block(name, tensor, tensor.offset))
+    parts = [np.stack(head, axis=-1).view(np.uint8)]
+    codes = np.asarray(tensor.codes).reshape(*blocks, _BLOCK)
+    if form.bits == 8:
+        parts.append(codes - np.uint8(form.zero))
+    else:
+        if form.bits == 5:
+            parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
+        low, high = np.split(codes & 15, 2, axis=-1)
+        parts.append(low | high << 4)
+    return np.concatenate(parts, axis=-1).tobytes()
+
+
+def _per_block(name: str, tensor: QuantizedArray, numbers: Any) -> np.ndarray:
+    """A scale or offset for every 32 codes, float16 (*rows, blocks)."""
+    numbers = np.asarray(numbers)
+    if tensor.block == (-1, _BLOCK) and numbers.shape[-1] * _BLOCK == tensor.shape[-1]:
+        blocks = np.broadcast_to(numbers, (*tensor.shape[:-1], numbers.shape[-1]))
+    else:
+        spread = np.broadcast_to(np.asarray(tensor.spread(jnp.asarray(numbers))), tensor.shape)
+        each = spread.reshape(*tensor.shape[:-1], -1, _BLOCK)
+        if (each != each[..., :1]).any():
+            raise ValueError(f"tensors: {name!r}: {_BLOCK} neighbours must share a scale.")
+        blocks = each[..., 0]
+    halves = blocks.astype("<f2")
+    if (halves.astype(np.float64) != blocks.astype(np.float64)).any():
+        raise ValueError(
+            f"tensors: {name!r} has scales that float16 does not hold: quantize it with "
+            "scale_dtype=jnp.float16."
+        )
+    return np.ascontiguousarray(halves)
+
+
+def _string_bytes(text: str | bytes) -> bytes:
+    raw = text if isinstance(text, bytes) else text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value_bytes(key: str, value: Any) -> bytes:
+    """A value with its type before it."""
+    if isinstance(value, str | bytes):
+        return struct.pack("<I", _STRING) + _string_bytes(value)
+    if isinstance(value, list | tuple) and all(isinstance(x, str | bytes) for x in value):
+        strings = b"".join(map(_string_bytes, value))
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + strings
+    if type(value) is int:
+        value = np.uint32(value) if 0 <= value < 2**32 else np.int64(value)
+    array = np.asarray(np.float32(value) if type(value) is float else value)
+    numbers = [number for number, dtype in _NUMBERS.items() if array.dtype == dtype]
+    if not numbers or array.ndim > 1:
+        raise ValueError(f"metadata: {key!r} has a value without GGUF type, {value!r:.60}.")
+    if array.ndim == 0:
+        return struct.pack("<I", numbers[0]) + array.tobytes()
+    return struct.pack("<IIQ", _ARRAY, numbers[0], len(array)) + array.tobytes()
+
+
+def _write(file: BinaryIO, content: bytes | bytearray, alignment: int) -> None:
+    file.write(content)
+    file.write(bytes(_padded(len(content), alignment) - len(content)))
