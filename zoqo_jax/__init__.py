@@ -13,6 +13,7 @@ from zoqo_jax import stencils as stencils
 from zoqo_jax.arrays import Grid as Grid
 from zoqo_jax.arrays import QuantizedArray as QuantizedArray
 from zoqo_jax.arrays import dequantize as dequantize
+from zoqo_jax.arrays import freeze as freeze
 from zoqo_jax.arrays import is_quantized as is_quantized
 from zoqo_jax.companders import Compander as Compander
 from zoqo_jax.explanation import Explanation as Explanation
@@ -43,6 +44,7 @@ __all__ = [
     "companders",
     "dequantize",
     "explain",
+    "freeze",
     "is_matrix",
     "is_quantized",
     "nf4",

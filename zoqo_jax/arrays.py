@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -23,7 +24,16 @@ import quax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Integer, PyTree, UInt8
 
-__all__ = ["Grid", "QuantizedArray", "ScanAlongBlocks", "cut", "dequantize", "is_quantized"]
+__all__ = [
+    "Grid",
+    "QuantizedArray",
+    "ScanAlongBlocks",
+    "cut",
+    "dequantize",
+    "freeze",
+    "is_quantized",
+    "is_trained",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +133,7 @@ class QuantizedArray(quax.ArrayValue):
         value_dtype: dtype of the values, float16, bfloat16 or float32.
         per_byte: codes in a byte.
         has_copies: whether `scale` and `offset` are copies of one number each, made for a scan.
+        is_frozen: whether transformations leave it alone, as they do floats; see `freeze`.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -141,6 +152,7 @@ class QuantizedArray(quax.ArrayValue):
     value_dtype: Any = eqx.field(static=True)
     per_byte: int = eqx.field(static=True, default=1)
     has_copies: bool = eqx.field(static=True, default=False)
+    is_frozen: bool = eqx.field(static=True, default=False)
 
     @classmethod
     def from_codes(
@@ -298,6 +310,38 @@ def _pack(parts: list[Array]) -> UInt8[Array, "..."]:
 def is_quantized(leaf: Any) -> bool:
     """Whether a leaf is a `QuantizedArray`; the `is_leaf` for maps over quantized trees."""
     return isinstance(leaf, QuantizedArray)
+
+
+def is_trained(leaf: Any) -> bool:
+    """Whether a leaf is a `QuantizedArray` whose codes transformations move."""
+    return is_quantized(leaf) and not leaf.is_frozen
+
+
+def freeze(tree: PyTree, where: Callable[[tuple[Any, ...], Any], bool] | None = None) -> PyTree:
+    """Mark quantized leaves as not to be trained: they are neither probed nor moved.
+
+    Args:
+        tree: any pytree.
+        where: `where(path, leaf) -> bool` with the path as `jax.tree_util` gives it; asked of the
+            quantized leaves. By default all are frozen.
+
+    Returns:
+        The tree with the leaves that `where` chooses frozen, and its other quantized leaves not.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> params = zq.quantize({"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}, zq.Quantizer())
+        >>> params = freeze(params, lambda path, leaf: path[-1].key == "a")
+        >>> is_trained(params["a"]), is_trained(params["b"])
+        (False, True)
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        return dataclasses.replace(leaf, is_frozen=where is None or bool(where(path, leaf)))
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_quantized)
 
 
 def dequantize(tree: PyTree) -> PyTree:

@@ -11,7 +11,7 @@ import jax
 from jaxtyping import PyTree
 
 from zoqo_jax import queries, stencils
-from zoqo_jax.arrays import is_quantized
+from zoqo_jax.arrays import is_quantized, is_trained
 from zoqo_jax.implicit import PerturbedArray, Use, watch
 from zoqo_jax.rules import quaxify
 
@@ -96,7 +96,7 @@ def explain(
 
     Args:
         value_fn: `value_fn(params) -> scalar`.
-        params: tree with quantized leaves.
+        params: tree with quantized leaves; frozen ones are left out.
         structure: that of the directions, as for `zoqo` and `caq_zo`.
         noise: their law.
         query_batch: query pairs evaluated at once.
@@ -121,14 +121,15 @@ def explain(
     if query_batch < 1:
         raise ValueError(f"query_batch must be at least 1, got {query_batch}.")
     paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths if is_quantized(leaf)}
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths if is_trained(leaf)}
     if not leaves:
         raise ValueError(
-            "params must hold a QuantizedArray, got none: call zoqo_jax.quantize first."
+            "params must hold a QuantizedArray that is not frozen, got none: call "
+            "zoqo_jax.quantize first."
         )
 
     def displaced(path: Any, leaf: Any) -> Any:
-        if not is_quantized(leaf):
+        if not is_trained(leaf):
             return leaf
         probe = stencils.describe(jax.random.key(0), leaf, 1.0, law=noise, structure=structure)
         return PerturbedArray(leaf, probe, 2 * query_batch, jax.tree_util.keystr(path))

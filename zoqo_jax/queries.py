@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import quax
 from jaxtyping import Array, Float, Float32, Integer, PyTree
 
-from zoqo_jax.arrays import is_quantized
+from zoqo_jax.arrays import is_quantized, is_trained
 from zoqo_jax.implicit import PerturbedArray
 from zoqo_jax.rules import quaxify
 from zoqo_jax.stencils import Stencil
@@ -41,8 +41,8 @@ def losses(
 
     Args:
         value_fn: `value_fn(params) -> scalar`, made of JAX operations; sees floats.
-        params: tree with quantized leaves; its other leaves are not displaced.
-        stencils: one for each quantized leaf, in the order of the tree.
+        params: tree with quantized leaves; frozen and other leaves are not displaced.
+        stencils: one for each trained leaf, in the order of the tree.
         center: evaluate at the present codes too.
         together: how many directions `jax.vmap` evaluates at once, this one among them: it decides
             how products are computed, not what they are.
@@ -90,7 +90,7 @@ def endpoints(
 
     Args:
         params: tree with quantized leaves.
-        stencils: one for each quantized leaf, in the order of the tree.
+        stencils: one for each trained leaf, in the order of the tree.
         side: 1 or -1.
 
     Examples:
@@ -111,7 +111,7 @@ def _displaced(
     remaining = iter(stencils)
     return jax.tree.map(
         lambda leaf: (
-            how(PerturbedArray(leaf, next(remaining).flipped(side))) if is_quantized(leaf) else leaf
+            how(PerturbedArray(leaf, next(remaining).flipped(side))) if is_trained(leaf) else leaf
         ),
         params,
         is_leaf=is_quantized,

@@ -5,13 +5,15 @@ function of numpy arrays, such as a client of a served model, and loops on the h
 same questions and count the same answers.
 
 A program advances a batch of fixed size until half of it is done. Then finished images leave and
-waiting ones take their places; when none waits any more the batch shrinks to the next power of two
-that holds what is left. So a program is compiled for each of a handful of sizes, never for an
-image. The model itself always sees `model_batch` images at a time, so that the size of a batch
-cannot change the last bit of an answer, and an image's randomness comes from its pixels and label:
-what an image gets depends on the image, the seed, and nothing else.
+waiting ones take their places; when none waits any more the batch shrinks to the next power of
+four that holds what is left. So a program is compiled for each of two or three sizes, once for all
+calls with the same settings. The model itself always sees `model_batch` images at a time, so that
+the size of a batch cannot change the last bit of an answer, and an image's randomness comes from
+its pixels and label: what an image gets depends on the image, the seed, and nothing else.
 """
 
+import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,10 +49,19 @@ class Outcome(NamedTuple):
     perturbation: np.ndarray
 
 
+class _Task(NamedTuple):
+    """What is attacked; of a batch, with a first axis more."""
+
+    image: Any  # float32 (height, width, channels)
+    wanted: Any  # int32 (), the label, or the target where there is one
+    mark: Any  # uint32 (), what its randomness comes from
+    is_there: Any  # bool (), False in an idle place of a batch
+
+
 class _Slot(NamedTuple):
     """One image under attack, or an idle place in the batch."""
 
-    index: jax.Array  # int32 (), the image's place among all, -1 if idle
+    task: _Task
     state: Any  # the method's
     queries: jax.Array  # int32 ()
     found: jax.Array  # bool ()
@@ -113,48 +124,53 @@ def attack(
         if (targets == labels).any():
             place = int(np.flatnonzero(targets == labels)[0])
             raise ValueError(f"targets must differ from labels, got {labels[place]} at {place}.")
-    method = methods.make(config, images.shape[1:])
-    if method.asks > config.budget:
-        raise ValueError(
-            f"budget must be at least {method.asks}, what a step of {config.name} asks, "
-            f"got {config.budget}."
-        )
     wanted = labels if targets is None else targets
     highest = int(max(labels.max(), wanted.max()))
-    program = _Program(images, labels, wanted, targets is not None, method, config)
+    program = _program(_essence(config), images.shape[1:], targets is not None)
+    if program.method.asks > config.budget:
+        raise ValueError(
+            f"budget must be at least {program.method.asks}, what a step of {config.name} asks, "
+            f"got {config.budget}."
+        )
     if compiled:
         seen = jax.ShapeDtypeStruct((config.model_batch, *images.shape[1:]), jnp.float32)
         _check_logits(jax.eval_shape(logits_fn, seen), config.model_batch, highest)
         advance = program.compiled(logits_fn)
     else:
         advance = program.by_hand(logits_fn, highest)
-    return _work_off(program, advance, images, config, on_progress)
+    marks = np.array([_mark(*pair, config.seed) for pair in zip(images, labels, strict=True)])
+    tasks = _Task(images, wanted, marks, np.ones(len(images), bool))
+    return _work_off(program, advance, tasks, config, on_progress)
 
 
 def _work_off(
     program: "_Program",
     advance: Callable[[_Slot, bool], _Slot],
-    images: np.ndarray,
+    tasks: _Task,
     config: Config,
     on_progress: Callable[[int, int], None],
 ) -> Outcome:
     """Bring every image through a slot of the batch."""
-    count = len(images)
-    outcome = Outcome(np.zeros(count, bool), np.zeros(count, np.int32), np.zeros_like(images))
+    count = len(tasks.image)
+    outcome = Outcome(np.zeros(count, bool), np.zeros(count, np.int32), np.zeros_like(tasks.image))
     queue = iter(range(count))
     place = np.full(_bucket(count, config.batch_size), -1, np.int32)
-    batch = program.idle(len(place))
-    finished = 0
+    is_new = np.ones(len(place), bool)
+    batch, finished = None, 0
     while finished < count:
         for slot in np.flatnonzero(place < 0):
             place[slot] = next(queue, -1)
+            is_new[slot] = True
         live = int(np.count_nonzero(place >= 0))
         size = _bucket(live, config.batch_size)
         if size < len(place):  # only once nothing waits: the live images move to a smaller batch
             kept = np.argsort(place < 0, kind="stable")[:size]
-            place, batch = place[kept], program.take(batch, kept)
+            place, is_new, batch = place[kept], is_new[kept], program.take(batch, kept)
+        here = _Task(*(x[place] for x in tasks))._replace(is_there=place >= 0)
+        batch = program.fresh(here) if batch is None else program.admit(batch, here, is_new)
+        is_new = np.zeros(len(place), bool)  # a new one: JAX may still be reading the old
         is_last = finished + live == count and size == _bucket(1, config.batch_size)
-        batch = advance(program.admit(batch, place), is_last)
+        batch = advance(batch, is_last)
         queries, found = np.asarray(batch.queries), np.asarray(batch.found)
         done = (place >= 0) & (found | (queries + program.method.asks > config.budget))
         if done.any():
@@ -168,29 +184,28 @@ def _work_off(
     return outcome
 
 
+def _essence(config: Config) -> Config:
+    """What of a configuration a program depends on."""
+    unread = {"dataset": "", "weights": "", "weight_bits": 32, "num_images": 0, "seed": 0}
+    return dataclasses.replace(config, **unread)
+
+
+@functools.lru_cache(maxsize=8)  # another call with these settings compiles nothing again
+def _program(config: Config, shape: tuple[int, int, int], targeted: bool) -> "_Program":
+    return _Program(config, shape, targeted)
+
+
 class _Program:
     """The parts of an attack, on batches of slots."""
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        wanted: np.ndarray,
-        targeted: bool,
-        method: methods.Method,
-        config: Config,
-    ) -> None:
-        self.method, self.config, self.targeted = method, config, targeted
-        self.images, self.wanted = jnp.asarray(images), jnp.asarray(wanted)
-        self.marks = jnp.asarray(list(map(_mark, images, labels)))
+    def __init__(self, config: Config, shape: tuple[int, int, int], targeted: bool) -> None:
+        self.method, self.config, self.targeted = methods.make(config, shape), config, targeted
+        self.fresh = jax.jit(jax.vmap(self._fresh))
         self.admit = jax.jit(jax.vmap(self._admitted))
         self.take = jax.jit(lambda batch, kept: jax.tree.map(lambda x: x[kept], batch))
+        self.compiled = functools.lru_cache(maxsize=2)(self._compiled)
 
-    def idle(self, size: int) -> _Slot:
-        """A batch without images."""
-        return jax.vmap(self._fresh)(jnp.full(size, -1, jnp.int32))
-
-    def compiled(self, logits_fn: Model) -> Callable[[_Slot, bool], _Slot]:
+    def _compiled(self, logits_fn: Model) -> Callable[[_Slot, bool], _Slot]:
         """Advance a batch by compiled steps."""
         chunk = self.config.model_batch
 
@@ -216,7 +231,7 @@ class _Program:
             return jax.lax.while_loop(is_going, go, (jnp.int32(0), batch, few))[1]
 
         def until_half(batch: _Slot, is_last: bool) -> _Slot:
-            return advance(batch, jnp.int32(0 if is_last else len(batch.index) // 2))
+            return advance(batch, jnp.int32(0 if is_last else len(batch.found) // 2))
 
         return until_half
 
@@ -239,12 +254,12 @@ class _Program:
     def active(self, batch: _Slot) -> jax.Array:
         """Which slots hold an image that is neither found nor out of budget, bool (slots,)."""
         affordable = batch.queries + self.method.asks <= self.config.budget
-        return (batch.index >= 0) & ~batch.found & affordable
+        return batch.task.is_there & ~batch.found & affordable
 
     def questions(self, batch: _Slot) -> tuple[jax.Array, jax.Array]:
         """Perturbations, and the images shown, both (slots, asks, height, width, channels)."""
         asked = jax.vmap(self.method.ask)(batch.state)
-        return asked, jnp.clip(self.images[batch.index][:, None] + asked, 0.0, 1.0)
+        return asked, jnp.clip(batch.task.image[:, None] + asked, 0.0, 1.0)
 
     def answered(self, batch: _Slot, asked: jax.Array, logits: jax.Array) -> _Slot:
         """The batch after the model's answers, (slots * asks, classes), came in."""
@@ -253,7 +268,7 @@ class _Program:
         return _where(self.active(batch), after, batch)
 
     def _told(self, slot: _Slot, asked: jax.Array, logits: jax.Array) -> _Slot:
-        wanted = self.wanted[slot.index]
+        wanted = slot.task.wanted
         margins = jax.vmap(lambda z: margin_of(z, wanted))(logits)
         cross_entropy = self.config.loss == "cross_entropy"
         losses = jax.nn.log_softmax(logits)[:, wanted] if cross_entropy else margins
@@ -267,7 +282,7 @@ class _Program:
         which = jnp.where(found, jnp.argmax(hits), jnp.argmin(ranks))
         better = found | (ranks[which] < slot.loss)
         return _Slot(
-            slot.index,
+            slot.task,
             self.method.tell(slot.state, losses),
             slot.queries + self.method.asks,
             found,
@@ -275,15 +290,14 @@ class _Program:
             jnp.where(better, ranks[which], slot.loss),
         )
 
-    def _fresh(self, index: jax.Array) -> _Slot:
-        image = self.images[index]
-        key = jax.random.fold_in(jax.random.key(self.config.seed), self.marks[index])
-        state = self.method.init(key, image)
+    def _fresh(self, task: _Task) -> _Slot:
+        state = self.method.init(jax.random.key(task.mark), task.image)
         loss = jnp.float32(jnp.inf)
-        return _Slot(index, state, jnp.int32(0), jnp.bool(False), jnp.zeros_like(image), loss)
+        nothing = jnp.zeros_like(task.image)
+        return _Slot(task, state, jnp.int32(0), jnp.bool(False), nothing, loss)
 
-    def _admitted(self, slot: _Slot, index: jax.Array) -> _Slot:
-        return _where(slot.index == index, slot, self._fresh(index))
+    def _admitted(self, slot: _Slot, task: _Task, is_new: jax.Array) -> _Slot:
+        return _where(is_new, self._fresh(task), slot)
 
 
 def _where(condition: jax.Array, true: _Slot, false: _Slot) -> _Slot:
@@ -294,13 +308,16 @@ def _where(condition: jax.Array, true: _Slot, false: _Slot) -> _Slot:
 
 
 def _bucket(count: int, largest: int) -> int:
-    """The least power of two that holds `count`, between the smallest and the largest batch."""
-    return min(largest, max(_SMALLEST_BATCH, 1 << max(count - 1, 0).bit_length()))
+    """The least power of four that holds `count`, between the smallest and the largest batch."""
+    size = _SMALLEST_BATCH
+    while size < count:
+        size *= 4
+    return min(largest, size)
 
 
-def _mark(image: np.ndarray, label: int) -> np.uint32:
-    """What tells an image from others, whatever its place."""
-    return np.uint32(zlib.crc32(image.tobytes(), int(label)))
+def _mark(image: np.ndarray, label: int, seed: int) -> np.uint32:
+    """What tells an image from others and a seed from others, whatever the image's place."""
+    return np.uint32(zlib.crc32(np.int64(seed).tobytes(), zlib.crc32(image.tobytes(), int(label))))
 
 
 def _answers(model: Model, shown: np.ndarray, most: int, highest: int) -> np.ndarray:

@@ -41,7 +41,7 @@ __all__ = [
 Params = dict[str, Any]
 LogitsFn = Callable[[jax.Array], jax.Array]
 
-BUNDLED = ("mnist",)
+BUNDLED = ("mnist", "mnist_robust")
 """Names of the weights that lie beside this file."""
 
 

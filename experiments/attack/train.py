@@ -58,7 +58,7 @@ class _Recipe(NamedTuple):
 _RECIPES: dict[str, _Recipe] = {
     "cnn": _Recipe(CNN(), 10, 128, 2e-3, max_shift=2),
     "robust_cnn": _Recipe(CNN(), 16, 128, 1e-3, max_shift=2, epsilon=0.3),
-    "resnet": _Recipe(ResNet(normalised=True), 18, 256, 0.2, 4, mirrored=True, smoothing=0.1),
+    "resnet": _Recipe(ResNet(normalised=True), 36, 256, 0.2, 4, mirrored=True, smoothing=0.1),
 }
 
 

@@ -26,7 +26,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
 
 from zoqo_jax import compiler, draws, queries, stencils
-from zoqo_jax.arrays import QuantizedArray, cut, is_quantized
+from zoqo_jax.arrays import QuantizedArray, cut, is_quantized, is_trained
 from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
 from zoqo_jax.pieces import Pick, in_place
@@ -103,7 +103,7 @@ class QueryTransformation(optax.GradientTransformationExtraArgs):
     """An optax transformation that can also tell where its next step will look.
 
     Attributes:
-        probes: (state, params, query=0) -> the stencils of a query, one for each quantized leaf;
+        probes: (state, params, query=0) -> the stencils of a query, one for each trained leaf;
             give them to `queries.endpoints` to see the codes.
     """
 
@@ -137,7 +137,7 @@ def by_queries(
     together = min(query_batch or num_queries, num_queries)
 
     def init(params: PyTree) -> StepState:
-        arrays = _quantized_leaves(params)
+        arrays = _trained_leaves(params)
         residual = tuple(map(rules.remember, arrays)) if rules.remember else ()
         return initial_state(key, num_queries)._replace(residual=residual)
 
@@ -150,7 +150,7 @@ def by_queries(
         )(by_query)
 
     def probes(state: StepState, params: PyTree, query: Array | int = 0) -> list[Stencil]:
-        arrays = _quantized_leaves(params)
+        arrays = _trained_leaves(params)
         of_query = keys(state, len(arrays))[query]
         return [rules.describe(of_query[i], array, state.count) for i, array in enumerate(arrays)]
 
@@ -206,7 +206,7 @@ def by_queries(
         **extra: Any,
     ) -> tuple[PyTree, StepState]:
         del updates, extra
-        arrays = _quantized_leaves(params)
+        arrays = _trained_leaves(params)
 
         if differences is not None:
             if jnp.shape(differences) != (num_queries,):
@@ -307,13 +307,14 @@ def check_query_count(num_queries: int, query_batch: int | None) -> None:
         raise ValueError(f"query_batch must be at least 1 or None, got {query_batch}.")
 
 
-def _quantized_leaves(params: PyTree | None) -> list[QuantizedArray]:
+def _trained_leaves(params: PyTree | None) -> list[QuantizedArray]:
     if params is None:
         raise ValueError("params must be given: codes move from where they are.")
-    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(leaf)]
+    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_trained(leaf)]
     if not leaves:
         raise ValueError(
-            "params must hold a QuantizedArray, got none: call zoqo_jax.quantize first."
+            "params must hold a QuantizedArray that is not frozen, got none: call "
+            "zoqo_jax.quantize first."
         )
     return leaves
 
@@ -343,7 +344,7 @@ def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
 
     def one(leaf: Any) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, leaf)
-        return dataclasses.replace(zeros, packed=next(remaining)) if is_quantized(leaf) else zeros
+        return dataclasses.replace(zeros, packed=next(remaining)) if is_trained(leaf) else zeros
 
     return jax.tree.map(one, params, is_leaf=is_quantized)
 

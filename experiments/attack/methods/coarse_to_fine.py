@@ -10,7 +10,9 @@ is chosen better here is
   filters, the one of least loss. Two of them darken whatever is bright, since a bright pixel
   cannot be made much brighter;
 - what to flip: squares of the image instead of ranges of its flattened pixels, halved in side from
-  round to round. After the round of single pixels the squares are coarse again, and lie elsewhere.
+  round to round, down to single pixels;
+- what to do when that has not helped: an image that withstands it gets the rest of the budget in a
+  few new searches by random squares, Square Attack's, each from stripes of its own.
 """
 
 import math
@@ -23,17 +25,19 @@ import numpy as np
 import zoqo_jax as zq
 from experiments.attack.config import Config
 from experiments.attack.methods.method import Method
+from experiments.attack.methods.square import changed, side, stripes
 from experiments.attack.methods.zoqo import grid
 
-__all__ = ["blocks", "make", "patterns"]
+__all__ = ["blocks", "count_of_blocks", "make", "patterns"]
 
 _PRIME = 10_007  # more than blocks in a round, so that multiples of it visit each of them once
+_SEARCHES = 3  # by random squares
 
 
 class _State(NamedTuple):
     starts: jax.Array  # int8 signs (patterns, height, width, channels)
     signs: jax.Array  # int8 signs, the image's shape: codes at the upper or the lower edge
-    loss: jax.Array  # at them; inf before the first answer
+    loss: jax.Array  # at them; inf before the first answer of a search
     count: jax.Array  # int32 (), questions answered
     key: jax.Array
 
@@ -41,14 +45,21 @@ class _State(NamedTuple):
 def make(config: Config, shape: tuple[int, int, int]) -> Method:
     """Blocks from coarse to fine on the grid of `config.bits` bits."""
     low, high = zq.dequantize(grid(config)(jnp.array([-config.epsilon, config.epsilon])))
-    count_of_patterns = len(patterns(jnp.zeros(shape)))
+    first_block = len(patterns(jnp.zeros(shape)))
+    first_search = first_block + count_of_blocks(shape)
+    length = max((config.budget - first_search) // _SEARCHES, 1)  # of a search
 
     def asked(state: _State) -> jax.Array:
-        """The signs to try: first the patterns, then what has one block flipped."""
-        step = state.count - count_of_patterns
-        flipped = blocks(step, state.key, shape)[..., None]
-        begun = state.starts[jnp.minimum(state.count, count_of_patterns - 1)]
-        return jnp.where(step < 0, begun, jnp.where(flipped, -state.signs, state.signs))
+        """The signs to try: the patterns, then what has one block flipped, then random squares."""
+        key = jax.random.fold_in(state.key, state.count)
+        begun = state.starts[jnp.minimum(state.count, first_block - 1)]
+        flipped = blocks(state.count - first_block, state.key, shape)[..., None]
+        place = (state.count - first_search) % length
+        square = changed(state.signs, key, side(place - 1, config, shape, length))
+        random = jnp.where(place == 0, stripes(key, shape), square)
+        in_order = jnp.where(flipped, -state.signs, state.signs)
+        later = jnp.where(state.count < first_search, in_order, random)
+        return jnp.where(state.count < first_block, begun, later)
 
     def init(key: jax.Array, image: jax.Array) -> _State:
         starts = patterns(image)
@@ -58,7 +69,9 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
         return jnp.where(asked(state) > 0, high, low)[None]
 
     def tell(state: _State, losses: jax.Array) -> _State:
-        better = losses[0] < state.loss
+        since = state.count - first_search
+        is_new = (since >= 0) & (since % length == 0)
+        better = (losses[0] < state.loss) | is_new
         signs = jnp.where(better, asked(state), state.signs)
         loss = jnp.where(better, losses[0], state.loss)
         return state._replace(signs=signs, loss=loss, count=state.count + 1)
@@ -75,7 +88,7 @@ def patterns(image: jax.Array) -> jax.Array:
     """
     rows, columns = jnp.arange(image.shape[0])[:, None], jnp.arange(image.shape[1])[None, :]
 
-    def stripes(place: jax.Array, width: int) -> jax.Array:
+    def striped(place: jax.Array, width: int) -> jax.Array:
         signs = 1 - 2 * ((place // width) % 2)
         return jnp.broadcast_to(signs[..., None], image.shape)
 
@@ -84,10 +97,10 @@ def patterns(image: jax.Array) -> jax.Array:
 
     return jnp.stack(
         [
-            darkened(-stripes(rows, 2) * stripes(columns, 2)),
-            stripes(rows, 4),
-            darkened(stripes(columns, 4)),
-            stripes(rows, 3),
+            darkened(-striped(rows, 2) * striped(columns, 2)),
+            striped(rows, 4),
+            darkened(striped(columns, 4)),
+            striped(rows, 3),
         ]
     ).astype(jnp.int8)
 
@@ -95,9 +108,8 @@ def patterns(image: jax.Array) -> jax.Array:
 def blocks(step: jax.Array, key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """The block that a step flips, bool (height, width).
 
-    A cycle of steps goes through all squares of side h/2, then h/4 and so on, down to single
-    pixels, each round in a random order. From the second cycle on the squares are shifted, round
-    the borders of the image, by a random number of pixels.
+    All squares of side h/2, then h/4 and so on, down to single pixels, each round in order from a
+    random one on, a prime number apart.
 
     Example:
       >>> key = jax.random.key(0)
@@ -105,19 +117,31 @@ def blocks(step: jax.Array, key: jax.Array, shape: tuple[int, int, int]) -> jax.
       [196, 49, 16, 4]
     """
     height, width, _ = shape
+    sides, across, counts = _rounds(shape)
+    ends = np.cumsum(counts)
+    level = jnp.minimum((step >= jnp.asarray(ends)).sum(), len(sides) - 1)
+    size, row_length, count = (jnp.asarray(x)[level] for x in (sides, across, counts))
+    first = jax.random.randint(jax.random.fold_in(key, level), (), 0, count)
+    number = ((step - jnp.asarray(ends - counts)[level]) * _PRIME + first) % count
+    top, left = jnp.divmod(number, row_length)
+    is_row, is_column = jnp.arange(height) // size == top, jnp.arange(width) // size == left
+    return is_row[:, None] & is_column[None, :]
+
+
+def count_of_blocks(shape: tuple[int, int, int]) -> int:
+    """How many steps go through all blocks once.
+
+    Example:
+      >>> count_of_blocks((28, 28, 1))
+      1049
+    """
+    return int(_rounds(shape)[2].sum())
+
+
+def _rounds(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each round the side of its squares, how many lie beside each other, and their count."""
+    height, width, _ = shape
     halvings = range(1, math.ceil(math.log2(max(height, width))) + 1)
     sides = np.array([-(-max(height, width) >> k) for k in halvings])
     across = -(-width // sides)
-    counts = across * -(-height // sides)
-    ends = np.cumsum(counts)
-    cycle, place = jnp.divmod(step, int(ends[-1]))
-    level = (place >= jnp.asarray(ends)).sum()
-    side, row_length, count = (jnp.asarray(x)[level] for x in (sides, across, counts))
-    order_key, shift_key = jax.random.split(jax.random.fold_in(key, cycle * len(sides) + level))
-    first = jax.random.randint(order_key, (), 0, count)
-    number = ((place - jnp.asarray(ends - counts)[level]) * _PRIME + first) % count
-    shift = jnp.where(cycle > 0, jax.random.randint(shift_key, (2,), 0, side), 0)
-    top, left = jnp.divmod(number, row_length)
-    rows = (jnp.arange(height) + shift[0]) % height
-    columns = (jnp.arange(width) + shift[1]) % width
-    return (rows // side == top)[:, None] & (columns // side == left)[None, :]
+    return sides, across, across * -(-height // sides)

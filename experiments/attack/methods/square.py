@@ -14,14 +14,14 @@ import numpy as np
 from experiments.attack.config import Config
 from experiments.attack.methods.method import Method
 
-__all__ = ["make", "side"]
+__all__ = ["changed", "make", "side", "stripes"]
 
 _SHARE = 0.3
 _HALVED_AT = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000])  # of 10,000 queries
 
 
 class _State(NamedTuple):
-    signs: jax.Array  # float32 in the image's shape
+    signs: jax.Array  # int8 in the image's shape
     loss: jax.Array  # at them; inf before the first answer
     count: jax.Array  # int32 (), questions answered
     key: jax.Array
@@ -29,36 +29,18 @@ class _State(NamedTuple):
 
 def make(config: Config, shape: tuple[int, int, int]) -> Method:
     """Square Attack with `config.density` as p, the share of the pixels in the first square."""
-    height, width, channels = shape
-    rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
-    choices = 2**channels
-
-    def signs_of(number: jax.Array) -> jax.Array:
-        """A sign for each channel, from a number below `choices`."""
-        return (2 * ((number >> jnp.arange(channels)) & 1) - 1).astype(jnp.float32)
 
     def asked(state: _State) -> jax.Array:
         key = jax.random.fold_in(state.key, state.count)
-        keys = jax.random.split(key, 4)
-        s = side(state.count - 1, config, shape)
-        top, left = (
-            jax.random.randint(k, (), 0, jnp.maximum(n - s, 1))
-            for k, n in zip(keys[:2], (height, width), strict=True)
-        )
-        inside = (rows >= top) & (rows < top + s) & (columns >= left) & (columns < left + s)
-        drawn = jax.random.randint(keys[2], (), 0, choices)
-        same = (~inside | (state.signs == signs_of(drawn))).all()
-        another = (drawn + jax.random.randint(keys[3], (), 1, choices)) % choices
-        return jnp.where(inside, signs_of(jnp.where(same, another, drawn)), state.signs)
+        return changed(state.signs, key, side(state.count - 1, config, shape, config.budget))
 
     def init(key: jax.Array, image: jax.Array) -> _State:
-        stripes = jax.random.rademacher(key, (1, width, channels), jnp.float32)
-        signs = jnp.broadcast_to(stripes, image.shape)
-        return _State(signs, jnp.float32(jnp.inf), jnp.int32(0), key)
+        del image
+        return _State(stripes(key, shape), jnp.float32(jnp.inf), jnp.int32(0), key)
 
     def ask(state: _State) -> jax.Array:
         signs = jnp.where(state.count == 0, state.signs, asked(state))
-        return config.epsilon * signs[None]
+        return config.epsilon * signs[None].astype(jnp.float32)
 
     def tell(state: _State, losses: jax.Array) -> _State:
         stays = losses[0] < state.loss
@@ -68,15 +50,53 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
     return Method(init, ask, tell, 1)
 
 
-def side(iteration: jax.Array, config: Config, shape: tuple[int, int, int]) -> jax.Array:
-    """The side of the square that an iteration tries, in pixels, int32 ().
+def changed(signs: jax.Array, key: jax.Array, side: jax.Array) -> jax.Array:
+    """The signs with one random square of one random sign a channel, always another image.
+
+    Args:
+      signs: int8 (height, width, channels).
+      key: of what is drawn.
+      side: of the square, in pixels, int32 ().
+
+    Returns:
+      int8 signs of the same shape.
+    """
+    height, width, channels = signs.shape
+    choices = 2**channels
+
+    def signs_of(number: jax.Array) -> jax.Array:
+        """A sign for each channel, from a number below `choices`."""
+        return (2 * ((number >> jnp.arange(channels)) & 1) - 1).astype(jnp.int8)
+
+    keys = jax.random.split(key, 4)
+    top, left = (
+        jax.random.randint(k, (), 0, jnp.maximum(n - side, 1))
+        for k, n in zip(keys[:2], (height, width), strict=True)
+    )
+    rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+    drawn = jax.random.randint(keys[2], (), 0, choices)
+    same = (~inside | (signs == signs_of(drawn))).all()
+    another = (drawn + jax.random.randint(keys[3], (), 1, choices)) % choices
+    return jnp.where(inside, signs_of(jnp.where(same, another, drawn)), signs)
+
+
+def stripes(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Vertical stripes of one pixel, of random signs a channel, int8 (height, width, channels)."""
+    return jnp.broadcast_to(jax.random.rademacher(key, (1, *shape[1:]), jnp.int8), shape)
+
+
+def side(
+    iteration: jax.Array, config: Config, shape: tuple[int, int, int], iterations: int
+) -> jax.Array:
+    """The side of the square that one of so many iterations tries, in pixels, int32 ().
 
     Example:
-      >>> config = Config(method="square", density=0.8, budget=10_000)
-      >>> [int(side(jnp.int32(i), config, (28, 28, 1))) for i in (0, 100, 9_999)]
+      >>> config = Config(method="square", density=0.8)
+      >>> [int(side(jnp.int32(i), config, (28, 28, 1), 10_000)) for i in (0, 100, 9_999)]
       [25, 13, 1]
     """
-    scaled = iteration.astype(jnp.float32) * (10_000 / config.budget)
+    scaled = iteration.astype(jnp.float32) * (10_000 / iterations)
     halvings = (scaled > jnp.asarray(_HALVED_AT, jnp.float32)).sum()
     share = (config.density or _SHARE) * jnp.exp2(-halvings.astype(jnp.float32))
     s = jnp.round(jnp.sqrt(share * shape[0] * shape[1])).astype(jnp.int32)
