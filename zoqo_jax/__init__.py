@@ -19,6 +19,8 @@ from zoqo_jax.companders import Compander as Compander
 from zoqo_jax.explanation import Explanation as Explanation
 from zoqo_jax.explanation import explain as explain
 from zoqo_jax.implicit import PerturbedArray as PerturbedArray
+from zoqo_jax.lora import LoraArray as LoraArray
+from zoqo_jax.lora import lora as lora
 from zoqo_jax.quantization import Quantizer as Quantizer
 from zoqo_jax.quantization import is_matrix as is_matrix
 from zoqo_jax.quantization import nf4 as nf4
@@ -36,6 +38,7 @@ __all__ = [
     "Compander",
     "Explanation",
     "Grid",
+    "LoraArray",
     "PerturbedArray",
     "QuantizedArray",
     "Quantizer",
@@ -47,6 +50,7 @@ __all__ = [
     "freeze",
     "is_matrix",
     "is_quantized",
+    "lora",
     "nf4",
     "projection",
     "quantize",

@@ -145,7 +145,7 @@ def attack(
 
 def _work_off(
     program: "_Program",
-    advance: Callable[[_Slot, bool], _Slot],
+    advance: Callable[[_Slot, int], _Slot],
     tasks: _Task,
     config: Config,
     on_progress: Callable[[int, int], None],
@@ -170,7 +170,7 @@ def _work_off(
         batch = program.fresh(here) if batch is None else program.admit(batch, here, is_new)
         is_new = np.zeros(len(place), bool)  # a new one: JAX may still be reading the old
         is_last = finished + live == count and size == _bucket(1, config.batch_size)
-        batch = advance(batch, is_last)
+        batch = advance(batch, 0 if is_last else live // 2)
         queries, found = np.asarray(batch.queries), np.asarray(batch.found)
         done = (place >= 0) & (found | (queries + program.method.asks > config.budget))
         if done.any():
@@ -205,8 +205,8 @@ class _Program:
         self.take = jax.jit(lambda batch, kept: jax.tree.map(lambda x: x[kept], batch))
         self.compiled = functools.lru_cache(maxsize=2)(self._compiled)
 
-    def _compiled(self, logits_fn: Model) -> Callable[[_Slot, bool], _Slot]:
-        """Advance a batch by compiled steps."""
+    def _compiled(self, logits_fn: Model) -> Callable[[_Slot, int], _Slot]:
+        """Advance a batch by compiled steps until so few of its images are left."""
         chunk = self.config.model_batch
 
         def evaluate(shown: jax.Array) -> jax.Array:
@@ -230,17 +230,14 @@ class _Program:
         def advance(batch: _Slot, few: jax.Array) -> _Slot:
             return jax.lax.while_loop(is_going, go, (jnp.int32(0), batch, few))[1]
 
-        def until_half(batch: _Slot, is_last: bool) -> _Slot:
-            return advance(batch, jnp.int32(0 if is_last else len(batch.found) // 2))
+        return lambda batch, few: advance(batch, jnp.int32(few))
 
-        return until_half
-
-    def by_hand(self, model: Model, highest: int) -> Callable[[_Slot, bool], _Slot]:
+    def by_hand(self, model: Model, highest: int) -> Callable[[_Slot, int], _Slot]:
         """Advance a batch by one step, its questions answered by a Python function."""
         questions, answered = jax.jit(self.questions), jax.jit(self.answered)
 
-        def advance(batch: _Slot, is_last: bool) -> _Slot:
-            del is_last
+        def advance(batch: _Slot, few: int) -> _Slot:
+            del few
             asked, shown = questions(batch)
             active = np.repeat(np.asarray(self.active(batch)), self.method.asks)
             shown = np.asarray(shown).reshape(-1, *shown.shape[2:])

@@ -1,0 +1,148 @@
+"""LoRA on the grid: products against the merged weights, and what transformations may move."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import zoqo_jax as zq
+from zoqo_jax.lora import is_factor, is_lora, merge
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def is_weight(path, leaf):
+    return path[-1].key == "w"
+
+
+def adapted(weight, quantizer=zq.Quantizer(8, range=0.5), **settings):  # noqa: B008
+    """A tree with an adapter whose B is not zero."""
+    tree = zq.lora({"w": weight, "bias": jnp.ones(3)}, 2, key=jax.random.key(1), where=is_weight,
+                   quantizer=quantizer, **settings)  # fmt: skip
+    b = 0.3 * normal(*tree["w"].b.shape, seed=2)
+    b = b if quantizer is None else quantizer(b)
+    return eqx.tree_at(lambda tree: tree["w"].b, tree, b, is_leaf=zq.is_quantized)
+
+
+BASES = {
+    "floats": lambda x: x,
+    "NF4": zq.nf4(block=8),
+    "eight bits": zq.Quantizer(8),
+}
+PRODUCTS = {
+    "x W^T": (lambda w, x, y: x @ w.T, False),
+    "y W": (lambda w, x, y: y @ w, False),
+    "W x^T": (lambda w, x, y: w @ x.T, False),
+    "einsum": (lambda w, x, y: jnp.einsum("oi,bi->ob", w, x), False),
+    "row": (lambda w, x, y: w @ x[0], False),
+    "sum": (lambda w, x, y: (w * w).sum(0), True),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("base", BASES)
+def test_products_are_those_of_the_merged_weights(base, product):
+    fn, _ = PRODUCTS[product]
+    tree = adapted(BASES[base](normal(6, 16)))
+    x, y = normal(5, 16, seed=3), normal(5, 6, seed=4)
+    merged = merge(tree)["w"]
+    expected = zq.dequantize(tree["w"].base) + 2 * (
+        zq.dequantize(tree["w"].b) @ zq.dequantize(tree["w"].a)
+    )
+    np.testing.assert_allclose(merged, expected, atol=1e-5)
+    found = zq.quaxify(lambda tree: fn(tree["w"], x, y))(tree)
+    np.testing.assert_allclose(found, fn(expected, x, y), rtol=1e-4, atol=1e-4)
+
+
+def test_stacked_layers_are_scanned():
+    tree = adapted(zq.Quantizer(4, block=8)(normal(3, 16, 16)))
+    x = normal(5, 16, seed=3)
+
+    def run(w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.T), None), x, w)[0]
+
+    found = zq.quaxify(lambda tree: run(tree["w"]))(tree)
+    np.testing.assert_allclose(found, run(merge(tree)["w"]), atol=1e-4)
+
+
+@pytest.mark.parametrize("structure", ["dense", "rank_one"])
+def test_only_the_factors_move(structure):
+    tree = adapted(zq.nf4(block=8)(normal(6, 16)))
+    x = normal(5, 16, seed=3)
+    tx = zq.zoqo(0.05, 0.05, key=jax.random.key(0), structure=structure)
+
+    def value_fn(tree):
+        return jnp.square(x @ tree["w"].T + tree["bias"][0]).mean()
+
+    @jax.jit
+    def step(tree, state):
+        updates, state = tx.update(None, state, tree, value_fn=value_fn)
+        return optax.apply_updates(tree, updates), state
+
+    before, state = tree, tx.init(tree)
+    first = value_fn(merge(tree))
+    for _ in range(30):
+        tree, state = step(tree, state)
+    np.testing.assert_array_equal(tree["w"].base.codes, before["w"].base.codes)
+    np.testing.assert_array_equal(tree["w"].base.scale, before["w"].base.scale)
+    np.testing.assert_array_equal(tree["bias"], before["bias"])
+    assert (tree["w"].a.codes != before["w"].a.codes).any()
+    assert (tree["w"].b.codes != before["w"].b.codes).any()
+    assert value_fn(merge(tree)) < 0.8 * first
+
+
+def test_losses_are_those_at_the_displaced_factors():
+    tree = adapted(zq.Quantizer(4, block=8)(normal(6, 16)))
+    x = normal(5, 16, seed=3)
+    tx = zq.zoqo(0.05, 0.05, key=jax.random.key(0))
+    state = tx.init(tree)
+
+    def value_fn(tree):
+        return jnp.square(x @ tree["w"].T).mean()
+
+    _, after = tx.update(None, state, tree, value_fn=value_fn)
+    probes = tx.probes(state, tree)
+    for side, loss in zip((1, -1), after.losses[0], strict=True):
+        expected = value_fn(merge(zq.queries.endpoints(tree, probes, side)))
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_float_factors_are_trained_by_a_gradient():
+    tree = adapted(zq.nf4(block=8)(normal(6, 16)), quantizer=None)
+    x = normal(5, 16, seed=3)
+    trained, rest = eqx.partition(tree, is_factor(tree))
+
+    def loss(trained):
+        tree = eqx.combine(trained, rest)
+        return jnp.square(zq.quaxify(lambda tree: x @ tree["w"].T)(tree)).mean()
+
+    gradient = jax.grad(loss)(trained)
+    assert len(jax.tree.leaves(gradient)) == 2
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_fresh_adapter_changes_nothing():
+    tree = zq.lora({"w": normal(6, 16)}, 4, key=jax.random.key(0), where=is_weight)
+    np.testing.assert_array_equal(merge(tree)["w"], normal(6, 16))
+    assert tree["w"].scaling == 2.0
+    assert is_lora(tree["w"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"quantizer": zq.Quantizer(4)}, "range in numbers, got 'absmax'"),
+        ({"where": lambda path, leaf: False}, "chose none"),
+        ({"where": lambda path, leaf: True}, r"\['bias'\] has the shape \(3,\)"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    tree = {"w": normal(6, 16), "bias": jnp.ones(3)}
+    settings = {"rank": 1, "key": jax.random.key(0), "where": is_weight, **settings}
+    with pytest.raises(ValueError, match=message):
+        zq.lora(tree, **settings)

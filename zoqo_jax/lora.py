@@ -1,0 +1,205 @@
+"""LoRA on the grid: a frozen weight plus the product of two small ones, never added together.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:2106.09685. A
+`LoraArray` stands in a weight's place like any implicit array: the model computes `x W^T` as
+`x W0^T + (x A^T) B^T alpha / rank`. W0 may be codes or floats; A and B are codes of a grid of
+their own, which transformations move, or floats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import quax
+from jax.core import ShapedArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
+
+from zoqo_jax.arrays import freeze, is_quantized
+from zoqo_jax.quantization import Quantizer
+from zoqo_jax.rules import quaxify
+
+__all__ = ["LoraArray", "is_factor", "is_lora", "lora", "merge"]
+
+
+class LoraArray(quax.ArrayValue):
+    """`base + scaling * b @ a`, an implicit float array.
+
+    Attributes:
+        base: (..., outputs, inputs), a frozen `QuantizedArray` or floats.
+        a: (..., rank, inputs), codes or floats.
+        b: (..., outputs, rank), codes or floats.
+        scaling: alpha / rank.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    scaling: float = eqx.field(static=True)
+
+    def aval(self) -> ShapedArray:
+        """The shape and dtype that JAX code sees."""
+        return ShapedArray(tuple(self.base.shape), self.base.dtype)
+
+    def materialise(self) -> Float[Array, "..."]:
+        """The sum."""
+
+        def total(base: Array, a: Array, b: Array) -> Array:
+            return base + self.scaling * jnp.matmul(b, a).astype(base.dtype)
+
+        return quaxify(total)(self.base, self.a, self.b)
+
+
+def lora(
+    params: PyTree,
+    rank: int,
+    alpha: float | None = None,
+    *,
+    key: PRNGKeyArray,
+    where: Callable[[tuple[Any, ...], Any], bool],
+    quantizer: Quantizer | None = Quantizer(8, range=0.3),  # noqa: B008
+) -> PyTree:
+    """Give weights low-rank adapters, and freeze everything else.
+
+    A begins uniform in [-1, 1] / sqrt(inputs), as in PEFT, B at zero: the model is what it was.
+
+    Args:
+        params: any pytree; its quantized leaves are frozen.
+        rank: of the adapters, at least 1.
+        alpha: adapters are multiplied by alpha / rank; by default 2 rank.
+        key: of A.
+        where: `where(path, leaf) -> bool`, which leaves get one: (..., outputs, inputs), layers
+            stacked on leading axes.
+        quantizer: of A and B. Its range is a number: what an adapter's entries can reach. None
+            leaves them floats.
+
+    Returns:
+        The tree, with a `LoraArray` for each chosen leaf.
+
+    Raises:
+        ValueError: `rank` below 1, `where` that chooses nothing or what is no matrix, or a fitted
+            range, which the zeros of B do not have.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> params = {"w": zq.nf4()(jnp.ones((3, 64))), "b": jnp.ones(3)}
+        >>> params = lora(params, 2, key=jax.random.key(0), where=lambda path, w: w.ndim == 2)
+        >>> zq.quaxify(lambda params, x: params["w"] @ x + params["b"])(params, jnp.ones(64))
+        Array([65., 65., 65.], dtype=float32)
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}.")
+    if quantizer is not None and isinstance(quantizer.range, str):
+        raise ValueError(f"quantizer must have a range in numbers, got {quantizer.range!r}.")
+    scaling = (2 * rank if alpha is None else alpha) / rank
+    count = 0
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        nonlocal count
+        if not where(path, leaf):
+            return leaf
+        if leaf.ndim < 2:
+            raise ValueError(
+                f"where must choose matrices, but {jax.tree_util.keystr(path)} has the shape "
+                f"{leaf.shape}."
+            )
+        *stack, outputs, inputs = leaf.shape
+        reach = 1.0 / math.sqrt(inputs)
+        of_leaf = jax.random.fold_in(key, count)
+        a = jax.random.uniform(of_leaf, (*stack, rank, inputs), minval=-reach, maxval=reach)
+        b = jnp.zeros((*stack, outputs, rank))
+        count += 1
+        if quantizer is not None:
+            a, b = quantizer(a), quantizer(b)
+        return LoraArray(leaf, a, b, scaling)
+
+    adapted = jax.tree_util.tree_map_with_path(one, freeze(params), is_leaf=is_quantized)
+    if not count:
+        raise ValueError("where must choose a leaf, but chose none.")
+    return adapted
+
+
+def is_lora(leaf: Any) -> bool:
+    """Whether a leaf is a `LoraArray`; the `is_leaf` for maps over adapted trees."""
+    return isinstance(leaf, LoraArray)
+
+
+def is_factor(tree: PyTree) -> PyTree:
+    """Which leaves of an adapted tree are factors, as a tree of bools for `equinox.partition`.
+
+    Examples:
+        >>> params = lora({"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, 1, key=jax.random.key(0),
+        ...               where=lambda path, w: w.ndim == 2, quantizer=None)
+        >>> trained, rest = eqx.partition(params, is_factor(params))
+        >>> trained["b"] is None, trained["w"].a.shape
+        (True, (1, 2))
+    """
+
+    def one(leaf: Any) -> Any:
+        false = jax.tree.map(lambda _: False, leaf)
+        if not is_lora(leaf):
+            return false
+        a, b = (jax.tree.map(lambda _: True, x) for x in (leaf.a, leaf.b))
+        return dataclasses.replace(false, a=a, b=b)
+
+    return jax.tree.map(one, tree, is_leaf=is_lora)
+
+
+def merge(tree: PyTree) -> PyTree:
+    """Replace every `LoraArray` of a tree by its values.
+
+    Examples:
+        >>> params = lora({"w": jnp.ones((2, 2))}, 1, key=jax.random.key(0),
+        ...               where=lambda path, w: True)
+        >>> merge(params)["w"].tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.materialise() if is_lora(leaf) else leaf, tree, is_leaf=is_lora
+    )
+
+
+@quax.register(jax.lax.transpose_p)
+def _transpose(w: LoraArray, *, permutation: Any) -> Any:
+    *stack, last, first = range(w.ndim)
+    if tuple(permutation) != (*stack, first, last):
+        return jnp.transpose(w.materialise(), permutation)
+    turned = quaxify(lambda *arrays: [jnp.transpose(x, permutation) for x in arrays])
+    base, b, a = turned(w.base, w.a, w.b)
+    return LoraArray(base, a, b, w.scaling)
+
+
+@quax.register(jax.lax.dot_general_p)
+def _dot_right(x: ArrayLike, w: LoraArray, *, dimension_numbers: Any, **params: Any) -> Array:
+    return _product(w, jnp.asarray(x), 1, dimension_numbers, params)
+
+
+@quax.register(jax.lax.dot_general_p)
+def _dot_left(w: LoraArray, x: ArrayLike, *, dimension_numbers: Any, **params: Any) -> Array:
+    return _product(w, jnp.asarray(x), 0, dimension_numbers, params)
+
+
+def _product(w: LoraArray, x: Array, side: int, dims: Any, params: dict[str, Any]) -> Array:
+    """A product with `w` as operand number `side`: three products, none with a sum of weights."""
+
+    def dot(w: Any, x: Array, dims: Any) -> Array:
+        operands = (x, w) if side else (w, x)
+        return quaxify(
+            lambda *both: jax.lax.dot_general_p.bind(*both, dimension_numbers=dims, **params)
+        )(*operands)
+
+    contracted, batched = dims
+    if w.ndim != 2 or batched[0] or len(contracted[0]) != 1:
+        return dot(w.materialise(), x, dims)
+    (axis,) = contracted[side]
+    near, far = (w.a, w.b) if axis == 1 else (w.b, w.a)  # the factor that x meets first, and last
+    inner = dot(near, x, dims)  # rank is its last axis, or its first where w is on the left
+    rank_axis = inner.ndim - 1 if side else 0
+    both = ((rank_axis,), (axis,)) if side else ((axis,), (rank_axis,))
+    product = dot(far, inner.astype(x.dtype), (both, ((), ())))
+    return dot(w.base, x, dims) + w.scaling * product
