@@ -542,3 +542,24 @@ def test_an_empty_array_has_an_empty_direction(shape):
 def test_bad_choices_are_named_with_their_value(choices, message):
     with pytest.raises(ValueError, match=message):
         stencils.check(*choices)
+
+
+@pytest.mark.parametrize("method", ["zoqo", "caq_zo"])
+def test_a_scheduled_density_is_that_of_its_step(method):
+    def density(count):
+        return 2.0**-4 / (1.0 + jnp.float32(count))
+
+    array = zq.Quantizer(4, block=32)(jax.random.normal(jax.random.key(0), (256, 512)))
+    rates = {"learning_rate": 1.0, **({"radius": 1e-3} if method == "zoqo" else {})}
+    settings = {"key": jax.random.key(1), "structure": "sparse", **rates}
+    extra = {"noise": "rademacher"} if method == "zoqo" else {"boundary": "clamp"}
+    tx = getattr(zq, method)(density=density, **settings, **extra)
+    state = tx.init(array)
+    for count in (0, 1, 7):
+        at = state._replace(count=jnp.int32(count))
+        (stencil,) = tx.probes(at, array)
+        share = float((stencils.draw(stencil, array) != 0).mean())
+        expected = float(density(count))
+        assert abs(share - expected) < 5 * (expected / array.size) ** 0.5
+    with pytest.raises(ValueError, match=r"density must be in \(0, 1\], got 2.0"):
+        getattr(zq, method)(density=lambda count: 2.0, **settings)

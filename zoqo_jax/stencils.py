@@ -21,7 +21,8 @@ what the whole stack draws for it.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -143,6 +144,7 @@ def describe(
     structure: Structure = "dense",
     boundary: Boundary = "clamp",
     density: Float[Array, ""] | float = 1.0,
+    densest: float | None = None,
     dithered: bool = False,
 ) -> Stencil:
     """Describe a direction for `array`.
@@ -156,7 +158,8 @@ def describe(
         structure: how entries hang together.
         boundary: what happens at the grid's edges.
         density: expected fraction of the support, in (0, 1], for structure="sparse". A number costs
-            draws by its size; a traced array draws for every entry.
+            draws by its size; a traced array draws for every entry, or by the size of `densest`.
+        densest: what a traced density never exceeds.
         dithered: where mu is less than a code, keep an entry with probability mu / s instead of
             widening its reach to one whole code.
 
@@ -172,7 +175,7 @@ def describe(
     rows = draws.rows(key, array.shape[:-1])
     cell, share, digits = 1, None, draws.RESOLUTION
     if structure == "sparse":
-        cell, share = _cells(density)
+        cell, share = _cells(density, densest)
         digits = draws.RESOLUTION if share is None else _digits(share)
     digits = draws.RESOLUTION if dithered else digits
     side = jnp.ones(rows.index.shape, jnp.int8)
@@ -310,7 +313,7 @@ def dithered_reach(
     return array.spread(whole.astype(jnp.int16)) + up.astype(jnp.int16)
 
 
-def check(law: str, structure: str, boundary: str, density: Array | float) -> None:
+def check(law: str, structure: str, boundary: str, density: Any) -> None:
     """Refuse choices that no stencil can have.
 
     Raises:
@@ -326,6 +329,8 @@ def check(law: str, structure: str, boundary: str, density: Array | float) -> No
         check_choice(name, value, get_args(choices))
     if isinstance(density, Array | Tracer):
         return
+    if callable(density):
+        density = _densest(density)
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density must be in (0, 1], got {density}.")
     if density != 1.0 and structure != "sparse":
@@ -428,11 +433,28 @@ def _both_sides_fit(codes: Array, u: Array, grid: Grid) -> Bool[Array, "..."]:
     return (n + size <= grid.high) & (n - size >= grid.low)
 
 
-def _cells(density: Array | float) -> tuple[int, Array | float | None]:
+def scheduled(density: Any, count: Array) -> dict[str, Any]:
+    """What `describe` is to know of a density, or of a schedule of densities, at a step."""
+    if not callable(density):
+        return {"density": density}
+    return {"density": jnp.asarray(density(count), jnp.float32), "densest": _densest(density)}
+
+
+def _densest(schedule: Callable[[Any], Any]) -> float:
+    """A schedule's first density, which none may exceed."""
+    return float(schedule(0))
+
+
+def _cells(
+    density: Array | float, densest: float | None = None
+) -> tuple[int, Array | float | None]:
     """The length of a cell, and the share of cells in the support or None for all of them.
 
     Were every cell in the support of every direction, parities between cells would never change.
     """
+    if densest is not None:
+        cell, _ = _cells(densest)
+        return cell, jnp.clip(density * cell, 0.0, 1.0)
     if isinstance(density, Array | Tracer):
         return 1, density
     cell = min(max(int(_CELLS_FILLED / density), 1), _LONGEST_CELL)

@@ -32,7 +32,7 @@ def caq_zo(
     key: PRNGKeyArray,
     num_queries: int = 1,
     structure: Structure = "dense",
-    density: float | Array = 1.0,
+    density: Schedule | Array = 1.0,
     rounding: Rounding = "stochastic",
     threshold: float = 0.5,
     boundary: Boundary = "mask",
@@ -57,7 +57,7 @@ def caq_zo(
         num_queries: query pairs a step, q.
         structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
-            1].
+            1]; or an optax schedule of it that never exceeds its first value.
         rounding: Proj. "stochastic" is unbiased; "nearest" freezes when steps are below half a
             code; "error_feedback" adds what was not applied to the next step, for 4 bytes a code of
             state; "threshold" moves one code where the step is at least `threshold` codes long.
@@ -100,7 +100,6 @@ def caq_zo(
     mean_over_2 = float(np.float32(0.5 / num_queries)) if num_queries > 0 else 0.0
 
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
-        del count
         return stencils.describe(
             key,
             array,
@@ -108,7 +107,7 @@ def caq_zo(
             law="rademacher",
             structure=structure,
             boundary=boundary,
-            density=density,
+            **stencils.scheduled(density, count),
         )
 
     def weigh(difference: Array, r: Array) -> Float[Array, "..."]:

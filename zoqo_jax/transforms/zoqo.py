@@ -35,7 +35,7 @@ def zoqo(
     num_queries: int = 1,
     noise: Law = "uniform",
     structure: Structure = "dense",
-    density: float | Array = 1.0,
+    density: Schedule | Array = 1.0,
     vote: Vote = "mean",
     step: StepRule = "floor",
     boundary: Boundary = "clamp",
@@ -62,7 +62,8 @@ def zoqo(
         noise: law of an entry of u: "uniform" or "gaussian" on {-m .. m}, "rademacher" on {-m, m}.
         structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
-            1].
+            1]; or an optax schedule of it that never exceeds its first value. It is the step size
+            of few-bit codes.
         vote: for q > 1, g is the sign of the mean of (l+ - l-) u ("mean") or of the sum of the
             single queries' signs ("majority").
         step: "floor", the paper's E, or "dithered": E = floor(eta / s + U) with U uniform in [0, 1)
@@ -113,7 +114,7 @@ def zoqo(
             law=noise,
             structure=structure,
             boundary=boundary,
-            density=density,
+            **stencils.scheduled(density, count),
             dithered=dithered,
         )
 
