@@ -442,7 +442,8 @@ def scheduled(density: Any, count: Array) -> dict[str, Any]:
 
 def _densest(schedule: Callable[[Any], Any]) -> float:
     """A schedule's first density, which none may exceed."""
-    return float(schedule(0))
+    with jax.ensure_compile_time_eval():
+        return float(schedule(0))
 
 
 def _cells(

@@ -9,13 +9,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 __all__ = ["replay"]
 
 
 def replay(
-    params: PyTree, log: Float[Array, "steps queries"], tx: optax.GradientTransformationExtraArgs
+    params: PyTree,
+    log: Float[ArrayLike, "steps queries"],
+    tx: optax.GradientTransformationExtraArgs,
 ) -> PyTree:
     """Rebuild the codes of a run, bit for bit.
 

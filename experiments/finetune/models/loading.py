@@ -26,6 +26,7 @@ class Checkpoint(NamedTuple):
       architecture: of the decoder.
       params: for `Decoder.apply`; matrices may be a `QuantizedArray`, layers are stacked.
       tokenizer: a `tokenizers.Tokenizer`.
+      tensors: of the file, by name, as they were read.
       metadata: of the file.
       names: the file's name of each leaf of `params`, by '/'-joined path; with "{}" for the layer.
     """
@@ -33,6 +34,7 @@ class Checkpoint(NamedTuple):
     architecture: Architecture
     params: dict[str, Any]
     tokenizer: Any
+    tensors: dict[str, Any]
     metadata: dict[str, Any]
     names: dict[str, str]
 
@@ -66,7 +68,7 @@ def load_gguf(path: str | Path) -> Checkpoint:
         params, names = _tree(file.tensors, _GGUF, arch.depth, {"rope_freqs.weight"})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return Checkpoint(arch, params, file.tokenizer, file.metadata, names)
+    return Checkpoint(arch, params, file.tokenizer, file.tensors, file.metadata, names)
 
 
 def _architecture_of_gguf(file: gguf.File) -> Architecture:

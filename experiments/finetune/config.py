@@ -1,0 +1,141 @@
+"""What a fine-tuning run is: one frozen dataclass, checked when it is made."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+__all__ = ["Config", "Method", "Train"]
+
+Method = Literal["zoqo", "caq_zo", "mezo", "zo_signsgd", "adam"]
+Train = Literal["codes", "lora"]
+_FLOAT = ("mezo", "zo_signsgd", "adam")
+_NAMES = {"zoqo": "ZOQO", "caq_zo": "CAQ-ZO", "mezo": "MeZO", "zo_signsgd": "ZO-SignSGD"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one run. Where 0 is said to be allowed, it takes the method's default.
+
+    Attributes:
+      model: a GGUF file of the llama or qwen2 architecture.
+      data: "reviews" (bundled), "tfds:sst2", or a file or folder, see `data.load`.
+      output: folder of all that the run writes; a run that was interrupted goes on there.
+      train: "codes", the file's own quantized matrices in place, or "lora", adapters beside them.
+      method: "zoqo" and "caq_zo" move codes; "mezo", "zo_signsgd" and "adam" (by back-propagation)
+        move float adapters.
+      steps: of the optimizer.
+      batch_size: examples a step.
+      max_tokens: longer training examples are left out; at most the model's context.
+      learning_rate: eta; value units (zoqo, zo_signsgd, mezo, adam) or code units (caq_zo); 0: the
+        method's default.
+      radius: mu, value units (zoqo, mezo, zo_signsgd), or 0.
+      decay: what is left of the learning rate, or of the density of sparse directions, at the end;
+        it falls geometrically.
+      structure: of directions in codes, "dense", "rank_one" or "sparse".
+      noise: law of zoqo's directions.
+      step_rule: zoqo's, "floor" or "dithered".
+      density: of sparse directions at the start.
+      num_queries: directions a step.
+      query_batch: of them evaluated at once.
+      bits: of an adapter's codes, 2 to 8 (zoqo, caq_zo).
+      range: what an adapter's codes reach, value units.
+      rank: of adapters.
+      alpha: adapters are multiplied by alpha / rank.
+      targets: names of the matrices that train, of q, k, v, o, gate, up, down; empty: all of them
+        for codes, q and v for adapters.
+      eval_every: steps between looks at the dev examples.
+      dev_examples: how many of them; 0: all.
+      test_examples: how many test examples are read before and after; 0: all.
+      patience: stop after so many looks without a better one; 0: never.
+      checkpoint_every: steps between checkpoints.
+      seed: of all randomness.
+
+    Raises:
+      ValueError: a setting outside what is said above, naming it and its value.
+
+    Example:
+      >>> Config(model="model.gguf", output="run", train="lora", method="adam").learning_rate
+      0.0
+    """
+
+    model: str
+    output: str
+    data: str = "reviews"
+    train: Train = "codes"
+    method: Method = "zoqo"
+    steps: int = 200
+    batch_size: int = 32
+    max_tokens: int = 48
+    learning_rate: float = 0.0
+    radius: float = 0.0
+    decay: float = 0.125
+    structure: str = "sparse"
+    noise: str = "rademacher"
+    step_rule: str = "floor"
+    density: float = 2.0**-10
+    num_queries: int = 1
+    query_batch: int = 1
+    bits: int = 8
+    range: float = 0.3
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+    eval_every: int = 25
+    dev_examples: int = 256
+    test_examples: int = 512
+    patience: int = 0
+    checkpoint_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what no later room would check, or would only after minutes."""
+        for name in ("model", "output", "data"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty.")
+        choices = {"method": get_args(Method), "train": get_args(Train)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.method in _FLOAT and self.train == "codes":
+            raise ValueError(f"method={self.method!r} moves floats: it needs train='lora'.")
+        least = {
+            "steps": 1, "batch_size": 1, "max_tokens": 1, "num_queries": 1, "query_batch": 1,
+            "rank": 1, "eval_every": 1, "dev_examples": 0, "test_examples": 0, "patience": 0,
+            "checkpoint_every": 1, "seed": 0,
+        }  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
+        for name in ("learning_rate", "radius"):
+            if not 0 <= getattr(self, name) < math.inf:
+                value = getattr(self, name)
+                raise ValueError(f"{name} must be finite and not negative, got {value}.")
+        for name in ("decay", "range", "alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be in [2, 8], got {self.bits}.")
+        bad = [name for name in self.targets if name not in _MATRICES]
+        if bad:
+            raise ValueError(f"targets must be of {_MATRICES}, got {bad[0]!r}.")
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the matrices that train."""
+        return self.targets or (_MATRICES if self.train == "codes" else ("q", "v"))
+
+    @property
+    def moves_floats(self) -> bool:
+        """Whether the method trains floats."""
+        return self.method in _FLOAT
+
+    @property
+    def name(self) -> str:
+        """How tables call the run, e.g. "ZOQO, 8-bit LoRA"."""
+        what = "codes in place"
+        if self.train == "lora":
+            what = "float LoRA" if self.moves_floats else f"{self.bits}-bit LoRA"
+        return f"{_NAMES.get(self.method, 'Adam')}, {what}"
+
+
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")

@@ -1,0 +1,271 @@
+"""What to learn: prompts with a choice of next words, or prompts to be completed.
+
+`load` reads the bundled film reviews, SST-2, folders of TSV files and JSON lines into `Texts`;
+`encode` makes `Tokens` of them for a tokenizer, and `batches` puts sentences of like length
+together.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+__all__ = ["SENTIMENT", "Split", "Texts", "Tokens", "batches", "encode", "load", "padded"]
+
+Split = Literal["train", "dev", "test"]
+
+SENTIMENT = (" terrible", " great")
+"""The words that follow "SENTENCE It was", as in MeZO (Malladi et al., 2023, arXiv 2305.17333)."""
+
+_ASSETS = Path(__file__).resolve().parent / "assets"
+_MULTIPLE = 8  # lengths are padded to multiples of it, so that few programs are compiled
+
+
+class Texts(NamedTuple):
+    """Examples as text.
+
+    Attributes:
+      prompts: what the model reads.
+      choices: the words of which one is right, the same for all prompts; empty for completions.
+      answers: the number of the right one, for each prompt; empty for completions.
+      completions: what should follow each prompt; empty where there are choices.
+    """
+
+    prompts: list[str]
+    choices: tuple[str, ...]
+    answers: list[int]
+    completions: list[str]
+
+    def sample(self, count: int, seed: int = 0) -> "Texts":
+        """So many examples at random, or all: files are often sorted by their labels."""
+        order = np.random.default_rng(seed).permutation(len(self.prompts))
+        return self.take(order[: count or None])
+
+    def take(self, places: Sequence[int]) -> "Texts":
+        """Some of the examples."""
+        answers = [self.answers[i] for i in places] if self.choices else []
+        completions = [] if self.choices else [self.completions[i] for i in places]
+        return Texts([self.prompts[i] for i in places], self.choices, answers, completions)
+
+
+class Tokens(NamedTuple):
+    """Examples as tokens.
+
+    Attributes:
+      sequences: int32 tokens of each example: the prompt, and its completion.
+      begins: where completions begin, int32 (n,); where there are choices, the length.
+      answers: int32 (n,), numbers of the right words; zeros for completions.
+      words: int32 (choices,), the tokens to choose from; none for completions.
+    """
+
+    sequences: list[np.ndarray]
+    begins: np.ndarray
+    answers: np.ndarray
+    words: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+
+def load(source: str, split: Split) -> Texts:
+    """Examples of a split.
+
+    Args:
+      source: "reviews" (bundled: rated sentences of film reviews; a tenth each for dev and test),
+        "tfds:sst2" (tensorflow-datasets' glue/sst2; its dev is our test, a tenth of train our dev),
+        a folder with train.tsv, dev.tsv and test.tsv of lines "sentence TAB 0 or 1", or a folder or
+        file of JSON lines, {"prompt", "completion"} or {"prompt", "choices", "answer"} each; of a
+        single file a tenth each is dev and test.
+      split: "train", "dev" or "test".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: an empty file, or a line that says something else; it is named.
+
+    Example:
+      >>> texts = load("reviews", "dev")
+      >>> len(texts.prompts), texts.prompts[0], texts.choices[texts.answers[0]]
+      (1056, "If you're looking for a smart, ... It was", ' great')
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}.")
+    if source == "reviews":
+        content = gzip.decompress((_ASSETS / "film_reviews.tsv.gz").read_bytes()).decode()
+        rows = [line.split("\t") for line in content.splitlines()]
+        rated = [(text, int(float(rating) > 0)) for text, rating in rows if float(rating)]
+        return _tenths(_sentiment(rated), split)
+    if source == "tfds:sst2":
+        return _from_tfds(split)
+    path = Path(source)
+    if path.is_dir():
+        for ending, read in ((".tsv", _read_tsv), (".jsonl", _read_json_lines)):
+            if (path / f"{split}{ending}").is_file():
+                return read(path / f"{split}{ending}")
+        raise FileNotFoundError(f"data: there is no {split}.tsv or {split}.jsonl in {path}.")
+    if path.suffix in (".jsonl", ".json"):
+        return _tenths(_read_json_lines(path), split)
+    if path.suffix == ".tsv":
+        return _tenths(_read_tsv(path), split)
+    raise FileNotFoundError(
+        f"data must be reviews, tfds:sst2, a folder, or a .tsv or .jsonl file, got {source!r}."
+    )
+
+
+def encode(texts: Texts, tokenizer: Any, window: int) -> Tokens:
+    """Examples as tokens.
+
+    Args:
+      texts: the examples.
+      tokenizer: a `tokenizers.Tokenizer`.
+      window: the most tokens that the model reads.
+
+    Raises:
+      ValueError: a choice that is not one token, or an example longer than the window; named.
+    """
+    words = []
+    for choice in texts.choices:
+        ids = tokenizer.encode(choice, add_special_tokens=False).ids
+        if len(ids) != 1:
+            raise ValueError(
+                f"choices must be one token each, but {choice!r} is {len(ids)} to this tokenizer: "
+                "choose another word (most begin with a space)."
+            )
+        words += ids
+    if len(set(words)) < len(words):
+        raise ValueError(f"choices must be different tokens, got {texts.choices}.")
+    sequences = [encoded.ids for encoded in tokenizer.encode_batch(texts.prompts)]
+    begins = [len(ids) for ids in sequences]
+    if texts.completions:
+        ends = tokenizer.encode_batch(texts.completions, add_special_tokens=False)
+        sequences = [ids + end.ids for ids, end in zip(sequences, ends, strict=True)]
+    for prompt, ids, begin in zip(texts.prompts, sequences, begins, strict=True):
+        if not 0 < begin <= len(ids) <= window or (texts.completions and begin == len(ids)):
+            raise ValueError(
+                f"an example must have 1 to {window} tokens, prompt and completion at least one "
+                f"each, got {len(ids)}: {prompt[:60]!r}."
+            )
+    answers = np.array(texts.answers or [0] * len(sequences), np.int32)
+    arrays = [np.array(ids, np.int32) for ids in sequences]
+    return Tokens(arrays, np.array(begins, np.int32), answers, np.array(words, np.int32))
+
+
+def batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The places of an epoch's batches: at random, but of like lengths; the rest is left out.
+
+    Args:
+      lengths: tokens of each example.
+      size: examples in a batch.
+      seed: of the run.
+      epoch: its number.
+
+    Raises:
+      ValueError: fewer examples than a batch holds.
+
+    Example:
+      >>> lengths = np.array([9, 3, 8, 4])
+      >>> sorted(sorted(batch.tolist()) for batch in batches(lengths, 2, seed=0, epoch=0))
+      [[0, 2], [1, 3]]
+    """
+    if len(lengths) < size:
+        raise ValueError(f"batch_size must be at most {len(lengths)} examples, got {size}.")
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    whole = len(order) // size * size
+    heaps = np.array_split(order[:whole], -(-whole // (16 * size)))
+    like = np.concatenate([heap[np.argsort(lengths[heap], kind="stable")] for heap in heaps])
+    found = like.reshape(-1, size)
+    return list(found[rng.permutation(len(found))])
+
+
+def padded(sequences: Sequence[np.ndarray]) -> np.ndarray:
+    """Sequences side by side, int32 (n, length), zeros after their ends; a few lengths only.
+
+    Example:
+      >>> padded([np.array([1, 2, 3]), np.array([4])]).shape
+      (2, 8)
+    """
+    longest = max(map(len, sequences))
+    table = np.zeros((len(sequences), -(-longest // _MULTIPLE) * _MULTIPLE), np.int32)
+    for row, ids in zip(table, sequences, strict=True):
+        row[: len(ids)] = ids
+    return table
+
+
+def _sentiment(rated: Sequence[tuple[str, int]]) -> Texts:
+    prompts = [f"{text} It was" for text, _ in rated]
+    return Texts(prompts, SENTIMENT, [label for _, label in rated], [])
+
+
+def _tenths(texts: Texts, split: Split) -> Texts:
+    """A tenth of the examples at random is dev's, another test's."""
+    tenth = len(texts.prompts) // 10
+    part = {"dev": slice(tenth), "test": slice(tenth, 2 * tenth), "train": slice(2 * tenth, None)}
+    order = np.random.default_rng(0).permutation(len(texts.prompts))
+    return texts.take(order[part[split]])
+
+
+def _read_tsv(path: Path) -> Texts:
+    rated = []
+    for number, line in _lines(path):
+        sentence, tab, label = line.rpartition("\t")
+        if not tab or not sentence or label not in ("0", "1"):
+            raise ValueError(f"{path}, line {number}: not 'sentence TAB 0 or 1': {line[:60]!r}.")
+        rated.append((sentence, int(label)))
+    return _sentiment(rated)
+
+
+def _read_json_lines(path: Path) -> Texts:
+    prompts, answers, completions = [], [], []
+    choices: tuple[str, ...] | None = None
+    for number, line in _lines(path):
+        place = f"{path}, line {number}"
+        try:
+            one = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}: no JSON: {error}.") from error
+        if not isinstance(one, dict) or not isinstance(one.get("prompt"), str):
+            raise ValueError(f"{place}: wants a 'prompt', a string: {line[:60]!r}.")
+        prompts.append(one["prompt"])
+        of_line = tuple(one.get("choices", ()))
+        if choices is not None and of_line != choices:
+            raise ValueError(f"{place}: choices must be the same on all lines, got {of_line}.")
+        choices = of_line
+        if choices:
+            answer = one.get("answer")
+            if answer in choices:
+                answer = choices.index(answer)
+            if type(answer) is not int or not 0 <= answer < len(choices):
+                raise ValueError(f"{place}: answer must be one of {choices}, got {answer!r}.")
+            answers.append(answer)
+        elif not isinstance(one.get("completion"), str):
+            raise ValueError(f"{place}: wants 'choices' and an 'answer', or a 'completion'.")
+        else:
+            completions.append(one["completion"])
+    return Texts(prompts, choices or (), answers, completions)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a text file, of which there must be some."""
+    if not path.is_file():
+        raise FileNotFoundError(f"data: there is no file {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text.") from error
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: the file is empty.")
+    return iter(lines)
+
+
+def _from_tfds(split: Split) -> Texts:
+    import tensorflow_datasets as tfds
+
+    source = tfds.data_source("glue/sst2", split="validation" if split == "test" else "train")
+    rated = [(str(one["sentence"], "utf-8").strip(), int(one["label"])) for one in source]
+    if split != "test":
+        rated = [one for i, one in enumerate(rated) if (i % 10 == 0) == (split == "dev")]
+    return _sentiment(rated)

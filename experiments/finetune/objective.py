@@ -1,0 +1,110 @@
+"""What a model is asked, and how well it answers: losses of batches, accuracy of a data set."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import zoqo_jax as zq
+from experiments.finetune.data import Tokens, padded
+from experiments.finetune.models import Decoder
+
+__all__ = ["Batch", "Scores", "batch_of", "evaluator", "loss_fn"]
+
+
+class Batch(NamedTuple):
+    """Examples side by side.
+
+    Attributes:
+      tokens: int32 (n, length), zeros after the ends.
+      lengths: int32 (n,).
+      begins: int32 (n,), where completions begin.
+      answers: int32 (n,), numbers of the right words.
+      words: int32 (choices,), or none for completions.
+    """
+
+    tokens: Any
+    lengths: Any
+    begins: Any
+    answers: Any
+    words: Any
+
+
+class Scores(NamedTuple):
+    """How well a data set is answered.
+
+    Attributes:
+      accuracy: fraction of examples whose right word is likeliest of the choices; of completions,
+        fraction of tokens that are the likeliest.
+      loss: mean over examples, nats.
+    """
+
+    accuracy: float
+    loss: float
+
+
+def batch_of(tokens: Tokens, places: np.ndarray) -> Batch:
+    """Some examples, side by side."""
+    sequences = [tokens.sequences[i] for i in places]
+    lengths = np.array([len(ids) for ids in sequences], np.int32)
+    return Batch(
+        padded(sequences), lengths, tokens.begins[places], tokens.answers[places], tokens.words
+    )
+
+
+def loss_fn(model: Decoder) -> Callable[[Any, Batch], jax.Array]:
+    """A function (params, batch) -> mean loss over the examples, nats.
+
+    Cross-entropy among the choices, as in MeZO, or the mean over a completion's tokens.
+    """
+
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        return _answered(model, params, batch)[0].mean()
+
+    return loss
+
+
+def evaluator(model: Decoder, tokens: Tokens, batch_size: int = 32) -> Callable[[Any], Scores]:
+    """A function of quantized or float parameters that reads all examples, the shortest first."""
+
+    @jax.jit
+    def read(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return zq.quaxify(lambda params: _answered(model, params, batch))(params)
+
+    def evaluate(params: Any) -> Scores:
+        losses, right = [], []
+        for places, count in _in_order(tokens, batch_size):
+            loss, correct = read(params, batch_of(tokens, places))
+            losses.append(np.asarray(loss)[:count])
+            right.append(np.asarray(correct)[:count])
+        return Scores(float(np.concatenate(right).mean()), float(np.concatenate(losses).mean()))
+
+    return evaluate
+
+
+def _in_order(tokens: Tokens, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Places of batches of one size, by length, and how many of each are not there to fill it."""
+    order = np.argsort([len(ids) for ids in tokens.sequences], kind="stable")
+    for begin in range(0, len(order), size):
+        some = order[begin : begin + size]
+        yield np.resize(some, size), len(some)
+
+
+def _answered(model: Decoder, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The loss of each example, and how right it is, both float32 (n,)."""
+    if len(batch.words):
+        logits = model.apply(
+            {"params": params}, batch.tokens, at=batch.lengths - 1, words=batch.words
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.answers)
+        return losses, (logits.argmax(-1) == batch.answers).astype(jnp.float32)
+    logits = model.apply({"params": params}, batch.tokens[:, :-1])
+    places, following = jnp.arange(1, batch.tokens.shape[1]), batch.tokens[:, 1:]
+    counted = (places >= batch.begins[:, None]) & (places < batch.lengths[:, None])
+    weights = counted.astype(jnp.float32) / counted.sum(-1, keepdims=True).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, following)
+    right = (logits.argmax(-1) == following).astype(jnp.float32)
+    return (losses * weights).sum(-1), (right * weights).sum(-1)

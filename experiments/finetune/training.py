@@ -1,0 +1,391 @@
+"""The loop of a fine-tuning run: steps, looks at the dev examples, checkpoints, and going on.
+
+All that a run depends on is its configuration and the number of the step, so that a run which was
+killed goes on from its last checkpoint bit for bit. What trains is a few arrays (`Trained`): the
+bytes of codes, or floats; everything else is read from the model's file again.
+"""
+
+import dataclasses
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+import zoqo_jax as zq
+from experiments.finetune import data, objective
+from experiments.finetune.config import Config
+from experiments.finetune.models import Decoder
+from experiments.finetune.models.loading import Checkpoint
+from zoqo_jax.arrays import is_trained
+from zoqo_jax.interop.files import replacing
+from zoqo_jax.lora import is_factor
+
+__all__ = ["Outcome", "adapt", "train", "transformation"]
+
+
+class Outcome(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+      params: the trained parameters, at the step that answered the dev examples best.
+      best_step: that step.
+      log: differences of losses of the steps up to it, float32 (steps, queries); see `zq.replay`.
+      before: scores on the test examples before the run.
+      after: and at `best_step`.
+      history: what was measured on the way, a dictionary for each look at the dev examples.
+    """
+
+    params: Any
+    best_step: int
+    log: np.ndarray
+    before: objective.Scores
+    after: objective.Scores
+    history: list[dict[str, float]]
+
+
+def adapt(checkpoint: Checkpoint, config: Config) -> Any:
+    """A model's parameters, ready to be trained: all but what trains frozen.
+
+    Raises:
+      ValueError: there is nothing to train.
+    """
+    params = checkpoint.params
+
+    def is_chosen(path: tuple[Any, ...], leaf: Any) -> bool:
+        keys = [getattr(key, "key", None) for key in path]
+        return keys[0] == "layers" and keys[1] in config.matrices and keys[-1] == "weight"
+
+    if config.train == "codes":
+        params = zq.freeze(params, lambda path, leaf: not is_chosen(path, leaf))
+        if not any(map(is_trained, jax.tree.leaves(params, is_leaf=zq.is_quantized))):
+            raise ValueError(f"model: {config.model} has no codes in {', '.join(config.matrices)}.")
+        return params
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    quantizer = None if config.moves_floats else zq.Quantizer(config.bits, range=config.range)
+    settings = {"key": key, "where": is_chosen, "quantizer": quantizer}
+    return zq.lora(params, config.rank, config.alpha, **settings)
+
+
+def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run."""
+    key = jax.random.key(config.seed)
+
+    def falling(start: float) -> Callable[[Any], jax.Array]:
+        return optax.exponential_decay(start, config.steps, config.decay)
+
+    queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
+    sparse = config.structure == "sparse" and not config.moves_floats
+    density = {"density": falling(config.density)} if sparse else {}
+    shape = {"structure": config.structure, **density, **queries}
+    if config.method == "zoqo":
+        # In place a step is one code, and the density is what falls.
+        in_place = config.train == "codes"
+        rate = config.learning_rate or (1e-9 if in_place else 2e-3)
+        return zq.zoqo(
+            rate if sparse else falling(rate),
+            config.radius or (1e-9 if in_place else 2e-3),
+            noise=config.noise,
+            step=config.step_rule,
+            **shape,
+        )
+    if config.method == "caq_zo":
+        return zq.caq_zo(falling(config.learning_rate or 1.0), boundary="clamp", **shape)
+    if config.method == "adam":
+        return optax.with_extra_args_support(optax.adam(falling(config.learning_rate or 1e-3)))
+    rate = falling(config.learning_rate or (1e-3 if config.method == "zo_signsgd" else 1e-2))
+    rule = optax.sign_sgd if config.method == "zo_signsgd" else optax.sgd
+    return optax.chain(zq.spsa(config.radius or 2e-3, **queries), rule(rate))
+
+
+def train(checkpoint: Checkpoint, config: Config, *, progress: bool = True) -> Outcome:
+    """Fine-tune a model, or go on where an interrupted run of these settings stopped.
+
+    Args:
+      checkpoint: the model.
+      config: the settings.
+      progress: whether to show a progress bar.
+
+    Raises:
+      ValueError: data, model and settings that do not fit each other.
+    """
+    run = _Run(checkpoint, config)
+    return run.outcome(progress)
+
+
+class _Progress(NamedTuple):
+    """Where a run is: what a checkpoint holds."""
+
+    step: int
+    trained: list[jax.Array]  # the arrays that change
+    state: Any  # the optimizer's
+    best: list[np.ndarray]  # `trained` at `best_step`
+    best_step: int
+    best_score: float  # accuracy on the dev examples
+    log: np.ndarray  # float32 (steps, queries), written up to `step`
+    history: list[dict[str, float]]
+
+
+class _Run:
+    """A run's fixed parts."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Config) -> None:
+        self.config, self.model = config, Decoder(checkpoint.architecture)
+        window, tokenizer = checkpoint.architecture.context, checkpoint.tokenizer
+        if config.max_tokens > window:
+            raise ValueError(
+                f"max_tokens must be at most {window}, the model's context, got "
+                f"{config.max_tokens}."
+            )
+        self.examples = data.encode(data.load(config.data, "train"), tokenizer, window)
+        lengths = np.array([len(ids) for ids in self.examples.sequences])
+        self.short = np.flatnonzero(lengths <= config.max_tokens)
+        self.lengths = lengths[self.short]
+        if len(self.short) < config.batch_size:
+            raise ValueError(
+                f"batch_size must be at most {len(self.short)}, the training examples of at most "
+                f"{config.max_tokens} tokens, got {config.batch_size}."
+            )
+
+        def held_out(split: data.Split, count: int) -> Callable[[Any], objective.Scores]:
+            texts = data.load(config.data, split).sample(count, config.seed)
+            return objective.evaluator(self.model, data.encode(texts, tokenizer, window))
+
+        self.dev = held_out("dev", config.dev_examples)
+        self.test = held_out("test", config.test_examples)
+        self.tx = transformation(config)
+        self.params = adapt(checkpoint, config)
+        self.parts = _Parts.of(self.params, config)
+        self.trained, self.rest = self.parts.split(self.params)
+        self.step = jax.jit(self._step, donate_argnums=(0, 1))
+        self.folder = Path(config.output)
+        self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def outcome(self, progress: bool) -> Outcome:
+        """Train, and read the test examples before and after."""
+        config = self.config
+        self._claim_folder()
+        before = self._once("before", lambda: self.test(self.params))
+        options = ocp.CheckpointManagerOptions(max_to_keep=1)
+        folder = (self.folder / "checkpoints").resolve()
+        with ocp.CheckpointManager(folder, options=options) as kept:
+            now = self._begin(kept)
+            self._write_history(now.history)
+            with tqdm(
+                total=config.steps, initial=now.step, unit="step", disable=not progress
+            ) as bar:
+                while now.step < config.steps and not self._is_stale(now):
+                    now = self._advance(now, bar)
+                    if now.step % config.checkpoint_every == 0:
+                        self._keep(kept, now)
+            self._keep(kept, now)
+            kept.wait_until_finished()
+        params = self.parts.join(list(map(jnp.asarray, now.best)), self.rest)
+        after = self._once("after", lambda: self.test(params))
+        return Outcome(params, now.best_step, now.log[: now.best_step], before, after, now.history)
+
+    def forward_passes(self, steps: int) -> int:
+        """Evaluations of the loss on a batch; a backward pass counts as two."""
+        return steps * (3 if self.config.method == "adam" else 2 * self.config.num_queries)
+
+    def _step(
+        self, trained: Any, state: Any, rest: Any, batch: objective.Batch
+    ) -> tuple[Any, Any, jax.Array, jax.Array]:
+        """What trains and the state after a step, the loss it saw, and differences of losses."""
+        loss, config = objective.loss_fn(self.model), self.config
+        if not config.moves_floats:
+            params = self.parts.join(trained, rest)
+            updates, state = self.tx.update(
+                None, state, params, value_fn=lambda params: loss(params, batch)
+            )
+            params = optax.apply_updates(params, updates)
+            return self.parts.split(params)[0], state, state.losses.mean(), state.differences
+
+        def of_trained(trained: Any) -> jax.Array:
+            tree = self.parts.join(trained, rest)
+            return zq.quaxify(lambda tree: loss(tree, batch))(tree)
+
+        if config.method == "adam":
+            seen, gradient = jax.value_and_grad(of_trained)(trained)
+            updates, state = self.tx.update(gradient, state, trained)
+            differences = jnp.zeros(config.num_queries)
+        else:
+            updates, state = self.tx.update(None, state, trained, value_fn=of_trained)
+            seen, differences = state[0].losses.mean(), state[0].differences
+        return optax.apply_updates(trained, updates), state, seen, differences
+
+    def _advance(self, now: _Progress, bar: Any) -> _Progress:
+        """The next step, and a look at the dev examples when it is time."""
+        config, began = self.config, time.perf_counter()
+        trained, state, seen, differences = self.step(
+            now.trained, now.state, self.rest, self._batch(now.step)
+        )
+        now.log[now.step] = np.asarray(differences)
+        seconds = time.perf_counter() - began
+        now = now._replace(step=now.step + 1, trained=trained, state=state)
+        bar.update()
+        bar.set_postfix_str(
+            f"loss {float(seen):.3f}, dev {max(now.best_score, 0):.1%} at {now.best_step}, "
+            f"{_resident():.0f} MB",
+            refresh=False,
+        )
+        if now.step % config.eval_every and now.step != config.steps:
+            return now
+        scores = self.dev(self.parts.join(trained, self.rest))
+        line = {
+            "step": now.step,
+            "loss": float(seen),
+            "dev_loss": scores.loss,
+            "dev_accuracy": scores.accuracy,
+            "forward_passes": self.forward_passes(now.step),
+            "seconds_a_step": seconds,
+            "resident_mb": _resident(),
+        }
+        now = now._replace(history=[*now.history, line])
+        self._write_history([line], "a")
+        if scores.accuracy > now.best_score:
+            best = [np.array(x) for x in trained]
+            now = now._replace(best=best, best_step=now.step, best_score=scores.accuracy)
+        return now
+
+    def _batch(self, step: int) -> objective.Batch:
+        size, seed = self.config.batch_size, self.config.seed
+        epoch, place = divmod(step, len(self.short) // size)
+        if self.epoch[0] != epoch:
+            self.epoch = epoch, data.batches(self.lengths, size, seed, epoch)
+        return objective.batch_of(self.examples, self.short[self.epoch[1][place]])
+
+    def _is_stale(self, now: _Progress) -> bool:
+        patience = self.config.patience * self.config.eval_every
+        return bool(patience) and now.step - now.best_step >= patience
+
+    def _begin(self, kept: ocp.CheckpointManager) -> _Progress:
+        """The first step, or where the last checkpoint was."""
+        state = self.tx.init(self.trained if self.config.moves_floats else self.params)
+        log = np.zeros((self.config.steps, self.config.num_queries), np.float32)
+        fresh = [jnp.array(x) for x in self.trained]  # copies, that steps may write over
+        best = [np.array(x) for x in self.trained]
+        now = _Progress(0, fresh, state, best, 0, -1.0, log, [])
+        step = kept.latest_step()
+        if step is None:
+            return now
+        arrays = _arrays(now)
+        found = kept.restore(
+            step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardRestore(arrays), facts=ocp.args.JsonRestore()
+            ),
+        )
+        leaves = [jnp.asarray(x) for x in found["arrays"]["state"]]
+        typed = [
+            jax.random.wrap_key_data(x) if _is_key(like) else x
+            for x, like in zip(leaves, jax.tree.leaves(state), strict=True)
+        ]
+        return _Progress(
+            trained=[jnp.array(x) for x in found["arrays"]["trained"]],
+            state=jax.tree.unflatten(jax.tree.structure(state), typed),
+            best=[np.array(x) for x in found["arrays"]["best"]],
+            log=np.array(found["arrays"]["log"]),
+            **found["facts"],
+        )
+
+    def _keep(self, kept: ocp.CheckpointManager, now: _Progress) -> None:
+        if kept.latest_step() == now.step:
+            return
+        facts = {name: getattr(now, name) for name in _FACTS}
+        kept.save(
+            now.step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(_arrays(now)), facts=ocp.args.JsonSave(facts)
+            ),
+        )
+
+    def _claim_folder(self) -> None:
+        """Note the settings in the folder, or see that an interrupted run there had the same."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.json"
+        settings = dataclasses.asdict(self.config)
+        if path.is_file():
+            other = json.loads(path.read_text())
+            changed = [key for key in settings if other.get(key) != _plain(settings[key])]
+            changed = [key for key in changed if key != "output"]
+            if changed:
+                raise ValueError(
+                    f"output: {self.folder} holds a run with another {changed[0]}, "
+                    f"{other.get(changed[0])!r} instead of {settings[changed[0]]!r}: name another "
+                    "folder, or delete this one."
+                )
+        with replacing(path) as file:
+            file.write(json.dumps(settings, indent=1).encode())
+
+    def _once(self, name: str, measure: Callable[[], objective.Scores]) -> objective.Scores:
+        """Scores that were measured before, or are measured now and kept."""
+        path = self.folder / f"{name}.json"
+        if path.is_file():
+            return objective.Scores(**json.loads(path.read_text()))
+        scores = measure()
+        with replacing(path) as file:
+            file.write(json.dumps(scores._asdict()).encode())
+        return scores
+
+    def _write_history(self, lines: list[dict[str, float]], mode: str = "w") -> None:
+        with (self.folder / "metrics.jsonl").open(mode) as file:
+            file.writelines(f"{json.dumps(line)}\n" for line in lines)
+
+
+_FACTS = ("step", "best_step", "best_score", "history")
+
+
+class _Parts(NamedTuple):
+    """How parameters fall into arrays that a run changes and the rest."""
+
+    shape: Any  # of the whole tree
+    changes: tuple[bool, ...]  # for each of its leaves
+
+    @classmethod
+    def of(cls, params: Any, config: Config) -> "_Parts":
+        shape = jax.tree.structure(params)
+        if config.moves_floats:
+            return cls(shape, tuple(jax.tree.leaves(is_factor(params))))
+        changes = []
+        for leaf in jax.tree.leaves(params, is_leaf=zq.is_quantized):
+            packed = leaf.packed if is_trained(leaf) else None
+            changes += [array is packed for array in jax.tree.leaves(leaf)]
+        return cls(shape, tuple(changes))
+
+    def split(self, params: Any) -> tuple[list[Any], list[Any]]:
+        leaves = list(zip(jax.tree.leaves(params), self.changes, strict=True))
+        return [x for x, yes in leaves if yes], [x for x, yes in leaves if not yes]
+
+    def join(self, trained: list[Any], rest: list[Any]) -> Any:
+        some, others = iter(trained), iter(rest)
+        leaves = [next(some) if yes else next(others) for yes in self.changes]
+        return jax.tree.unflatten(self.shape, leaves)
+
+
+def _arrays(now: _Progress) -> dict[str, Any]:
+    """The arrays of a checkpoint, in lists."""
+    state = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(now.state)]
+    lists = {"trained": now.trained, "best": now.best, "state": state}
+    return {**{name: list(map(np.asarray, some)) for name, some in lists.items()}, "log": now.log}
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _resident() -> float:
+    """The process's resident memory at its highest, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,80 @@
+"""A language model of a few thousand weights in a GGUF file, and examples for it."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+import zoqo_jax as zq
+from zoqo_jax.interop import gguf
+
+WIDTH, HIDDEN, HEADS, KV_HEADS, DEPTH = 32, 64, 4, 2, 2
+WORDS = ("Ġgood", "Ġbad")
+
+
+def tokenizer_metadata():
+    """Byte-level tokens, and two words that are one token each."""
+    tokens = [chr(i) for i in range(33, 127)] + ["Ġ"]
+    merges = []
+    for word in WORDS:
+        for end in range(2, len(word) + 1):
+            merges.append(f"{word[: end - 1]} {word[end - 1]}")
+            tokens.append(word[:end])
+    tokens = list(dict.fromkeys(tokens))
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.ones(len(tokens), np.int32),
+        "tokenizer.ggml.merges": list(dict.fromkeys(merges)),
+    }
+
+
+def write_model(path, seed=0):
+    """A model of the llama architecture with Q4_0 matrices and a Q8_0 embedding."""
+    rng = np.random.default_rng(seed)
+    words = tokenizer_metadata()
+    vocabulary = len(words["tokenizer.ggml.tokens"])
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": DEPTH,
+        "llama.context_length": 64,
+        "llama.embedding_length": WIDTH,
+        "llama.feed_forward_length": HIDDEN,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": KV_HEADS,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        **words,
+    }
+
+    def codes(bits, *shape):
+        values = jnp.asarray(rng.normal(size=shape) / shape[-1] ** 0.5, jnp.float32)
+        return zq.Quantizer(bits, block=32, scale_dtype=jnp.float16)(values)
+
+    kv_width = WIDTH // HEADS * KV_HEADS
+    shapes = {
+        "attn_q": (WIDTH, WIDTH), "attn_k": (kv_width, WIDTH), "attn_v": (kv_width, WIDTH),
+        "attn_output": (WIDTH, WIDTH), "ffn_gate": (HIDDEN, WIDTH), "ffn_up": (HIDDEN, WIDTH),
+        "ffn_down": (WIDTH, HIDDEN),
+    }  # fmt: skip
+    tensors = {"token_embd.weight": codes(8, vocabulary, WIDTH)}
+    for layer in range(DEPTH):
+        for name in ("attn_norm", "ffn_norm"):
+            tensors[f"blk.{layer}.{name}.weight"] = np.ones(WIDTH, np.float32)
+        for name, shape in shapes.items():
+            tensors[f"blk.{layer}.{name}.weight"] = codes(4, *shape)
+    tensors["output_norm.weight"] = np.ones(WIDTH, np.float32)
+    gguf.save(path, tensors, metadata)
+    return path
+
+
+def write_examples(path, count=120, seed=0):
+    """JSON lines: is there a "+" in it?"""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(count):
+        letters = "".join(rng.choice(list("abc+"), rng.integers(3, 9)))
+        answer = " good" if "+" in letters else " bad"
+        lines.append({"prompt": letters, "choices": [" bad", " good"], "answer": answer})
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
