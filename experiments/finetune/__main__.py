@@ -24,7 +24,7 @@ def main(config: Config) -> None:
     logging.set_verbosity(logging.WARNING)  # of the checkpoints, which tell much
     start = time.perf_counter()
     try:
-        checkpoint = loading.load_gguf(config.model)
+        checkpoint = loading.load(config.model)
         outcome = training.train(checkpoint, config)
         written = outputs.write(checkpoint, config, outcome, time.perf_counter() - start)
     except KeyboardInterrupt:

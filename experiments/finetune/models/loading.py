@@ -4,6 +4,8 @@ A `Checkpoint` keeps the names of what was read, so that what was trained goes b
 """
 
 import dataclasses
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +16,9 @@ import numpy as np
 
 from experiments.finetune.models.decoder import Architecture
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.interop import gguf
+from zoqo_jax.interop import gguf, safetensors
 
-__all__ = ["Checkpoint", "load_gguf", "stack", "unstack"]
+__all__ = ["Checkpoint", "load", "load_gguf", "load_hugging_face", "stack", "unstack"]
 
 
 class Checkpoint(NamedTuple):
@@ -54,6 +56,152 @@ _GGUF = {
         for kind in ("weight", "bias")
     },
 }  # fmt: skip
+
+
+_LLAMA = {
+    "embedding": "model.embed_tokens.weight",
+    "output": "lm_head.weight",
+    "norm/scale": "model.norm.weight",
+    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
+    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
+    **{
+        f"layers/{ours}/{kind}": f"model.layers.{{}}.{theirs}_proj.{kind}"
+        for ours, theirs in {
+            "q": "self_attn.q", "k": "self_attn.k", "v": "self_attn.v", "o": "self_attn.o",
+            "gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down",
+        }.items()
+        for kind in ("weight", "bias")
+    },
+}  # fmt: skip
+_OPT = {
+    "embedding": "model.decoder.embed_tokens.weight",
+    "positions": "model.decoder.embed_positions.weight",
+    "output": "lm_head.weight",
+    "norm/scale": "model.decoder.final_layer_norm.weight",
+    "norm/bias": "model.decoder.final_layer_norm.bias",
+    **{
+        f"layers/{ours}/{kinds[0]}": f"model.decoder.layers.{{}}.{theirs}.{kinds[1]}"
+        for ours, theirs in {
+            "attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm",
+            "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+            "o": "self_attn.out_proj", "up": "fc1", "down": "fc2",
+        }.items()
+        for kinds in (("scale" if "norm" in ours else "weight", "weight"), ("bias", "bias"))
+    },
+}  # fmt: skip
+
+
+def load(path: str | Path) -> Checkpoint:
+    """A decoder from a GGUF file, or from a folder of safetensors.
+
+    Raises:
+      FileNotFoundError: there is nothing.
+      ValueError: it is no decoder that is read here.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"model: there is no file or folder {path}.")
+    return load_hugging_face(path) if path.is_dir() else load_gguf(path)
+
+
+def load_hugging_face(folder: str | Path) -> Checkpoint:
+    """A decoder from a folder with config.json, safetensors and tokenizer.json.
+
+    Raises:
+      FileNotFoundError: one of them is missing.
+      ValueError: another architecture, or tensors that do not make a decoder.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"model: there is no config.json in {folder}.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        arch = _architecture_of_hugging_face(settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    tensors = safetensors.load(folder)
+    if arch.tied:
+        tensors.pop("lm_head.weight", None)  # a copy
+    table = _OPT if settings["model_type"] == "opt" else _LLAMA
+    try:
+        params, names = _tree(tensors, table, arch.depth, set())
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return Checkpoint(arch, params, _tokenizer(folder), tensors, settings, names)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, or None."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    return Tokenizer.from_file(str(path)) if path.is_file() else None
+
+
+def _architecture_of_hugging_face(settings: Mapping[str, Any]) -> Architecture:
+    kind = settings.get("model_type")
+    if kind not in ("llama", "qwen2", "opt"):
+        raise ValueError(f"model_type must be llama, qwen2 or opt, got {kind!r:.40}.")
+    common: dict[str, Any] = {
+        "vocabulary": settings["vocab_size"],
+        "width": settings["hidden_size"],
+        "depth": settings["num_hidden_layers"],
+        "heads": settings["num_attention_heads"],
+        "context": settings["max_position_embeddings"],
+        "tied": settings.get("tie_word_embeddings", kind == "opt"),
+    }
+    head_width = settings.get("head_dim") or common["width"] // max(common["heads"], 1)
+    if kind == "opt":
+        odd = {"do_layer_norm_before": True, "enable_bias": True, "activation_function": "relu"}
+        for name, usual in odd.items():
+            if settings.get(name, usual) != usual:
+                raise ValueError(f"{name}={settings[name]!r} is not read.")
+        if settings.get("word_embed_proj_dim", common["width"]) != common["width"]:
+            raise ValueError("an embedding of another width than the layers' is not read.")
+        return Architecture(
+            **common,
+            kv_heads=common["heads"],
+            hidden=settings["ffn_dim"],
+            head_width=head_width,
+            norm="layer",
+            positions="learned",
+            gated=False,
+            qkv_bias=True,
+            bias=True,
+        )
+    odd = {"use_sliding_window": False, "hidden_act": "silu", "attention_bias": False}
+    for name, usual in {**odd, "mlp_bias": False}.items():
+        if (settings.get(name) or usual) != usual:
+            raise ValueError(f"{name}={settings[name]!r} is not read.")
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    base = float(settings.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
+    return Architecture(
+        **common,
+        kv_heads=settings.get("num_key_value_heads") or common["heads"],
+        hidden=settings["intermediate_size"],
+        head_width=head_width,
+        epsilon=settings.get("rms_norm_eps", 1e-6),
+        rope_base=base,
+        rope_factors=_rope_factors(rope, base, head_width),
+        qkv_bias=kind == "qwen2",
+    )
+
+
+def _rope_factors(rope: Mapping[str, Any], base: float, head_width: int) -> tuple[float, ...]:
+    """What Llama 3 divides slow frequencies by, so that they reach further than in training."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return ()
+    if kind != "llama3":
+        raise ValueError(f"rope_type must be default or llama3, got {kind!r:.40}.")
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    factors = []
+    for i in range(0, head_width, 2):
+        turns = rope["original_max_position_embeddings"] * base ** (-i / head_width) / math.tau
+        share = min(max((turns - low) / (high - low), 0.0), 1.0)  # of the frequency that is kept
+        factors.append(1.0 / ((1.0 - share) / rope["factor"] + share))
+    return tuple(factors)
 
 
 def load_gguf(path: str | Path) -> Checkpoint:
@@ -127,7 +275,7 @@ def _tree(
         folder[last] = leaf if isinstance(leaf, QuantizedArray) else leaf.astype(jnp.float32)
         names[place] = name
         used.update(of_layers)
-    unknown = sorted(set(tensors) - used)
+    unknown = sorted(name for name in set(tensors) - used if not name.endswith("inv_freq"))
     if unknown:
         raise ValueError(f"tensors without a place in the decoder: {', '.join(unknown[:3])}.")
     return params, names
