@@ -344,14 +344,20 @@ def test_too_many_images_are_refused():
 # --- the machinery --------------------------------------------------------------------------------
 
 
-def test_another_call_compiles_nothing_again(digits):
-    logits_fn, images, labels = digits
+def tracing(logits_fn):
+    """A function that does the same, and the shapes that it was traced with."""
     traced = []
 
     def counted(images):
         traced.append(images.shape)
         return logits_fn(images)
 
+    return counted, traced
+
+
+def test_another_call_compiles_nothing_again(digits):
+    logits_fn, images, labels = digits
+    counted, traced = tracing(logits_fn)
     first = attack(counted, images[:20], labels[:20], Config(budget=400, batch_size=16))
     before = len(traced)
     again = attack(counted, images[:20], labels[:20], Config(budget=400, batch_size=16, seed=0))
@@ -363,12 +369,7 @@ def test_another_call_compiles_nothing_again(digits):
 
 def test_no_program_is_compiled_for_an_image(digits):
     logits_fn, images, labels = digits
-    traced = []
-
-    def counted(images):
-        traced.append(images.shape)
-        return logits_fn(images)
-
+    counted, traced = tracing(logits_fn)
     attack(counted, images[:40], labels[:40], Config(budget=400, batch_size=16))
     assert set(traced) == {(16, 28, 28, 1)}
     assert len(traced) <= 4  # its shape, and one size of batch; tracing may visit a body twice

@@ -67,14 +67,17 @@ def loss_fn(model: Decoder) -> Callable[[Any, Batch], jax.Array]:
     return loss
 
 
-def evaluator(model: Decoder, tokens: Tokens, batch_size: int = 32) -> Callable[[Any], Scores]:
-    """A function of quantized or float parameters that reads all examples, the shortest first."""
+def evaluator(model: Decoder, batch_size: int = 32) -> Callable[[Any, Tokens], Scores]:
+    """A function (quantized or float parameters, tokens) that reads all examples, short ones first.
+
+    Data sets that are read by one evaluator share its compiled programs.
+    """
 
     @jax.jit
     def read(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return zq.quaxify(lambda params: _answered(model, params, batch))(params)
 
-    def evaluate(params: Any) -> Scores:
+    def evaluate(params: Any, tokens: Tokens) -> Scores:
         losses, right = [], []
         for places, count in _in_order(tokens, batch_size):
             loss, correct = read(params, batch_of(tokens, places))

@@ -7,15 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 import zoqo_jax as zq
 from experiments import markdown
 from experiments.finetune.config import Config
-from experiments.finetune.models.loading import Checkpoint, unstack
+from experiments.finetune.models.loading import MODULES, Checkpoint, unstack
 from experiments.finetune.training import Outcome
 from zoqo_jax.arrays import is_trained
-from zoqo_jax.interop import gguf
+from zoqo_jax.interop import gguf, safetensors
 from zoqo_jax.lora import is_lora
 
 __all__ = ["write"]
@@ -61,11 +60,8 @@ def tensors_of(checkpoint: Checkpoint, params: Any) -> dict[str, Any]:
 def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params: Any) -> None:
     """An adapter as PEFT reads it, in float32."""
     folder.mkdir(exist_ok=True)
-    names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-             "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-             "down": "mlp.down_proj"}  # fmt: skip
     tensors = {}
-    for name, module in names.items():
+    for name, module in MODULES.items():
         leaf = params["layers"].get(name, {}).get("weight")
         if not is_lora(leaf):
             continue
@@ -73,7 +69,7 @@ def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params:
             for number, layer in enumerate(np.asarray(zq.dequantize(factor))):
                 place = f"base_model.model.model.layers.{number}.{module}.lora_{kind}.weight"
                 tensors[place] = _half_split(layer, name, kind, checkpoint)
-    save_file(tensors, folder / "adapter_model.safetensors")
+    safetensors.save(folder / "adapter_model.safetensors", tensors)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -82,7 +78,7 @@ def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params:
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(names[name].split(".")[1] for name in config.matrices),
+        "target_modules": sorted(MODULES[name].split(".")[1] for name in config.matrices),
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1))
 
@@ -91,9 +87,9 @@ def _half_split(layer: np.ndarray, name: str, kind: str, checkpoint: Checkpoint)
     """B of queries and keys, its rows in Hugging Face's order: neighbours become halves."""
     arch = checkpoint.architecture
     if kind == "A" or name not in ("q", "k") or arch.positions != "pairs":
-        return np.ascontiguousarray(layer)
+        return layer
     pairs = layer.reshape(-1, arch.head_width // 2, 2, layer.shape[-1])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(layer.shape))
+    return pairs.swapaxes(1, 2).reshape(layer.shape)
 
 
 def _report(config: Config, outcome: Outcome, seconds: float, trained: str) -> str:

@@ -1,11 +1,12 @@
 """The loop of a fine-tuning run: steps, looks at the dev examples, checkpoints, and going on.
 
 All that a run depends on is its configuration and the number of the step, so that a run which was
-killed goes on from its last checkpoint bit for bit. What trains is a few arrays (`Trained`): the
-bytes of codes, or floats; everything else is read from the model's file again.
+killed goes on from its last checkpoint bit for bit. What trains is a few arrays, the bytes of
+codes or floats; everything else is read from the model's file again.
 """
 
 import dataclasses
+import functools
 import json
 import resource
 import time
@@ -157,7 +158,9 @@ class _Run:
 
         def held_out(split: data.Split, count: int) -> Callable[[Any], objective.Scores]:
             texts = data.load(config.data, split).sample(count, config.seed)
-            return objective.evaluator(self.model, data.encode(texts, tokenizer, window))
+            return functools.partial(evaluate, tokens=data.encode(texts, tokenizer, window))
+
+        evaluate = objective.evaluator(self.model)  # one, so that both compile it once
 
         self.dev = held_out("dev", config.dev_examples)
         self.test = held_out("test", config.test_examples)
@@ -312,10 +315,10 @@ class _Run:
         """Note the settings in the folder, or see that an interrupted run there had the same."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.json"
-        settings = dataclasses.asdict(self.config)
+        settings = json.loads(json.dumps(dataclasses.asdict(self.config)))  # tuples are lists there
         if path.is_file():
             other = json.loads(path.read_text())
-            changed = [key for key in settings if other.get(key) != _plain(settings[key])]
+            changed = [key for key in settings if other.get(key) != settings[key]]
             changed = [key for key in changed if key != "output"]
             if changed:
                 raise ValueError(
@@ -323,8 +326,7 @@ class _Run:
                     f"{other.get(changed[0])!r} instead of {settings[changed[0]]!r}: name another "
                     "folder, or delete this one."
                 )
-        with replacing(path) as file:
-            file.write(json.dumps(settings, indent=1).encode())
+        _write_json(path, settings)
 
     def _once(self, name: str, measure: Callable[[], objective.Scores]) -> objective.Scores:
         """Scores that were measured before, or are measured now and kept."""
@@ -332,8 +334,7 @@ class _Run:
         if path.is_file():
             return objective.Scores(**json.loads(path.read_text()))
         scores = measure()
-        with replacing(path) as file:
-            file.write(json.dumps(scores._asdict()).encode())
+        _write_json(path, scores._asdict())
         return scores
 
     def _write_history(self, lines: list[dict[str, float]], mode: str = "w") -> None:
@@ -382,8 +383,9 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def _resident() -> float:

@@ -143,12 +143,11 @@ def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
         words = tokenizing.from_gguf(metadata) if tokenizer else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    decoded = sorted({_type_name(i.kind) for i in infos if i.kind not in {*_FORMATS, *_PLAIN}})
+    decoded = [_type_name(i.kind) for i in infos if i.kind not in {*_FORMATS, *_PLAIN}]
     if decoded:
-        count = sum(i.kind not in {*_FORMATS, *_PLAIN} for i in infos)
         warnings.warn(
-            f"{path}: {count} tensors of type {', '.join(decoded)} were decoded to float32: they "
-            "have no codes of their own, and are saved as floats.",
+            f"{path}: {len(decoded)} tensors of type {', '.join(sorted(set(decoded)))} were "
+            "decoded to float32: they have no codes of their own, and are saved as floats.",
             stacklevel=2,
         )
     return File(tensors, metadata, words)

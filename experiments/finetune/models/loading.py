@@ -3,7 +3,6 @@
 A `Checkpoint` keeps the names of what was read, so that what was trained goes back to its place.
 """
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -19,7 +18,7 @@ from experiments.finetune.models.decoder import Architecture
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.interop import gguf, safetensors
 
-__all__ = ["Checkpoint", "load", "load_gguf", "load_hugging_face", "stack", "unstack"]
+__all__ = ["MODULES", "Checkpoint", "load", "load_gguf", "load_hugging_face", "stack", "unstack"]
 
 
 class Checkpoint(NamedTuple):
@@ -42,53 +41,61 @@ class Checkpoint(NamedTuple):
     names: dict[str, str]
 
 
+MODULES = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+"""What Hugging Face's Llama and Qwen2 call a layer's matrices."""
+
+
+def _linear(layer: str, modules: Mapping[str, str]) -> dict[str, str]:
+    """The names of linear maps' weights and biases in a checkpoint, by place in `params`."""
+    return {
+        f"layers/{ours}/{kind}": f"{layer}.{theirs}.{kind}"
+        for ours, theirs in modules.items()
+        for kind in ("weight", "bias")
+    }
+
+
 _GGUF = {
     "embedding": "token_embd.weight",
     "output": "output.weight",
     "norm/scale": "output_norm.weight",
     "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
     "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-    **{
-        f"layers/{ours}/{kind}": f"blk.{{}}.{theirs}.{kind}"
-        for ours, theirs in {
+    **_linear(
+        "blk.{}",
+        {
             "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
             "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
-        }.items()
-        for kind in ("weight", "bias")
-    },
+        },
+    ),
 }  # fmt: skip
-
-
 _LLAMA = {
     "embedding": "model.embed_tokens.weight",
     "output": "lm_head.weight",
     "norm/scale": "model.norm.weight",
     "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
     "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    **{
-        f"layers/{ours}/{kind}": f"model.layers.{{}}.{theirs}_proj.{kind}"
-        for ours, theirs in {
-            "q": "self_attn.q", "k": "self_attn.k", "v": "self_attn.v", "o": "self_attn.o",
-            "gate": "mlp.gate", "up": "mlp.up", "down": "mlp.down",
-        }.items()
-        for kind in ("weight", "bias")
-    },
-}  # fmt: skip
+    **_linear("model.layers.{}", MODULES),
+}
 _OPT = {
     "embedding": "model.decoder.embed_tokens.weight",
     "positions": "model.decoder.embed_positions.weight",
     "output": "lm_head.weight",
     "norm/scale": "model.decoder.final_layer_norm.weight",
     "norm/bias": "model.decoder.final_layer_norm.bias",
-    **{
-        f"layers/{ours}/{kinds[0]}": f"model.decoder.layers.{{}}.{theirs}.{kinds[1]}"
-        for ours, theirs in {
-            "attention_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm",
+    "layers/attention_norm/scale": "model.decoder.layers.{}.self_attn_layer_norm.weight",
+    "layers/attention_norm/bias": "model.decoder.layers.{}.self_attn_layer_norm.bias",
+    "layers/mlp_norm/scale": "model.decoder.layers.{}.final_layer_norm.weight",
+    "layers/mlp_norm/bias": "model.decoder.layers.{}.final_layer_norm.bias",
+    **_linear(
+        "model.decoder.layers.{}",
+        {
             "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
             "o": "self_attn.out_proj", "up": "fc1", "down": "fc2",
-        }.items()
-        for kinds in (("scale" if "norm" in ours else "weight", "weight"), ("bias", "bias"))
-    },
+        },
+    ),
 }  # fmt: skip
 
 
@@ -313,12 +320,4 @@ def stack(leaves: list[Any]) -> Any:
 
 def unstack(leaf: Any) -> list[Any]:
     """What `stack` stacked."""
-    if isinstance(leaf, QuantizedArray):
-        parts = [leaf.packed, leaf.scale] + ([] if leaf.offset is None else [leaf.offset])
-        return [
-            dataclasses.replace(
-                leaf, packed=one[0], scale=one[1], offset=one[2] if len(one) > 2 else None
-            )
-            for one in zip(*parts, strict=True)
-        ]
-    return list(leaf)
+    return [jax.tree.map(lambda x, i=i: x[i], leaf) for i in range(leaf.shape[0])]
