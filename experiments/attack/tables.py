@@ -85,47 +85,64 @@ class Runs:
 
 def _rows() -> Iterator[Row]:
     mnist = Config(num_images=0, budget=10_000)
-    thousand = dataclasses.replace(mnist, num_images=1_000)
-    cifar = dataclasses.replace(
-        thousand, dataset="cifar10", weights="cifar10", epsilon=12 / 255, batch_size=64
-    )
     robust = dataclasses.replace(mnist, weights="mnist_robust", num_images=300)
-    for table, base in (("mnist", mnist), ("cifar10", cifar), ("robust", robust)):
-        for bits in (8, 4):
-            config = dataclasses.replace(base, bits=bits)
-            yield Row(table, f"ZOQO, {bits} bit, coarse to fine", config, seeds=3)
-        yield Row(table, "SignHunter", dataclasses.replace(base, method="sign_hunter"), seeds=1)
-        yield Row(table, "Square Attack", dataclasses.replace(base, method="square"))
-        for bits in (8, 6, 4, 3, 2) if table != "robust" else (8, 4):
-            config = dataclasses.replace(base, bits=bits, structure="dense")
-            yield Row(table, f"ZOQO, {bits} bit, dense", config, _seeds(table))
-        config = dataclasses.replace(base, method="zo_sign_sgd")
-        yield Row(table, "ZO-SignSGD, float", config, _seeds(table))
+    cifar = dataclasses.replace(
+        mnist, dataset="cifar10", weights="cifar10", epsilon=12 / 255, batch_size=64
+    )
+    # Attacks of hundreds of queries get fewer images, and fewer yet where most images withstand.
+    yield from _quick("mnist", mnist)
+    yield from _dense("mnist", mnist, [8])
+    yield from _dense("mnist", _some(mnist, 1_000), [6, 4, 3, 2])
+    yield _float("mnist", _some(mnist, 300))
+    yield from _quick("robust", robust)
+    yield from _dense("robust", robust, [8, 4], seeds=1)
+    yield _float("robust", robust, seeds=1)
+    yield from _quick("cifar10", _some(cifar, 1_000))
+    yield from _dense("cifar10", _some(cifar, 100), [8, 6, 4, 3, 2])
+    yield _float("cifar10", _some(cifar, 100))
+
+    digits = _some(mnist, 300)
     for structure in ("dense", "rank_one", "sparse"):
         for noise in ("rademacher", "uniform", "gaussian"):
             for bits in (8, 4):
-                config = dataclasses.replace(thousand, structure=structure, noise=noise, bits=bits)
+                config = dataclasses.replace(digits, structure=structure, noise=noise, bits=bits)
                 yield Row("noise", f"{structure}, {noise}, {bits} bit", config)
-    for base in (thousand, cifar):
-        for weight_bits in (32, 8, 4):
-            name = f"{base.weights}, {'float' if weight_bits == 32 else f'{weight_bits} bit'}"
-            config = dataclasses.replace(base, weight_bits=weight_bits)
-            yield Row("quantized", f"{name}, ZOQO", config)
-            config = dataclasses.replace(config, method="square")
-            yield Row("quantized", f"{name}, Square Attack", config)
-    for base in (thousand, cifar):
+    for base in (_some(mnist, 1_000), _some(cifar, 300)):
+        for bits in (32, 8, 4):
+            name = f"{base.weights}, {'float' if bits == 32 else f'{bits} bit'}"
+            yield from _strongest("quantized", name, dataclasses.replace(base, weight_bits=bits))
         for loss in ("margin", "cross_entropy"):
             for targeted in (False, True):
+                name = f"{base.weights}, {'targeted, ' if targeted else ''}{loss}"
                 config = dataclasses.replace(base, loss=loss, targeted=targeted)
-                words = f"{base.weights}, {'targeted, ' if targeted else ''}{loss}"
-                yield Row("losses", f"{words}, ZOQO", config)
-                config = dataclasses.replace(config, method="square")
-                yield Row("losses", f"{words}, Square Attack", config)
+                yield from _strongest("losses", name, config)
 
 
-def _seeds(table: str) -> int:
-    """How many seeds the slow rows of a table get."""
-    return 3 if table == "mnist" else 1
+def _some(config: Config, num_images: int) -> Config:
+    return dataclasses.replace(config, num_images=num_images)
+
+
+def _quick(table: str, base: Config) -> Iterator[Row]:
+    for bits in (8, 4):
+        yield Row(table, f"ZOQO, {bits} bit, coarse to fine", dataclasses.replace(base, bits=bits))
+    config = dataclasses.replace(base, method="sign_hunter")
+    yield Row(table, "SignHunter", config, seeds=1)  # it draws nothing
+    yield Row(table, "Square Attack", dataclasses.replace(base, method="square"))
+
+
+def _dense(table: str, base: Config, all_bits: Sequence[int], seeds: int = 3) -> Iterator[Row]:
+    for bits in all_bits:
+        config = dataclasses.replace(base, bits=bits, structure="dense")
+        yield Row(table, f"ZOQO, {bits} bit, dense", config, seeds)
+
+
+def _float(table: str, base: Config, seeds: int = 3) -> Row:
+    return Row(table, "ZO-SignSGD, float", dataclasses.replace(base, method="zo_sign_sgd"), seeds)
+
+
+def _strongest(table: str, name: str, config: Config) -> Iterator[Row]:
+    yield Row(table, f"{name}, ZOQO", config)
+    yield Row(table, f"{name}, Square Attack", dataclasses.replace(config, method="square"))
 
 
 ROWS = tuple(_rows())
