@@ -1,14 +1,12 @@
 """Fine-tuning from a file to a file: what changes, what is logged, and going on after a kill."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 import tiny_model
 
 import zoqo_jax as zq
-from experiments.finetune import data, outputs, training
+from experiments.finetune import data, objective, outputs, training
 from experiments.finetune.config import Config
 from experiments.finetune.models import loading
 from zoqo_jax.interop import gguf
@@ -43,31 +41,52 @@ def config(files, folder, **changes):
 def run(chosen):
     checkpoint = loading.load_gguf(chosen.model)
     outcome = training.train(checkpoint, chosen, progress=False)
-    outputs.write(checkpoint, chosen, outcome, 1.0)
-    return checkpoint, outcome
+    outputs.write(chosen, outcome, 1.0)
+    return outcome
+
+
+def changed_by(folder, files):
+    """The names of the tensors whose codes a run moved."""
+    base, trained = (gguf.load(path).tensors for path in (files[0], folder / "model.gguf"))
+    assert list(trained) == list(base)
+    return {
+        name.removesuffix(".weight")
+        for name, old in base.items()
+        if zq.is_quantized(old) and (old.codes != trained[name].codes).any()
+    }
+
+
+def assert_log_rebuilds(outcome, chosen):
+    log = np.load(f"{chosen.output}/replay.npz")["log"]
+    start = training.adapt(outcome.model, chosen)
+    again = zq.replay(start, log, training.transformation(chosen))
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(outcome.params), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_codes_are_trained_in_place_and_rebuilt_from_the_log(files, tmp_path):
     chosen = config(files, tmp_path, targets=("q", "down"))
-    checkpoint, outcome = run(chosen)
-    base, trained = (gguf.load(path) for path in (files[0], tmp_path / "model.gguf"))
-    assert list(trained.tensors) == list(base.tensors)
-    assert trained.metadata.keys() == base.metadata.keys()
-    changed = {
-        name.split(".")[2]
-        for name, old in base.tensors.items()
-        if zq.is_quantized(old) and (old.codes != trained.tensors[name].codes).any()
-    }
-    assert changed == {"attn_q", "ffn_down"}
+    outcome = run(chosen)
+    assert {name.split(".")[2] for name in changed_by(tmp_path, files)} == {"attn_q", "ffn_down"}
     assert 0 < outcome.best_step <= 10
-
-    log = np.load(tmp_path / "replay.npz")["log"]
-    start = training.adapt(checkpoint, chosen)
-    again = zq.replay(start, log, training.transformation(chosen))
-    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(outcome.params), strict=True):
-        np.testing.assert_array_equal(one, other)
+    assert_log_rebuilds(outcome, chosen)
     assert "ZOQO, codes in place" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_the_last_layers_are_trained_on_what_those_below_say(files, tmp_path):
+    chosen = config(files, tmp_path, layers=1)
+    outcome = run(chosen)
+    changed = changed_by(tmp_path, files)
+    assert changed and all(name.startswith("blk.1.") for name in changed)
+    assert_log_rebuilds(outcome, chosen)
+    assert len(list((tmp_path / "states").iterdir())) == 3  # of train, dev and test
+
+    # What a whole model of the trained file says is what the last layer said.
+    whole = loading.load_gguf(tmp_path / "model.gguf")
+    tokens = data.encode(data.load(files[1], "test"), whole.tokenizer, 64)
+    scores = objective.evaluator(whole.decoder)(whole.params, tokens)
+    np.testing.assert_allclose(scores, outcome.after, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +100,7 @@ def test_codes_are_trained_in_place_and_rebuilt_from_the_log(files, tmp_path):
     ids=lambda changes: changes["method"],
 )
 def test_an_interrupted_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, changes):
-    _, whole = run(config(files, tmp_path / "whole", **changes))
+    whole = run(config(files, tmp_path / "whole", **changes))
     chosen = config(files, tmp_path / "parts", **changes)
     advance = training._Run._advance
     for stop in (7,) if changes == {"method": "zoqo"} else (2, 7):
@@ -95,7 +114,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, ch
         with pytest.raises(KeyboardInterrupt):
             run(chosen)
     monkeypatch.setattr(training._Run, "_advance", advance)
-    _, parts = run(chosen)
+    parts = run(chosen)
     for one, other in zip(
         jax.tree.leaves(whole.params), jax.tree.leaves(parts.params), strict=True
     ):
@@ -114,7 +133,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, ch
 def test_adapters_are_written_as_peft_reads_them(files, tmp_path, changes):
     from safetensors.numpy import load_file
 
-    _, outcome = run(config(files, tmp_path, train="lora", rank=2, steps=5, **changes))
+    outcome = run(config(files, tmp_path, train="lora", rank=2, steps=5, **changes))
     found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(found) == 2 * 2 * tiny_model.DEPTH  # A and B of q and v
     v = outcome.params["layers"]["v"]["weight"]
@@ -176,7 +195,8 @@ def test_what_does_not_fit_the_model_is_refused(files, tmp_path):
         ({"max_tokens": 65}, "max_tokens must be at most 64"),
         ({"batch_size": 1000}, "batch_size must be at most"),
         ({"max_tokens": 1}, "batch_size must be at most 0"),
+        ({"layers": 3}, "layers must be below 2, the model's, got 3"),
     ):
-        chosen = dataclasses.replace(config(files, tmp_path), **changes)
+        chosen = config(files, tmp_path / next(iter(changes)), **changes)
         with pytest.raises(ValueError, match=message):
             training.train(checkpoint, chosen, progress=False)

@@ -26,7 +26,7 @@ def main(config: Config) -> None:
     try:
         checkpoint = loading.load(config.model)
         outcome = training.train(checkpoint, config)
-        written = outputs.write(checkpoint, config, outcome, time.perf_counter() - start)
+        written = outputs.write(config, outcome, time.perf_counter() - start)
     except KeyboardInterrupt:
         print(f"interrupted: the same command goes on from {config.output}", file=sys.stderr)
         sys.exit(130)

@@ -44,6 +44,9 @@ class Config:
       alpha: adapters are multiplied by alpha / rank.
       targets: names of the matrices that train, of q, k, v, o, gate, up, down; empty: all of them
         for codes, q and v for adapters.
+      layers: how many of the last layers train; 0: all. What those below make of an example is
+        computed once and kept on disk, so that a step costs as little as these layers.
+      cache: folder for that, which runs may share; empty: in `output`.
       eval_every: steps between looks at the dev examples.
       dev_examples: how many of them; 0: all.
       test_examples: how many test examples are read before and after; 0: all.
@@ -81,6 +84,8 @@ class Config:
     rank: int = 8
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
+    layers: int = 0
+    cache: str = ""
     eval_every: int = 25
     dev_examples: int = 256
     test_examples: int = 512
@@ -101,7 +106,7 @@ class Config:
             raise ValueError(f"method={self.method!r} moves floats: it needs train='lora'.")
         least = {
             "steps": 1, "batch_size": 1, "max_tokens": 1, "num_queries": 1, "query_batch": 1,
-            "rank": 1, "eval_every": 1, "dev_examples": 0, "test_examples": 0, "patience": 0,
+            "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0, "test_examples": 0, "patience": 0,
             "checkpoint_every": 1, "seed": 0,
         }  # fmt: skip
         for name, bound in least.items():

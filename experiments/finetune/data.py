@@ -13,7 +13,17 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-__all__ = ["SENTIMENT", "Split", "Texts", "Tokens", "batches", "encode", "load", "padded"]
+__all__ = [
+    "SENTIMENT",
+    "Split",
+    "Texts",
+    "Tokens",
+    "batches",
+    "encode",
+    "in_order",
+    "load",
+    "padded",
+]
 
 Split = Literal["train", "dev", "test"]
 
@@ -59,15 +69,28 @@ class Tokens(NamedTuple):
       begins: where completions begin, int32 (n,); where there are choices, the length.
       answers: int32 (n,), numbers of the right words; zeros for completions.
       words: int32 (choices,), the tokens to choose from; none for completions.
+      states: of each example, float32 (its length, width), what a decoder reads in place of
+        tokens; None where it reads tokens.
     """
 
     sequences: list[np.ndarray]
     begins: np.ndarray
     answers: np.ndarray
     words: np.ndarray
+    states: Any = None
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def take(self, places: Sequence[int] | np.ndarray) -> "Tokens":
+        """Some of the examples."""
+        states = None if self.states is None else [self.states[i] for i in places]
+        sequences = [self.sequences[i] for i in places]
+        return Tokens(sequences, self.begins[places], self.answers[places], self.words, states)
+
+    def beside(self, states: Any) -> "Tokens":
+        """The same examples, with states."""
+        return Tokens(self.sequences, self.begins, self.answers, self.words, states)
 
 
 def load(source: str, split: Split) -> Texts:
@@ -180,15 +203,31 @@ def batches(lengths: np.ndarray, size: int, seed: int, epoch: int) -> list[np.nd
     return list(found[rng.permutation(len(found))])
 
 
+def in_order(tokens: Tokens, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Batches of one size, short examples first: their places, and how many are not there twice.
+
+    Example:
+      >>> words = np.array([1, 2])
+      >>> three = Tokens([np.zeros(n) for n in (3, 9, 1)], words, words, words)
+      >>> [(places.tolist(), count) for places, count in in_order(three, 2)]
+      [([2, 0], 2), ([1, 1], 1)]
+    """
+    order = np.argsort([len(ids) for ids in tokens.sequences], kind="stable")
+    for begin in range(0, len(order), size):
+        some = order[begin : begin + size]
+        yield np.resize(some, size), len(some)
+
+
 def padded(sequences: Sequence[np.ndarray]) -> np.ndarray:
-    """Sequences side by side, int32 (n, length), zeros after their ends; a few lengths only.
+    """Sequences (or states) side by side, zeros after their ends; a few lengths only.
 
     Example:
       >>> padded([np.array([1, 2, 3]), np.array([4])]).shape
       (2, 8)
     """
-    longest = max(map(len, sequences))
-    table = np.zeros((len(sequences), -(-longest // _MULTIPLE) * _MULTIPLE), np.int32)
+    longest, first = max(map(len, sequences)), sequences[0]
+    shape = len(sequences), -(-longest // _MULTIPLE) * _MULTIPLE, *first.shape[1:]
+    table = np.zeros(shape, first.dtype)
     for row, ids in zip(table, sequences, strict=True):
         row[: len(ids)] = ids
     return table

@@ -1,6 +1,6 @@
 """What a model is asked, and how well it answers: losses of batches, accuracy of a data set."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import zoqo_jax as zq
-from experiments.finetune.data import Tokens, padded
+from experiments.finetune.data import Tokens, in_order, padded
 from experiments.finetune.models import Decoder
 
 __all__ = ["Batch", "Scores", "batch_of", "evaluator", "loss_fn"]
@@ -24,6 +24,7 @@ class Batch(NamedTuple):
       begins: int32 (n,), where completions begin.
       answers: int32 (n,), numbers of the right words.
       words: int32 (choices,), or none for completions.
+      states: float32 (n, length, width), what the decoder reads in place of tokens, or None.
     """
 
     tokens: Any
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     begins: Any
     answers: Any
     words: Any
+    states: Any = None
 
 
 class Scores(NamedTuple):
@@ -50,9 +52,9 @@ def batch_of(tokens: Tokens, places: np.ndarray) -> Batch:
     """Some examples, side by side."""
     sequences = [tokens.sequences[i] for i in places]
     lengths = np.array([len(ids) for ids in sequences], np.int32)
-    return Batch(
-        padded(sequences), lengths, tokens.begins[places], tokens.answers[places], tokens.words
-    )
+    states = None if tokens.states is None else padded([tokens.states[i] for i in places])
+    begins, answers = tokens.begins[places], tokens.answers[places]
+    return Batch(padded(sequences), lengths, begins, answers, tokens.words, states)
 
 
 def loss_fn(model: Decoder) -> Callable[[Any, Batch], jax.Array]:
@@ -79,7 +81,7 @@ def evaluator(model: Decoder, batch_size: int = 32) -> Callable[[Any, Tokens], S
 
     def evaluate(params: Any, tokens: Tokens) -> Scores:
         losses, right = [], []
-        for places, count in _in_order(tokens, batch_size):
+        for places, count in in_order(tokens, batch_size):
             loss, correct = read(params, batch_of(tokens, places))
             losses.append(np.asarray(loss)[:count])
             right.append(np.asarray(correct)[:count])
@@ -88,23 +90,14 @@ def evaluator(model: Decoder, batch_size: int = 32) -> Callable[[Any, Tokens], S
     return evaluate
 
 
-def _in_order(tokens: Tokens, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Places of batches of one size, by length, and how many of each are not there to fill it."""
-    order = np.argsort([len(ids) for ids in tokens.sequences], kind="stable")
-    for begin in range(0, len(order), size):
-        some = order[begin : begin + size]
-        yield np.resize(some, size), len(some)
-
-
 def _answered(model: Decoder, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The loss of each example, and how right it is, both float32 (n,)."""
+    read = batch.tokens if batch.states is None else batch.states
     if len(batch.words):
-        logits = model.apply(
-            {"params": params}, batch.tokens, at=batch.lengths - 1, words=batch.words
-        )
+        logits = model.apply({"params": params}, read, at=batch.lengths - 1, words=batch.words)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.answers)
         return losses, (logits.argmax(-1) == batch.answers).astype(jnp.float32)
-    logits = model.apply({"params": params}, batch.tokens[:, :-1])
+    logits = model.apply({"params": params}, read[:, :-1])
     places, following = jnp.arange(1, batch.tokens.shape[1]), batch.tokens[:, 1:]
     counted = (places >= batch.begins[:, None]) & (places < batch.lengths[:, None])
     weights = counted.astype(jnp.float32) / counted.sum(-1, keepdims=True).astype(jnp.float32)

@@ -20,7 +20,7 @@ from zoqo_jax.lora import is_lora
 __all__ = ["write"]
 
 
-def write(checkpoint: Checkpoint, config: Config, outcome: Outcome, seconds: float) -> list[Path]:
+def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
     """Write the trained codes or adapter, the seed log, and the report.
 
     Returns:
@@ -29,10 +29,10 @@ def write(checkpoint: Checkpoint, config: Config, outcome: Outcome, seconds: flo
     folder = Path(config.output)
     if config.train == "codes":
         trained = folder / "model.gguf"
-        gguf.save(trained, tensors_of(checkpoint, outcome.params), checkpoint.metadata)
+        gguf.save(trained, tensors_of(outcome.model, outcome.params), outcome.model.metadata)
     else:
         trained = folder / "adapter"
-        _write_adapter(trained, checkpoint, config, outcome.params)
+        _write_adapter(trained, outcome.model, config, outcome.params)
     written = [trained]
     if not config.moves_floats:
         np.savez_compressed(folder / "replay.npz", log=outcome.log)
@@ -45,13 +45,12 @@ def write(checkpoint: Checkpoint, config: Config, outcome: Outcome, seconds: flo
 
 def tensors_of(checkpoint: Checkpoint, params: Any) -> dict[str, Any]:
     """The file's tensors, by their names there and in their order, with trained codes in place."""
-    found = dict(checkpoint.tensors)
+    found = gguf.load(checkpoint.path, tokenizer=False).tensors
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=zq.is_quantized):
         if not is_trained(leaf):
             continue
         name = checkpoint.names["/".join(str(key.key) for key in path)]
-        layers = unstack(leaf) if "{}" in name else [leaf]
-        for number, layer in enumerate(layers):
+        for number, layer in zip(checkpoint.span, unstack(leaf), strict=True):
             old = found[name.format(number)]
             found[name.format(number)] = old.moved(layer.codes)
     return found
@@ -66,7 +65,8 @@ def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params:
         if not is_lora(leaf):
             continue
         for factor, kind in ((leaf.a, "A"), (leaf.b, "B")):
-            for number, layer in enumerate(np.asarray(zq.dequantize(factor))):
+            layers = np.asarray(zq.dequantize(factor))
+            for number, layer in zip(checkpoint.span, layers, strict=True):
                 place = f"base_model.model.model.layers.{number}.{module}.lora_{kind}.weight"
                 tensors[place] = _half_split(layer, name, kind, checkpoint)
     safetensors.save(folder / "adapter_model.safetensors", tensors)

