@@ -10,16 +10,16 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from absl import app, flags, logging
 
-from experiments.attack import config, models, report
+from experiments import settings
+from experiments.attack import config, report
 from experiments.attack.config import Config
 from experiments.attack.run import Metrics, run
 
-_DEFAULT = Config()
-
+_GIVEN = settings.define(Config, leave_out=["method", "bits", "structure", "epsilon"])
 _BITS = flags.DEFINE_list("bits", ["8", "4"], "bit widths of the ZOQO runs, 2 to 8")
 _STRUCTURES = flags.DEFINE_list(
     "structures",
@@ -32,36 +32,6 @@ _PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
 _EPSILON = flags.DEFINE_float(
     "epsilon", None, "radius of the l_inf ball, pixels in [0, 1]; default: 0.3, CIFAR-10 12/255"
 )
-
-_HELP: dict[str, Any] = {
-    "dataset": "mnist (bundled), tfds:NAME, a folder of IDX files or pictures, a tar file",
-    "weights": f"{', '.join(models.BUNDLED)}, or an .npz of experiments.attack.train",
-    "weight_bits": "quantize the attacked network: 2 to 8, or 32 for floats",
-    "num_images": "correctly classified images to attack; 0: all",
-    "budget": "most model evaluations for an image",
-    "loss": "margin or cross_entropy",
-    "targeted": "look for one wrong class, drawn for each image, instead of any",
-    "noise": "law of ZOQO's directions: uniform, gaussian or rademacher",
-    "step": "ZOQO's step rule, floor (the paper's) or dithered",
-    "learning_rate": "first step in pixel values; 0: the method's own",
-    "decay_steps": "ZOQO's learning rate falls as 1/sqrt(1 + t/decay_steps); 0: constant",
-    "radius": "size of the probes in pixel values; 0: the method's own",
-    "num_queries": "directions a step; 0: the method's own",
-    "density": "share of pixels in a sparse direction or Square Attack's first square; 0: its own",
-    "seed": "seed of all randomness",
-    "batch_size": "images attacked at a time",
-    "model_batch": "images that the model evaluates at a time",
-}
-_KINDS = {
-    bool: flags.DEFINE_bool,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
-}
-_SETTINGS = {
-    name: _KINDS[type(getattr(_DEFAULT, name))](name, getattr(_DEFAULT, name), text)
-    for name, text in _HELP.items()
-}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -88,11 +58,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _configs() -> list[Config]:
-    settings = {name: flag.value for name, flag in _SETTINGS.items()}
-    epsilon = _EPSILON.value
-    if epsilon is None:
-        epsilon = 12 / 255 if settings["weights"] == "cifar10" else _DEFAULT.epsilon
-    base = Config(**settings, epsilon=epsilon)
+    given = _GIVEN()
+    usual = 12 / 255 if given["weights"] == "cifar10" else Config.epsilon
+    base = Config(**given, epsilon=usual if _EPSILON.value is None else _EPSILON.value)
     configs = []
     for structure in _STRUCTURES.value:
         for bits in _BITS.value:

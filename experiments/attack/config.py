@@ -1,8 +1,9 @@
 """What an attack run is: one frozen dataclass, checked when it is made."""
 
 import dataclasses
-import math
-from typing import Literal, get_args
+from typing import Literal
+
+from experiments import settings
 
 __all__ = ["Config", "Loss", "MethodName", "Structure"]
 
@@ -72,27 +73,18 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check what no later room would check, or would only after minutes."""
-        choices = {"method": MethodName, "structure": Structure, "loss": Loss}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                given = getattr(self, name)
-                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {given!r}.")
+        settings.check(
+            self,
+            least={"num_images": 0, "budget": 2, "batch_size": 1, "model_batch": 1},
+            positive=("epsilon",),
+            not_negative=("learning_rate", "decay_steps", "radius", "num_queries"),
+        )
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be in [2, 8], got {self.bits}.")
         if not (2 <= self.weight_bits <= 8 or self.weight_bits == 32):
             raise ValueError(f"weight_bits must be in [2, 8] or 32, got {self.weight_bits}.")
-        least = {"num_images": 0, "budget": 2, "batch_size": 1, "model_batch": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
-        for name in ("learning_rate", "decay_steps", "radius", "num_queries"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {value}.")
         if not 0 <= self.density <= 1:
             raise ValueError(f"density must be in [0, 1], got {self.density}.")
-        if not 0.0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon must be positive and finite, got {self.epsilon}.")
 
     @property
     def name(self) -> str:

@@ -15,22 +15,22 @@
 An interrupted training goes on from its last whole epoch.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app
 from flax import serialization
 from tqdm import tqdm
 
+from experiments import settings
 from experiments.attack.data import load
 from experiments.attack.models import CNN, LogitsFn, ResNet, fold, load_classifier, save_params
 from zoqo_jax.interop.files import replacing
@@ -98,13 +98,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError(f"output must name a file, got {self.output!r}.")
-        if self.network not in get_args(Network):
-            raise ValueError(f"network must be one of {get_args(Network)}, got {self.network!r}.")
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
-            raise ValueError(f"learning_rate must not be negative, got {self.learning_rate}.")
+        least = {"epochs": 0, "batch_size": 0}
+        settings.check(self, least=least, not_negative=["learning_rate"])
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32 - 1], got {self.seed}.")
 
@@ -332,26 +327,6 @@ def _resume(config: TrainConfig, training: _Training) -> tuple[int, _Training]:
     return kept["epochs"], jax.tree.map(jnp.asarray, kept["training"])
 
 
-def _parse(argv: list[str]) -> TrainConfig:
-    # Defined here and not on import, so that several experiments can be imported together.
-    default = TrainConfig(data="-", output="-")
-    flags.DEFINE_string(
-        "data", None, "IDX folder, picture folder or tar file, or tfds:NAME.", required=True
-    )
-    flags.DEFINE_string("output", None, "The .npz file of weights to write.", required=True)
-    flags.DEFINE_enum("network", default.network, get_args(Network), "What to train.")
-    flags.DEFINE_integer("epochs", 0, "Passes over the training images; 0: the network's own.")
-    flags.DEFINE_integer("batch_size", 0, "Images per step; 0: the network's own.")
-    flags.DEFINE_float("learning_rate", 0.0, "The highest one; 0: the network's own.")
-    flags.DEFINE_integer("seed", default.seed, "Seed of weights, image order and shifts.")
-    flags.DEFINE_bool("progress", default.progress, "Whether to show a progress bar.")
-    rest = flags.FLAGS(argv)[1:]
-    if rest:
-        raise app.UsageError(f"unknown arguments: {' '.join(rest)}")
-    names = TrainConfig.__dataclass_fields__
-    return TrainConfig(**{name: getattr(flags.FLAGS, name) for name in names})
-
-
 def _main(config: TrainConfig) -> None:
     metrics = train(config)
     print(
@@ -361,4 +336,4 @@ def _main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=_parse)
+    app.run(_main, flags_parser=settings.parser(TrainConfig))

@@ -7,13 +7,12 @@ kind of file, a log that rebuilds it (`zq.replay`), and a report with curves. A 
 goes on when the same command is given again.
 """
 
-import dataclasses
 import sys
 import time
-import typing
 
-from absl import app, flags, logging
+from absl import app, logging
 
+from experiments import settings
 from experiments.finetune import outputs, training
 from experiments.finetune.config import Config
 from experiments.finetune.models import loading
@@ -39,46 +38,5 @@ def main(config: Config) -> None:
     )
 
 
-def _parse(argv: list[str]) -> Config:
-    helps = _descriptions()
-    hints = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        default = None if field.default is dataclasses.MISSING else field.default
-        settings = {"required": default is None}
-        kind, text = hints[field.name], helps[field.name]
-        if typing.get_origin(kind) is typing.Literal:
-            flags.DEFINE_enum(field.name, default, typing.get_args(kind), text, **settings)
-        elif typing.get_origin(kind) is tuple:
-            flags.DEFINE_list(field.name, list(default or ()), text)
-        else:
-            define = {
-                int: flags.DEFINE_integer,
-                float: flags.DEFINE_float,
-                str: flags.DEFINE_string,
-            }
-            define[kind](field.name, default, text, **settings)
-    rest = flags.FLAGS(argv)[1:]
-    if rest:
-        raise app.UsageError(f"unknown arguments: {' '.join(rest)}")
-    given = {field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Config)}
-    try:
-        return Config(**{**given, "targets": tuple(given["targets"])})
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
-
-
-def _descriptions() -> dict[str, str]:
-    """What `Config` says of each setting."""
-    found, name = {}, ""
-    text = (Config.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
-    for line in text.splitlines():
-        head, colon, tail = line.strip().partition(": ")
-        if colon and head in Config.__dataclass_fields__:
-            name, line = head, tail
-        if name:
-            found[name] = f"{found.get(name, '')} {line.strip()}".strip()
-    return found
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=settings.parser(Config))

@@ -1,8 +1,9 @@
 """What a fine-tuning run is: one frozen dataclass, checked when it is made."""
 
 import dataclasses
-import math
-from typing import Literal, get_args
+from typing import Literal
+
+from experiments import settings
 
 __all__ = ["Config", "Method", "Train"]
 
@@ -98,27 +99,15 @@ class Config:
         for name in ("model", "output", "data"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty.")
-        choices = {"method": get_args(Method), "train": get_args(Train)}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        if self.method in _FLOAT and self.train == "codes":
-            raise ValueError(f"method={self.method!r} moves floats: it needs train='lora'.")
         least = {
             "steps": 1, "batch_size": 1, "max_tokens": 1, "num_queries": 1, "query_batch": 1,
-            "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0, "test_examples": 0, "patience": 0,
-            "checkpoint_every": 1, "seed": 0,
+            "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0, "test_examples": 0,
+            "patience": 0, "checkpoint_every": 1, "seed": 0,
         }  # fmt: skip
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}.")
-        for name in ("learning_rate", "radius"):
-            if not 0 <= getattr(self, name) < math.inf:
-                value = getattr(self, name)
-                raise ValueError(f"{name} must be finite and not negative, got {value}.")
-        for name in ("decay", "range", "alpha"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        rates = ("learning_rate", "radius")
+        settings.check(self, least=least, positive=("decay", "range", "alpha"), not_negative=rates)
+        if self.method in _FLOAT and self.train == "codes":
+            raise ValueError(f"method={self.method!r} moves floats: it needs train='lora'.")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be in [2, 8], got {self.bits}.")
         bad = [name for name in self.targets if name not in _MATRICES]
