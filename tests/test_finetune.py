@@ -86,7 +86,8 @@ def test_the_last_layers_are_trained_on_what_those_below_say(files, tmp_path):
     whole = loading.load_gguf(tmp_path / "model.gguf")
     tokens = data.encode(data.load(files[1], "test"), whole.tokenizer, 64)
     scores = objective.evaluator(whole.decoder)(whole.params, tokens)
-    np.testing.assert_allclose(scores, outcome.after, rtol=1e-5)
+    np.testing.assert_allclose(scores[:2], outcome.after[:2], rtol=1e-5)
+    assert scores.said == tuple(outcome.after.said)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +106,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, ch
     advance = training._Run._advance
     for stop in (7,) if changes == {"method": "zoqo"} else (2, 7):
 
-        def interrupted(self, now, bar, stop=stop):
+        def interrupted(self, now, *rest, stop=stop):
             if now.step == stop:
                 raise KeyboardInterrupt
-            return advance(self, now, bar)
+            return advance(self, now, *rest)
 
         monkeypatch.setattr(training._Run, "_advance", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -118,6 +118,7 @@ def _report(config: Config, outcome: Outcome, seconds: float, trained: str) -> s
 {table}
 
 The best step by dev accuracy was {outcome.best_step}; `{trained}` is what it left.
+{_examples(outcome)}
 {seconds:.0f} seconds in all, {last.get("resident_mb", 0):.0f} MiB resident at most.
 
 ![loss and dev accuracy](curves.png)
@@ -128,6 +129,32 @@ The best step by dev accuracy was {outcome.best_step}; `{trained}` is what it le
 {settings}
 ```
 """
+
+
+def _examples(outcome: Outcome, count: int = 4) -> str:
+    """Test sentences whose answer changed, and some whose answer is still wrong, as a table."""
+    texts, before, after = outcome.test, outcome.before.said, outcome.after.said
+    groups: dict[str, list[int]] = {"learned": [], "forgotten": [], "still wrong": []}
+    for place, (was, now, right) in enumerate(zip(before, after, texts.answers, strict=False)):
+        if now == right != was:
+            groups["learned"].append(place)
+        elif now != right:
+            groups["forgotten" if was == right else "still wrong"].append(place)
+    rows = [
+        [
+            texts.prompts[i].replace("|", "\\|"),
+            texts.choices[before[i]],
+            texts.choices[after[i]],
+            name,
+        ]
+        for name, places in groups.items()
+        for i in places[:count]
+    ]
+    if not rows:
+        return ""
+    counts = ", ".join(f"{len(places)} {name}" for name, places in groups.items())
+    head = ["prompt", "before", "after", ""]
+    return f"\nOf {len(after)} test examples: {counts}.\n\n{markdown.table(head, rows)}\n"
 
 
 def _draw(outcome: Outcome, path: Path) -> None:

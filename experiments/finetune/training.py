@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import zoqo_jax as zq
@@ -44,6 +45,7 @@ class Outcome(NamedTuple):
       before: scores on the test examples before the run.
       after: and at `best_step`.
       history: what was measured on the way, a dictionary for each look at the dev examples.
+      test: the test examples.
     """
 
     model: Checkpoint
@@ -53,6 +55,7 @@ class Outcome(NamedTuple):
     before: objective.Scores
     after: objective.Scores
     history: list[dict[str, float]]
+    test: data.Texts
 
 
 def adapt(checkpoint: Checkpoint, config: Config) -> Any:
@@ -170,13 +173,14 @@ class _Run:
         self.examples, self.lengths = to_read(examples.take(short)), lengths[short]
         evaluate = objective.evaluator(self.model.decoder)  # one, so that both compile it once
 
-        def held_out(split: data.Split, count: int) -> Callable[[Any], objective.Scores]:
-            texts = data.load(config.data, split).sample(count, config.seed)
+        def scores_on(texts: data.Texts) -> Callable[[Any], objective.Scores]:
             tokens = to_read(data.encode(texts, tokenizer, window))
             return functools.partial(evaluate, tokens=tokens)
 
-        self.dev = held_out("dev", config.dev_examples)
-        self.test = held_out("test", config.test_examples)
+        self.texts = data.load(config.data, "test").sample(config.test_examples, config.seed)
+        self.test = scores_on(self.texts)
+        dev = data.load(config.data, "dev").sample(config.dev_examples, config.seed)
+        self.dev = scores_on(dev)
         self.tx = transformation(config)
         self.params = adapt(self.model, config)
         self.parts = _Parts.of(self.params, config)
@@ -187,25 +191,32 @@ class _Run:
     def outcome(self) -> Outcome:
         """Train, and read the test examples before and after."""
         config = self.config
-        before = self._once("before", lambda: self.test(self.params))
+        before = self._once("before", self.params)
         options = ocp.CheckpointManagerOptions(max_to_keep=1)
         folder = (self.folder / "checkpoints").resolve()
         with ocp.CheckpointManager(folder, options=options) as kept:
             now = self._begin(kept)
             self._write_history(now.history)
-            with tqdm(
-                total=config.steps, initial=now.step, unit="step", disable=not self.progress
-            ) as bar:
+            board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=now.step)
+            bar = tqdm(total=config.steps, initial=now.step, unit="step", disable=not self.progress)
+            with bar, board:
                 while now.step < config.steps and not self._is_stale(now):
-                    now = self._advance(now, bar)
+                    now = self._advance(now, bar, board)
                     if now.step % config.checkpoint_every == 0:
                         self._keep(kept, now)
             self._keep(kept, now)
             kept.wait_until_finished()
         params = self.parts.join(list(map(jnp.asarray, now.best)), self.rest)
-        after = self._once("after", lambda: self.test(params))
-        log = now.log[: now.best_step]
-        return Outcome(self.model, params, now.best_step, log, before, after, now.history)
+        return Outcome(
+            model=self.model,
+            params=params,
+            best_step=now.best_step,
+            log=now.log[: now.best_step],
+            before=before,
+            after=self._once("after", params),
+            history=now.history,
+            test=self.texts,
+        )
 
     def forward_passes(self, steps: int) -> int:
         """Evaluations of the loss on a batch; a backward pass counts as two."""
@@ -237,7 +248,7 @@ class _Run:
             seen, differences = state[0].losses.mean(), state[0].differences
         return optax.apply_updates(trained, updates), state, seen, differences
 
-    def _advance(self, now: _Progress, bar: Any) -> _Progress:
+    def _advance(self, now: _Progress, bar: Any, board: SummaryWriter) -> _Progress:
         """The next step, and a look at the dev examples when it is time."""
         config, began = self.config, time.perf_counter()
         trained, state, seen, differences = self.step(
@@ -246,10 +257,11 @@ class _Run:
         now.log[now.step] = np.asarray(differences)
         seconds = time.perf_counter() - began
         now = now._replace(step=now.step + 1, trained=trained, state=state)
+        board.add_scalar("loss", float(seen), now.step)
         bar.update()
         bar.set_postfix_str(
-            f"loss {float(seen):.3f}, dev {max(now.best_score, 0):.1%} at {now.best_step}, "
-            f"{_resident():.0f} MB",
+            f"{self.forward_passes(1) / seconds:.1f} forward passes/s, loss {float(seen):.3f}, "
+            f"dev {max(now.best_score, 0):.1%} at {now.best_step}, {_resident():.0f} MB",
             refresh=False,
         )
         if now.step % config.eval_every and now.step != config.steps:
@@ -264,6 +276,8 @@ class _Run:
             "seconds_a_step": seconds,
             "resident_mb": _resident(),
         }
+        for name in ("dev_loss", "dev_accuracy", "forward_passes", "resident_mb"):
+            board.add_scalar(name, line[name], now.step)
         now = now._replace(history=[*now.history, line])
         self._write_history([line], "a")
         if scores.accuracy > now.best_score:
@@ -340,12 +354,12 @@ class _Run:
                 )
         _write_json(path, settings)
 
-    def _once(self, name: str, measure: Callable[[], objective.Scores]) -> objective.Scores:
-        """Scores that were measured before, or are measured now and kept."""
+    def _once(self, name: str, params: Any) -> objective.Scores:
+        """Scores on the test examples that were measured before, or are measured now and kept."""
         path = self.folder / f"{name}.json"
         if path.is_file():
             return objective.Scores(**json.loads(path.read_text()))
-        scores = measure()
+        scores = self.test(params)
         _write_json(path, scores._asdict())
         return scores
 
