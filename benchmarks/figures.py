@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.tables import ABSENT, MEBI, STRUCTURES, Entry, Measured, median, ratio, temporary
@@ -25,7 +24,6 @@ def draw(one: Measured, where: Path) -> None:
     drawings = {"step": _draw_step, "scaling": _draw_scaling, "memory": _draw_memory}
     for name, drawing in drawings.items():
         fig = Figure(figsize=(10.0, 4.2), layout="constrained")
-        FigureCanvasAgg(fig)
         drawing(fig, one)
         where.mkdir(parents=True, exist_ok=True)
         fig.savefig(where / file_of(name, one), dpi=130)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from absl import app, flags
 
-__all__ = ["check", "define", "parser"]
+__all__ = ["arguments", "check", "define", "parser"]
 
 flags.disclaim_key_flags()  # they belong to the command that asks for them, and to its --help
 
@@ -95,6 +95,24 @@ def define(kind: type, leave_out: Collection[str] = ()) -> Callable[[], dict[str
         return {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
 
     return given
+
+
+def arguments(config: Any) -> list[str]:
+    """The command line that gives these settings to `parser`.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Config:
+      ...   loss: str = "margin"
+      ...   layers: tuple[str, ...] = ("q", "v")
+      >>> arguments(Config())
+      ['--loss=margin', '--layers=q,v']
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return [
+        f"--{name}={','.join(value) if isinstance(value, tuple) else value}"
+        for name, value in values.items()
+    ]
 
 
 def parser(kind: type) -> Callable[[list[str]], Any]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments.markdown import filled, table
+from experiments.markdown import filled, interval, table
 
 if TYPE_CHECKING:
     from experiments.attack.tables import Runs
 
-__all__ = ["Example", "examples", "interval", "markdown", "write"]
+__all__ = ["Example", "examples", "markdown", "write"]
 
 _HEADER = ["attack", "images", "seeds", "failure rate", "mean queries", "median", "images/s"]
-_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, seeds - 1 degrees
 _PANELS = ("mnist", "cifar10", "robust")
 _TITLES = {
     "mnist": "MNIST, $\\epsilon$ = 0.3",
@@ -66,20 +64,6 @@ def markdown(found: Sequence[Runs]) -> str:
     return table(_HEADER, map(_cells, found))
 
 
-def interval(values: Sequence[float], digits: int) -> str:
-    """Mean over seeds and its 95 % interval by Student's t, e.g. "12.3 ± 0.4"; one seed has none.
-
-    Example:
-      >>> interval([1.0, 2.0, 3.0], 1), interval([4.0], 2)
-      ('2.0 ± 2.5', '4.00')
-    """
-    mean = f"{np.mean(values):.{digits}f}"
-    if len(values) < 2:
-        return mean
-    half = _T95[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{mean} ± {half:.{digits}f}"
-
-
 def _cells(runs: Runs) -> list[str]:
     found = [queries[queries > 0] for queries in runs.queries]
     none = any(not len(queries) for queries in found)
@@ -97,11 +81,9 @@ def _cells(runs: Runs) -> list[str]:
 
 def _figure(columns: int, rows: int = 1, size: tuple[float, float] = (4.2, 3.9)) -> Any:
     """A figure and its axes (rows, columns), each of them `size` inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    FigureCanvasAgg(fig)
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 

@@ -33,11 +33,9 @@ def table(runs: Sequence[Metrics]) -> str:
 
 def figure(runs: Sequence[Metrics], path: str | Path) -> None:
     """Draw images before and after, and failures against queries; the path's suffix says how."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(11.0, 5.6), layout="constrained")
-    FigureCanvasAgg(fig)
     left, right = fig.subfigures(1, 2, width_ratios=(1.05, 1.0))
     _draw_images(left, runs[0])
     _draw_failures(right, runs)

@@ -38,6 +38,7 @@ def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
         np.savez_compressed(folder / "replay.npz", log=outcome.log)
         written.append(folder / "replay.npz")
     _draw(outcome, folder / "curves.png")
+    (folder / "outcome.json").write_text(json.dumps(_in_figures(outcome, seconds), indent=1))
     report = folder / "report.md"
     report.write_text(_report(config, outcome, seconds, trained.name))
     return [*written, report]
@@ -131,6 +132,16 @@ The best step by dev accuracy was {outcome.best_step}; `{trained}` is what it le
 """
 
 
+def _in_figures(outcome: Outcome, seconds: float) -> dict[str, Any]:
+    """What a run came to, for other programs."""
+    scores = {
+        when: {"accuracy": one.accuracy, "loss": one.loss}
+        for when, one in (("before", outcome.before), ("after", outcome.after))
+    }
+    found = {**scores, "best_step": outcome.best_step, "seconds": seconds}
+    return {**found, "history": outcome.history}
+
+
 def _examples(outcome: Outcome, count: int = 4) -> str:
     """Test sentences whose answer changed, and some whose answer is still wrong, as a table."""
     texts, before, after = outcome.test, outcome.before.said, outcome.after.said
@@ -159,11 +170,9 @@ def _examples(outcome: Outcome, count: int = 4) -> str:
 
 def _draw(outcome: Outcome, path: Path) -> None:
     """Losses and accuracies of the dev examples against forward passes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(8.0, 3.2), layout="constrained")
-    FigureCanvasAgg(fig)
     left, right = fig.subplots(1, 2)
     passes = [line["forward_passes"] for line in outcome.history]
     for name, label in (("loss", "batch"), ("dev_loss", "dev examples")):

@@ -1,0 +1,81 @@
+"""docs/finetune.md: tables and figures, from what `tables.py` found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments.markdown import filled, interval, table
+
+if TYPE_CHECKING:
+    from experiments.finetune.tables import Row
+
+__all__ = ["write"]
+
+_HEAD = ["what trains", "seeds", "forward passes", "accuracy, %", "loss", "minutes", "peak, MiB"]
+
+Found = tuple["Row", list[dict[str, Any]]]
+
+
+def write(document: Path, all_found: Sequence[Found]) -> None:
+    """Write every table into the document, and the figures beside it."""
+    some = [(row, outcomes) for row, outcomes in all_found if outcomes]
+    folder = document.parent / document.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in {row.table for row, _ in some}:
+        _draw([one for one in some if one[0].table == name], folder / f"{name}.png")
+
+    def body(name: str) -> str:
+        lines = [one for one in some if one[0].table == name]
+        if not lines:
+            return "*not run yet*"
+        return table(_HEAD, [_before(lines), *map(_cells, lines)])
+
+    if document.is_file():
+        document.write_text(filled(document.read_text(), body))
+
+
+def _before(found: Sequence[Found]) -> list[str]:
+    """The model as it was."""
+    before = found[0][1][0]["before"]
+    accuracy, loss = f"{100 * before['accuracy']:.1f}", f"{before['loss']:.3f}"
+    return ["nothing", "", "0", accuracy, loss, "", ""]
+
+
+def _cells(found: Found) -> list[str]:
+    row, outcomes = found
+    last = [outcome["history"][-1] for outcome in outcomes]
+    return [
+        row.name,
+        str(len(outcomes)),
+        f"{last[0]['forward_passes']:,}",
+        interval([100 * outcome["after"]["accuracy"] for outcome in outcomes], 1),
+        interval([outcome["after"]["loss"] for outcome in outcomes], 3),
+        f"{np.mean([outcome['seconds'] for outcome in outcomes]) / 60:.1f}",
+        f"{max(line['resident_mb'] for line in last):,.0f}",
+    ]
+
+
+def _draw(found: Sequence[Found], path: Path) -> None:
+    """Loss and accuracy of the dev examples against forward passes, means over seeds."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(11.0, 4.4), layout="constrained")
+    axes = fig.subplots(1, 2)
+    for number, (row, outcomes) in enumerate(found):
+        looks = min(len(outcome["history"]) for outcome in outcomes)
+        passes = [line["forward_passes"] for line in outcomes[0]["history"][:looks]]
+        for axis, name, factor in zip(axes, ("dev_loss", "dev_accuracy"), (1, 100), strict=True):
+            lines = [[line[name] for line in one["history"][:looks]] for one in outcomes]
+            style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "lw": 1.2}
+            axis.plot(passes, factor * np.mean(lines, axis=0), label=row.name, **style)
+    axes[0].set_ylabel("loss of the dev examples, nats")
+    axes[1].set_ylabel("accuracy on the dev examples, %")
+    for axis in axes:
+        axis.set_xlabel("forward passes of a batch")
+        axis.grid(alpha=0.3)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    fig.savefig(path, dpi=130)

@@ -1,0 +1,183 @@
+"""The tables and figures of docs/finetune.md: `python -m experiments.finetune.tables --help`.
+
+Every row is one `Config`, run once for each of its seeds by `python -m experiments.finetune` in a
+process of its own, so that its memory is its own. A run that was stopped goes on bit for bit when
+the command is given again. What a finished run came to is kept in experiments/finetune/results, a
+JSON file for each; after each of them the tables are written anew into the document, between
+`<!-- table: NAME -->` and `<!-- end -->`, with the figures beside it.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from experiments import markdown, settings
+from experiments.finetune import pages
+from experiments.finetune.config import Config
+from zoqo_jax.interop.files import replacing
+
+__all__ = ["ROWS", "Row", "found"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_RESULTS = flags.DEFINE_string(
+    "results", str(Path(__file__).resolve().parent / "results"), "folder of what runs came to"
+)
+_WORK = flags.DEFINE_string(
+    "work", "results/finetune-tables", "folder for the runs themselves, checkpoints and all"
+)
+_DOCUMENT = flags.DEFINE_string(
+    "document", str(_ROOT / "docs" / "finetune.md"), "what to write the tables into"
+)
+_SST2 = flags.DEFINE_string("sst2", "tfds:sst2", "a folder of train.tsv, dev.tsv and test.tsv")
+_ONLY = flags.DEFINE_multi_string("only", [], "run only rows whose name holds one of these")
+_RENDER = flags.DEFINE_bool("render", False, "only write the tables from what was found before")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+      table: the table's name.
+      name: the row's.
+      config: of its first run; data and output are filled in.
+      seeds: how many runs, with as many seeds.
+    """
+
+    table: str
+    name: str
+    config: Config
+    seeds: int = 1
+
+    def stem(self, seed: int) -> str:
+        """The name of a run's file and folder."""
+        words = f"{self.table} {self.name} {seed}".lower()
+        return "_".join("".join(c if c.isalnum() else " " for c in words).split())
+
+
+def _rows() -> Iterator[Row]:
+    # What the two thirds below say is computed once for all runs; they make a step three times
+    # dearer and the model hardly better.
+    base = Config(
+        model="smollm2",
+        output="-",
+        data="sst2",
+        layers=10,
+        train="lora",
+        structure="dense",
+        steps=1_000,
+        batch_size=16,
+        eval_every=100,
+        checkpoint_every=250,
+        test_examples=0,
+    )
+
+    def row(table: str, name: str, seeds: int = 1, **changes: Any) -> Row:
+        return Row(table, name, dataclasses.replace(base, **changes), seeds)
+
+    few_bits = {"step_rule": "dithered", "range": 0.1}
+    yield row("sst2", "Adam, float LoRA, back-propagation", method="adam", steps=667)
+    yield row("sst2", "MeZO, float LoRA", 3, method="mezo")
+    yield row("sst2", "ZO-SignSGD, float LoRA", 3, method="zo_signsgd")
+    yield row("sst2", "ZOQO, 8-bit LoRA", 3, bits=8)
+    yield row("sst2", "ZOQO, 6-bit LoRA", bits=6)
+    yield row("sst2", "ZOQO, 4-bit LoRA, the paper's step", bits=4)
+    for bits in (4, 3, 2):
+        yield row("sst2", f"ZOQO, {bits}-bit LoRA, dithered step", 3, bits=bits, **few_bits)
+    for query in ("aligned", "off_grid"):
+        name = f"CAQ-ZO, NF4 LoRA, {query.replace('_', '-')} probes"
+        yield row("sst2", name, 3, method="caq_zo", grid="nf4", bits=4, query=query)
+    yield row("sst2", "QuZO, 4-bit LoRA", method="quzo", bits=4)
+
+    in_place = {"train": "codes", "structure": "sparse"}
+    yield row("sst2", "ZOQO, 4-bit codes in place", 3, **in_place)
+    yield row(
+        "sst2", "ZOQO, 4-bit codes in place, 4 directions", num_queries=4, steps=250, **in_place
+    )
+    yield row("sst2", "CAQ-ZO, 4-bit codes in place", method="caq_zo", **in_place)
+    yield row("sst2", "QZO, scales of the 4-bit file", method="qzo", train="scales")
+
+
+ROWS = tuple(_rows())
+
+
+def found(folder: Path, row: Row) -> list[dict[str, Any]]:
+    """What the finished runs of a row came to, as `outcome.json` has it.
+
+    Example:
+      >>> found(Path("/nowhere"), ROWS[0])
+      []
+    """
+    outcomes = []
+    for seed in range(row.seeds):
+        path = folder / f"{row.stem(seed)}.json"
+        outcome = json.loads(path.read_text()) if path.is_file() else {}
+        if outcome.get("settings") == _settings(row, seed):
+            outcomes.append(outcome)
+    return outcomes
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run what is left, and write the tables."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    folder, document = Path(_RESULTS.value), Path(_DOCUMENT.value)
+    chosen = [row for row in ROWS if _is_chosen(row)]
+    try:
+        for row in [] if _RENDER.value else chosen:
+            for seed in range(row.seeds):
+                if not (folder / f"{row.stem(seed)}.json").is_file():
+                    _run(folder, row, seed)
+                    pages.write(document, [(row, found(folder, row)) for row in ROWS])
+    except KeyboardInterrupt:
+        print(f"interrupted; what was found is in {folder}", file=sys.stderr)
+        sys.exit(130)
+    pages.write(document, [(row, found(folder, row)) for row in ROWS])
+    print(f"tables and figures: {document}")
+
+
+def _is_chosen(row: Row) -> bool:
+    name = f"{row.table} {row.name}"
+    return not _ONLY.value or any(text in name for text in _ONLY.value)
+
+
+def _settings(row: Row, seed: int) -> dict[str, Any]:
+    """What a run's figures depend on: all but where it reads and writes."""
+    config = dataclasses.asdict(dataclasses.replace(row.config, seed=seed))
+    kept = {key: x for key, x in config.items() if key not in ("data", "output", "cache")}
+    return json.loads(json.dumps(kept))  # tuples are lists there
+
+
+def _run(folder: Path, row: Row, seed: int) -> None:
+    """Run a row in a process of its own, and keep what it came to."""
+    work = Path(_WORK.value)
+    output, cache = work / row.stem(seed), work / "states"
+    config = dataclasses.replace(
+        row.config, data=_SST2.value, output=str(output), cache=str(cache), seed=seed
+    )
+    print(f"{row.table}: {row.name}, seed {seed}", file=sys.stderr)
+    command = [sys.executable, "-m", "experiments.finetune", *settings.arguments(config)]
+    child = subprocess.Popen(command, cwd=_ROOT)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        child.wait()  # it heard the same Ctrl-C, and keeps what it has
+        raise
+    if code:
+        sys.exit(f"error: {row.name}, seed {seed}, ended with status {code}")
+    outcome = json.loads((output / "outcome.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / f"{row.stem(seed)}.json") as file:
+        text = json.dumps({"settings": _settings(row, seed), **outcome}, indent=1)
+        file.write(text.encode())
+
+
+if __name__ == "__main__":
+    app.run(main)
