@@ -11,7 +11,7 @@ import zoqo_jax as zq
 from experiments.finetune import data, outputs, training
 from experiments.finetune.config import Config
 from experiments.finetune.models import loading
-from zoqo_jax.interop import gguf
+from zoqo_jax.interop import gguf, safetensors
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,7 +41,7 @@ def config(files, folder, **changes):
 
 
 def run(chosen):
-    checkpoint = loading.load_gguf(chosen.model)
+    checkpoint = loading.load(chosen.model)
     outcome = training.train(checkpoint, chosen, progress=False)
     outputs.write(checkpoint, chosen, outcome, 1.0)
     return checkpoint, outcome
@@ -68,6 +68,20 @@ def test_codes_are_trained_in_place_and_rebuilt_from_the_log(files, tmp_path):
         np.testing.assert_array_equal(one, other)
     assert "ZOQO, codes in place" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_codes_of_a_folder_are_trained_in_place(files, tmp_path):
+    folder = tiny_model.write_folder(tmp_path / "tiny")
+    chosen = config(files, tmp_path / "run", model=str(folder), targets=("q", "down"), steps=3)
+    run(chosen)
+    trained = tmp_path / "run" / "model"
+    base, found = (safetensors.load(place) for place in (folder, trained))
+    changed = {name.split(".", 3)[3] for name in base if (base[name] != found[name]).any()}
+    assert base.keys() == found.keys()
+    assert changed == {"self_attn.q_proj.weight", "mlp.down_proj.weight"}
+    for name in ("config.json", "tokenizer.json"):
+        assert (trained / name).read_bytes() == (folder / name).read_bytes()
+    assert loading.load(trained).tokenizer is not None
 
 
 @pytest.mark.parametrize(

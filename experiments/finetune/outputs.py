@@ -1,6 +1,7 @@
 """What a run leaves behind: the trained file, the log that rebuilds it, a report with curves."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from experiments.finetune.config import Config
 from experiments.finetune.models.loading import MODULES, Checkpoint, unstack
 from experiments.finetune.training import Outcome
 from zoqo_jax.arrays import is_trained
-from zoqo_jax.interop import gguf, safetensors
+from zoqo_jax.interop import bitsandbytes, gguf, safetensors
 from zoqo_jax.lora import is_lora
 
 __all__ = ["write"]
@@ -28,8 +29,7 @@ def write(checkpoint: Checkpoint, config: Config, outcome: Outcome, seconds: flo
     """
     folder = Path(config.output)
     if config.train == "codes":
-        trained = folder / "model.gguf"
-        gguf.save(trained, tensors_of(checkpoint, outcome.params), checkpoint.metadata)
+        trained = _write_codes(folder, checkpoint, config, outcome.params)
     else:
         trained = folder / "adapter"
         _write_adapter(trained, checkpoint, config, outcome.params)
@@ -41,6 +41,21 @@ def write(checkpoint: Checkpoint, config: Config, outcome: Outcome, seconds: flo
     report = folder / "report.md"
     report.write_text(_report(config, outcome, seconds, trained.name))
     return [*written, report]
+
+
+def _write_codes(folder: Path, checkpoint: Checkpoint, config: Config, params: Any) -> Path:
+    """The same kind of checkpoint as the one that was read, with trained codes."""
+    tensors = tensors_of(checkpoint, params)
+    if checkpoint.companions is None:
+        gguf.save(folder / "model.gguf", tensors, checkpoint.metadata)
+        return folder / "model.gguf"
+    trained = folder / "model"
+    trained.mkdir(exist_ok=True)
+    bitsandbytes.save(trained / "model.safetensors", tensors, checkpoint.companions)
+    for settings in Path(config.model).glob("*.json"):
+        if not settings.name.endswith(".index.json"):  # one file needs no index of shards
+            shutil.copy(settings, trained)
+    return trained
 
 
 def tensors_of(checkpoint: Checkpoint, params: Any) -> dict[str, Any]:

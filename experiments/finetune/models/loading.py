@@ -1,8 +1,9 @@
-"""Decoders from checkpoints: GGUF files, and folders of Hugging Face safetensors.
+"""Decoders from checkpoints: GGUF files, and folders of Hugging Face safetensors, 4-bit or not.
 
 A `Checkpoint` keeps the names of what was read, so that what was trained goes back to its place.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -16,7 +17,7 @@ import numpy as np
 
 from experiments.finetune.models.decoder import Architecture
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.interop import gguf, safetensors
+from zoqo_jax.interop import bitsandbytes, gguf
 
 __all__ = ["MODULES", "Checkpoint", "load", "load_gguf", "load_hugging_face", "stack", "unstack"]
 
@@ -31,6 +32,8 @@ class Checkpoint(NamedTuple):
       tensors: of the file, by name, as they were read.
       metadata: of the file.
       names: the file's name of each leaf of `params`, by '/'-joined path; with "{}" for the layer.
+      companions: of a folder's 4-bit tensors, as `bitsandbytes.save` takes them; None of a GGUF
+        file.
     """
 
     architecture: Architecture
@@ -39,6 +42,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Any]
     metadata: dict[str, Any]
     names: dict[str, str]
+    companions: dict[str, Any] | None = None
 
 
 MODULES = {
@@ -128,6 +132,9 @@ def _smollm2() -> Path:
 def load_hugging_face(folder: str | Path) -> Checkpoint:
     """A decoder from a folder with config.json, safetensors and tokenizer.json.
 
+    4-bit tensors of bitsandbytes become a `QuantizedArray`, with values in float32 instead of those
+    rounded to the checkpoint's dtype.
+
     Raises:
       FileNotFoundError: one of them is missing.
       ValueError: another architecture, or tensors that do not make a decoder.
@@ -141,15 +148,14 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
         arch = _architecture_of_hugging_face(settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    tensors = safetensors.load(folder)
-    if arch.tied:
-        tensors.pop("lm_head.weight", None)  # a copy
-    table = _OPT if settings["model_type"] == "opt" else _LLAMA
+    tensors, companions = bitsandbytes.load(folder)
+    table = dict(_OPT if settings["model_type"] == "opt" else _LLAMA)
+    copies = {table.pop("output")} if arch.tied else set()
     try:
-        params, names = _tree(tensors, table, arch.depth, set())
+        params, names = _tree(tensors, table, arch.depth, copies)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return Checkpoint(arch, params, _tokenizer(folder), tensors, settings, names)
+    return Checkpoint(arch, params, _tokenizer(folder), tensors, settings, names, companions)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -293,13 +299,20 @@ def _tree(
         folder = params
         for step in folders:
             folder = folder.setdefault(step, {})
-        folder[last] = leaf if isinstance(leaf, QuantizedArray) else leaf.astype(jnp.float32)
+        folder[last] = _in_float32(leaf)
         names[place] = name
         used.update(of_layers)
     unknown = sorted(name for name in set(tensors) - used if not name.endswith("inv_freq"))
     if unknown:
         raise ValueError(f"tensors without a place in the decoder: {', '.join(unknown[:3])}.")
     return params, names
+
+
+def _in_float32(leaf: Any) -> Any:
+    """A leaf that computes in float32: its numbers where they are floats, else its values."""
+    if isinstance(leaf, QuantizedArray):
+        return dataclasses.replace(leaf, value_dtype=jnp.dtype(jnp.float32))
+    return jnp.asarray(leaf, jnp.float32)
 
 
 def stack(leaves: list[Any]) -> Any:
