@@ -1,5 +1,6 @@
 """Decoders: beside transformers on random networks, and what checkpoints may say."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ import tiny_model
 
 import zoqo_jax as zq
 from experiments.finetune.models import Architecture, Decoder, loading
+from zoqo_jax.interop import bitsandbytes, safetensors
 
 LLAMA = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -77,6 +79,37 @@ def test_positions_and_words_pick_from_all_logits(tmp_path):
     )
     floats = model.apply({"params": zq.dequantize(params)}, tokens)
     np.testing.assert_allclose(everything, floats, atol=1e-4)
+
+
+def test_a_folder_of_4_bit_tensors_becomes_codes(tmp_path):
+    folder = tiny_model.write_folder(tmp_path / "tiny")
+    checkpoint = loading.load(folder)
+    weight = checkpoint.params["layers"]["up"]["weight"]
+    assert isinstance(weight, zq.QuantizedArray)
+    assert weight.shape == (tiny_model.DEPTH, tiny_model.HIDDEN, tiny_model.WIDTH)
+
+    (tmp_path / "floats").mkdir()
+    (tmp_path / "floats" / "config.json").write_text((folder / "config.json").read_text())
+    floats = {
+        name: dataclasses.replace(x, value_dtype=jnp.float32) if zq.is_quantized(x) else x
+        for name, x in bitsandbytes.load(folder).tensors.items()
+    }
+    safetensors.save(tmp_path / "floats" / "model.safetensors", zq.dequantize(floats))
+    expected = loading.load(tmp_path / "floats").params
+    found = zq.dequantize(checkpoint.params)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+    model, tokens = Decoder(checkpoint.architecture), jnp.arange(24).reshape(2, 12)
+    logits = zq.quaxify(lambda params: model.apply({"params": params}, tokens))(checkpoint.params)
+    np.testing.assert_allclose(logits, model.apply({"params": expected}, tokens), atol=1e-4)
+
+
+def test_a_copy_of_a_tied_embedding_is_kept_apart(tmp_path):
+    folder = tiny_model.write_folder(tmp_path / "tiny")
+    tensors, companions = bitsandbytes.load(folder)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    bitsandbytes.save(folder / "model.safetensors", tensors, companions)
+    assert "output" not in loading.load(folder).params
 
 
 def test_what_follows_does_not_change_what_went_before(tmp_path):

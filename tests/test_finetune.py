@@ -9,7 +9,7 @@ import zoqo_jax as zq
 from experiments.finetune import data, objective, outputs, training
 from experiments.finetune.config import Config
 from experiments.finetune.models import loading
-from zoqo_jax.interop import gguf
+from zoqo_jax.interop import gguf, safetensors
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,7 +39,7 @@ def config(files, folder, **changes):
 
 
 def run(chosen):
-    checkpoint = loading.load_gguf(chosen.model)
+    checkpoint = loading.load(chosen.model)
     outcome = training.train(checkpoint, chosen, progress=False)
     outputs.write(chosen, outcome, 1.0)
     return outcome
@@ -88,6 +88,20 @@ def test_the_last_layers_are_trained_on_what_those_below_say(files, tmp_path):
     scores = objective.evaluator(whole.decoder)(whole.params, tokens)
     np.testing.assert_allclose(scores[:2], outcome.after[:2], rtol=1e-5)
     assert scores.said == tuple(outcome.after.said)
+
+
+def test_codes_of_a_folder_are_trained_in_place(files, tmp_path):
+    folder = tiny_model.write_folder(tmp_path / "tiny")
+    chosen = config(files, tmp_path / "run", model=str(folder), targets=("q", "down"), steps=3)
+    run(chosen)
+    trained = tmp_path / "run" / "model"
+    base, found = (safetensors.load(place) for place in (folder, trained))
+    changed = {name.split(".", 3)[3] for name in base if (base[name] != found[name]).any()}
+    assert base.keys() == found.keys()
+    assert changed == {"self_attn.q_proj.weight", "mlp.down_proj.weight"}
+    for name in ("config.json", "tokenizer.json"):
+        assert (trained / name).read_bytes() == (folder / name).read_bytes()
+    assert loading.load(trained).tokenizer is not None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Safetensors files and folders of them, whole, in shards, and damaged."""
 
 import json
+import struct
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,27 @@ def test_a_folder_of_shards_is_one_checkpoint(tmp_path):
 def test_one_file_of_another_name_is_found(tmp_path):
     safetensors.save(tmp_path / "adapter_model.safetensors", {"a": jnp.ones(2)})
     assert list(safetensors.load(tmp_path)) == ["a"]
+
+
+def test_64_bits_stay_64_bits(tmp_path):
+    tensors = {
+        "long": np.array([2**40, -1]),
+        "double": np.array([1 / 3]),
+        "wide": np.ones((2, 3)).T,
+    }
+    safetensors.save(tmp_path / "a.safetensors", tensors)
+    found = safetensors.load(tmp_path)
+    for name, array in tensors.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_dtypes_that_are_not_read_are_refused(tmp_path):
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + b"ab"
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="dtype is not read"):
+        safetensors.load(tmp_path)
 
 
 @pytest.mark.parametrize(

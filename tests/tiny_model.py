@@ -1,4 +1,4 @@
-"""A language model of a few thousand weights in a GGUF file, and examples for it."""
+"""A language model of a few thousand weights in a file or folder, and examples for it."""
 
 import json
 
@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import zoqo_jax as zq
-from zoqo_jax.interop import gguf
+from experiments.finetune.models.loading import MODULES
+from zoqo_jax.interop import bitsandbytes, gguf, tokenizing
 
 WIDTH, HIDDEN, HEADS, KV_HEADS, DEPTH = 32, 64, 4, 2, 2
 WORDS = ("Ġgood", "Ġbad")
@@ -66,6 +67,41 @@ def write_model(path, seed=0):
     tensors["output_norm.weight"] = np.ones(WIDTH, np.float32)
     gguf.save(path, tensors, metadata)
     return path
+
+
+def write_folder(folder, seed=0):
+    """A llama as Hugging Face keeps it, with NF4 matrices whose blocks have two rows or one."""
+    rng = np.random.default_rng(seed)
+    words = tokenizer_metadata()
+    vocabulary = len(words["tokenizer.ggml.tokens"])
+    settings = {
+        "model_type": "llama", "vocab_size": vocabulary, "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "intermediate_size": HIDDEN, "max_position_embeddings": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    kv_width = WIDTH // HEADS * KV_HEADS
+    shapes = {
+        "q": (WIDTH, WIDTH), "k": (kv_width, WIDTH), "v": (kv_width, WIDTH), "o": (WIDTH, WIDTH),
+        "gate": (HIDDEN, WIDTH), "up": (HIDDEN, WIDTH), "down": (WIDTH, HIDDEN),
+    }  # fmt: skip
+
+    def values(*shape):
+        return jnp.asarray(rng.normal(size=shape) / shape[-1] ** 0.5, jnp.bfloat16)
+
+    tensors = {"model.embed_tokens.weight": values(vocabulary, WIDTH)}
+    tensors["model.norm.weight"] = jnp.ones(WIDTH, jnp.bfloat16)
+    for layer in range(DEPTH):
+        place = f"model.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{place}.{name}.weight"] = jnp.ones(WIDTH, jnp.bfloat16)
+        for name, shape in shapes.items():
+            matrix = zq.nf4(block=None)(values(*shape))
+            tensors[f"{place}.{MODULES[name]}.weight"] = matrix
+    folder.mkdir()
+    bitsandbytes.save(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(settings))
+    tokenizing.from_gguf(words).save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def write_examples(path, count=120, seed=0):

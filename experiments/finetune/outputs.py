@@ -1,6 +1,7 @@
 """What a run leaves behind: the trained file, the log that rebuilds it, a report with curves."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from experiments.finetune.config import Config
 from experiments.finetune.models.loading import MODULES, Checkpoint, unstack
 from experiments.finetune.training import Outcome
 from zoqo_jax.arrays import is_trained
-from zoqo_jax.interop import gguf, safetensors
+from zoqo_jax.interop import bitsandbytes, gguf, safetensors
 from zoqo_jax.lora import is_lora
 
 __all__ = ["write"]
@@ -28,8 +29,7 @@ def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
     """
     folder = Path(config.output)
     if config.train == "codes":
-        trained = folder / "model.gguf"
-        gguf.save(trained, tensors_of(outcome.model, outcome.params), outcome.model.metadata)
+        trained = _write_codes(folder, outcome.model, outcome.params)
     else:
         trained = folder / "adapter"
         _write_adapter(trained, outcome.model, config, outcome.params)
@@ -44,17 +44,34 @@ def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
     return [*written, report]
 
 
-def tensors_of(checkpoint: Checkpoint, params: Any) -> dict[str, Any]:
-    """The file's tensors, by their names there and in their order, with trained codes in place."""
-    found = gguf.load(checkpoint.path, tokenizer=False).tensors
+def _write_codes(folder: Path, checkpoint: Checkpoint, params: Any) -> Path:
+    """The same kind of checkpoint as the one that was read, with trained codes."""
+    source = checkpoint.path
+    if source.is_file():
+        tensors = gguf.load(source, tokenizer=False).tensors
+        _put_codes(tensors, checkpoint, params)
+        gguf.save(folder / "model.gguf", tensors, checkpoint.metadata)
+        return folder / "model.gguf"
+    tensors, companions = bitsandbytes.load(source)
+    _put_codes(tensors, checkpoint, params)
+    trained = folder / "model"
+    trained.mkdir(exist_ok=True)
+    bitsandbytes.save(trained / "model.safetensors", tensors, companions)
+    for settings in source.glob("*.json"):
+        if not settings.name.endswith(".index.json"):  # one file needs no index of shards
+            shutil.copy(settings, trained)
+    return trained
+
+
+def _put_codes(tensors: dict[str, Any], checkpoint: Checkpoint, params: Any) -> None:
+    """Give a file's tensors the trained codes, by their names there."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=zq.is_quantized):
         if not is_trained(leaf):
             continue
         name = checkpoint.names["/".join(str(key.key) for key in path)]
         for number, layer in zip(checkpoint.span, unstack(leaf), strict=True):
-            old = found[name.format(number)]
-            found[name.format(number)] = old.moved(layer.codes)
-    return found
+            place = name.format(number)
+            tensors[place] = tensors[place].moved(layer.codes)
 
 
 def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params: Any) -> None:

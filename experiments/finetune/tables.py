@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from experiments import markdown, settings
+from experiments import settings
 from experiments.finetune import pages
 from experiments.finetune.config import Config
 from zoqo_jax.interop.files import replacing

@@ -11,7 +11,7 @@ __all__ = ["replacing"]
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write, which takes the path's place when all of it is written, and not before.
 
     Example:

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoqo_jax.interop.files import replacing
 
 __all__ = ["load", "save"]
 
 _INDEX = "model.safetensors.index.json"
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, jax.Array]:
+def load(path: str | os.PathLike[str]) -> dict[str, jax.Array | np.ndarray]:
     """The arrays of a safetensors file, or of all files of a checkpoint's folder.
 
     Args:
@@ -27,20 +32,20 @@ def load(path: str | os.PathLike[str]) -> dict[str, jax.Array]:
             `model.safetensors.index.json`, or with one other `.safetensors` file.
 
     Returns:
-        Arrays by name, in their own dtypes.
+        Arrays by name, in their own dtypes: NumPy's where JAX would cut 64 bits to 32.
 
     Raises:
         FileNotFoundError: there is no such file, or a shard is missing; it is named.
-        ValueError: a damaged file or index.
+        ValueError: a damaged file or index, or a dtype that is not read, such as 8-bit floats.
 
     Examples:
-        >>> import tempfile, jax.numpy as jnp
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(f"{folder}/model.safetensors", {"w": jnp.ones(2, jnp.bfloat16)})
         ...     load(folder)["w"].tolist()
         [1.0, 1.0]
     """
-    found: dict[str, jax.Array] = {}
+    found: dict[str, jax.Array | np.ndarray] = {}
     for file, names in _files(Path(path)):
         tensors = _read(file)
         missing = sorted(set(names) - set(tensors))
@@ -53,20 +58,28 @@ def load(path: str | os.PathLike[str]) -> dict[str, jax.Array]:
     return found
 
 
-def save(path: str | os.PathLike[str], tensors: dict[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write arrays to a safetensors file, all of it or nothing.
 
+    Args:
+        path: the file to write.
+        tensors: arrays by name.
+        metadata: what the header says beside the tensors.
+
     Examples:
-        >>> import numpy as np, tempfile
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(f"{folder}/a.safetensors", {"a": np.arange(3)})
         ...     load(f"{folder}/a.safetensors")["a"].tolist()
         [0, 1, 2]
     """
-    from zoqo_jax.interop.files import replacing
-
     package = _package()
-    content = package.flax.save({name: jax.numpy.asarray(x) for name, x in tensors.items()})
+    arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+    content = package.numpy.save(arrays, None if metadata is None else dict(metadata))
     with replacing(path) as file:
         file.write(content)
 
@@ -106,18 +119,27 @@ def _shards(folder: Path) -> list[tuple[Path, list[str]]]:
     return [(folder / file, names) for file, names in sorted(by_file.items())]
 
 
-def _read(file: Path) -> dict[str, jax.Array]:
+def _read(file: Path) -> dict[str, jax.Array | np.ndarray]:
     package = _package()
     try:
-        return dict(package.flax.load_file(file))
+        with package.safe_open(file, framework="np") as opened:
+            return {name: _array(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
     except package.SafetensorError as error:
         raise ValueError(f"{file}: no whole safetensors file: {error}.") from error
+    except AttributeError as error:  # a dtype that the package knows and NumPy does not
+        raise ValueError(f"{file}: a tensor's dtype is not read: {error}.") from error
+
+
+def _array(values: np.ndarray) -> jax.Array | np.ndarray:
+    """An array of JAX, unless JAX would round it."""
+    array = jnp.asarray(values)
+    return array if array.dtype == values.dtype else values
 
 
 def _package() -> Any:
     try:
         import safetensors
-        import safetensors.flax
+        import safetensors.numpy
     except ImportError as error:
         raise ImportError(
             "safetensors files are read by the safetensors package: pip install 'zoqo_jax[interop]'"

@@ -1,9 +1,10 @@
-"""Decoders from checkpoints: GGUF files, and folders of Hugging Face safetensors.
+"""Decoders from checkpoints: GGUF files, and folders of Hugging Face safetensors, 4-bit or not.
 
 A `Checkpoint` keeps the names of what was read, so that what was trained goes back to its place in
 the file, which is read again for that: nothing is held twice.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -17,7 +18,7 @@ import numpy as np
 
 from experiments.finetune.models.decoder import Architecture, Decoder
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.interop import gguf, safetensors
+from zoqo_jax.interop import bitsandbytes, gguf
 
 __all__ = [
     "MODULES",
@@ -162,6 +163,9 @@ def _smollm2() -> Path:
 def load_hugging_face(folder: str | Path) -> Checkpoint:
     """A decoder from a folder with config.json, safetensors and tokenizer.json.
 
+    4-bit tensors of bitsandbytes become a `QuantizedArray`, with values in float32 instead of those
+    rounded to the checkpoint's dtype.
+
     Raises:
       FileNotFoundError: one of them is missing.
       ValueError: another architecture, or tensors that do not make a decoder.
@@ -175,12 +179,11 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
         arch = _architecture_of_hugging_face(settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    tensors = safetensors.load(folder)
-    if arch.tied:
-        tensors.pop("lm_head.weight", None)  # a copy
-    table = _OPT if settings["model_type"] == "opt" else _LLAMA
+    tensors, _ = bitsandbytes.load(folder)
+    table = dict(_OPT if settings["model_type"] == "opt" else _LLAMA)
+    copies = {table.pop("output")} if arch.tied else set()
     try:
-        params, names = _tree(tensors, table, arch.depth, set())
+        params, names = _tree(tensors, table, arch.depth, copies)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     tokenizer = _tokenizer(folder)
@@ -330,13 +333,20 @@ def _tree(
         folder = params
         for step in folders:
             folder = folder.setdefault(step, {})
-        folder[last] = leaf if isinstance(leaf, QuantizedArray) else leaf.astype(jnp.float32)
+        folder[last] = _in_float32(leaf)
         names[place] = name
         used.update(of_layers)
     unknown = sorted(name for name in set(tensors) - used if not name.endswith("inv_freq"))
     if unknown:
         raise ValueError(f"tensors without a place in the decoder: {', '.join(unknown[:3])}.")
     return params, names
+
+
+def _in_float32(leaf: Any) -> Any:
+    """A leaf that computes in float32: its numbers where they are floats, else its values."""
+    if isinstance(leaf, QuantizedArray):
+        return dataclasses.replace(leaf, value_dtype=jnp.dtype(jnp.float32))
+    return jnp.asarray(leaf, jnp.float32)
 
 
 def stack(leaves: list[Any]) -> Any:
