@@ -88,6 +88,12 @@ def write_folder(folder, seed=0):
     def values(*shape):
         return jnp.asarray(rng.normal(size=shape) / shape[-1] ** 0.5, jnp.bfloat16)
 
+    def codes(*shape):
+        drawn = jnp.asarray(rng.integers(0, 16, shape, np.uint8))
+        scale = jnp.full((1, 1), 2 / shape[-1] ** 0.5)
+        grid = zq.nf4().grid
+        return zq.QuantizedArray.from_codes(drawn, scale, None, grid, value_dtype=jnp.bfloat16)
+
     tensors = {"model.embed_tokens.weight": values(vocabulary, WIDTH)}
     tensors["model.norm.weight"] = jnp.ones(WIDTH, jnp.bfloat16)
     for layer in range(DEPTH):
@@ -95,8 +101,7 @@ def write_folder(folder, seed=0):
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{place}.{name}.weight"] = jnp.ones(WIDTH, jnp.bfloat16)
         for name, shape in shapes.items():
-            matrix = zq.nf4(block=None)(values(*shape))
-            tensors[f"{place}.{MODULES[name]}.weight"] = matrix
+            tensors[f"{place}.{MODULES[name]}.weight"] = codes(*shape)
     folder.mkdir()
     bitsandbytes.save(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(settings))

@@ -110,18 +110,16 @@ def load(path: str | os.PathLike[str]) -> File:
         >>> bool((tensors["w"].codes == array.codes).all()), sorted(companions)
         (True, ['w.absmax', 'w.quant_map', 'w.quant_state.bitsandbytes__nf4'])
     """
-    arrays = safetensors.load(path)
+    arrays: dict[str, Any] = dict(safetensors.load(path))
     try:
         names = _names(arrays)
         found = sorted(name for name in _companion_names(names) if name in arrays)
         companions = {name: np.asarray(arrays.pop(name)) for name in found}
-        tensors = {
-            name: _decoded(name, array, companions) if name in names else array
-            for name, array in arrays.items()
-        }
+        for name in sorted(names):  # one after another, in place: the file's bytes are let go
+            arrays[name] = _decoded(name, arrays[name], companions)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return File(tensors, companions)
+    return File(arrays, companions)
 
 
 def save(
@@ -242,7 +240,8 @@ def _is_nested(name: str, companions: Mapping[str, np.ndarray]) -> bool:
 
 def _is_shape(shape: Any) -> bool:
     is_list = isinstance(shape, list | tuple) and 1 <= len(shape) <= _MOST_AXES
-    return is_list and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) % 2 == 0
+    numbers = is_list and all(type(n) is int and 0 < n < 2**48 for n in shape)
+    return numbers and math.prod(shape) % 2 == 0
 
 
 def _is_blocksize(number: Any) -> bool:

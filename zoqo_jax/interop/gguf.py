@@ -443,7 +443,7 @@ def _tensor_bytes(name: str, tensor: Any, kind: int) -> bytes:
     head = [_per_block(name, tensor, tensor.scale)]
     if form.has_minimum:
         head.append(_per_block(name, tensor, tensor.offset))
-    parts = [np.stack(head, axis=-1).view(np.uint8)]
+    parts: list[np.ndarray] = [np.stack(head, axis=-1).view(np.uint8)]
     codes = np.asarray(tensor.codes).reshape(*blocks, _BLOCK)
     if form.bits == 8:
         parts.append(codes - np.uint8(form.zero))
