@@ -563,3 +563,15 @@ def test_a_scheduled_density_is_that_of_its_step(method):
         assert abs(share - expected) < 5 * (expected / array.size) ** 0.5
     with pytest.raises(ValueError, match=r"density must be in \(0, 1\], got 2.0"):
         getattr(zq, method)(density=lambda count: 2.0, **settings)
+
+
+def test_a_negative_scale_probes_as_far_as_a_positive_one():
+    """GGUF's Q4_0 has such scales: the value of largest size is its block's lowest level."""
+    positive = zq.Quantizer(8, block=4, range=1.0)(jnp.zeros((2, 8)))
+    negative = dataclasses.replace(positive, scale=-positive.scale)
+    drawn = [
+        stencils.draw(stencils.describe(jax.random.key(0), array, 0.1, unit="values"), array)
+        for array in (positive, negative)
+    ]
+    assert jnp.abs(drawn[0]).max() > 1
+    np.testing.assert_array_equal(*drawn)

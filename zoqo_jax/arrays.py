@@ -247,8 +247,11 @@ class QuantizedArray(quax.ArrayValue):
 
     @property
     def step(self) -> Float[Array, "..."]:
-        """Mean distance between neighbouring levels: value units, float32, shape of `scale`."""
-        return self.scale.astype(jnp.float32) * self.grid.spacing
+        """Mean distance between neighbouring levels: value units, float32, shape of `scale`.
+
+        It is positive even where a scale is not, as files of other programs have it.
+        """
+        return jnp.abs(self.scale.astype(jnp.float32)) * self.grid.spacing
 
     def decode(self, codes: Array) -> Float[Array, "..."]:
         """Values of other codes of the same shape, under this array's scale, in `value_dtype`."""
