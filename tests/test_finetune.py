@@ -1,11 +1,18 @@
 """Fine-tuning from a file to a file: what changes, what is logged, and going on after a kill."""
 
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 import tiny_model
 
 import zoqo_jax as zq
+from experiments import settings
 from experiments.finetune import data, objective, outputs, training
 from experiments.finetune.config import Config
 from experiments.finetune.models import loading
@@ -31,11 +38,11 @@ def slow(*values):
 
 
 def config(files, folder, **changes):
-    settings = {
+    usual = {
         "model": files[0], "data": files[1], "output": str(folder), "steps": 10, "batch_size": 8,
         "eval_every": 5, "checkpoint_every": 3, "density": 0.125, "dev_examples": 0,
     }  # fmt: skip
-    return Config(**{**settings, **changes})
+    return Config(**{**usual, **changes})
 
 
 def run(chosen):
@@ -138,6 +145,34 @@ def test_an_interrupted_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, ch
     assert [line["dev_loss"] for line in whole.history] == [
         line["dev_loss"] for line in parts.history
     ]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times_goes_on_bit_for_bit(files, tmp_path):
+    def start(name):
+        chosen = config(files, tmp_path / name, steps=300, eval_every=50)
+        command = [sys.executable, "-m", "experiments.finetune", *settings.arguments(chosen)]
+        return subprocess.Popen(command, cwd=Path(__file__).parents[1])
+
+    def kept():
+        steps = [path.name for path in (tmp_path / "parts" / "checkpoints").glob("*")]
+        return max((int(step) for step in steps if step.isdigit()), default=-1)
+
+    assert start("whole").wait() == 0
+    moments = np.random.default_rng(0).uniform(0.0, 1.0, 3)
+    for moment in moments:
+        before, child = kept(), start("parts")
+        while kept() == before and child.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moment)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    assert start("parts").wait() == 0
+    for name in ("model.gguf", "before.json", "after.json"):
+        whole, parts = (tmp_path / one / name for one in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes()
+    logs = [np.load(tmp_path / one / "replay.npz")["log"] for one in ("whole", "parts")]
+    np.testing.assert_array_equal(*logs)
 
 
 @pytest.mark.parametrize(
