@@ -6,6 +6,7 @@ arXiv:2605.10673):
     import zoqo_jax as zq
 """
 
+from zoqo_jax import certificates as certificates
 from zoqo_jax import companders as companders
 from zoqo_jax import projection as projection
 from zoqo_jax import queries as queries
@@ -44,6 +45,7 @@ __all__ = [
     "Quantizer",
     "StepState",
     "caq_zo",
+    "certificates",
     "companders",
     "dequantize",
     "explain",

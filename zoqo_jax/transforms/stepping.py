@@ -326,12 +326,10 @@ def record_votes(
     )
 
 
-def over_queries(
-    losses: Callable[[Any], Array], num_queries: int, query_batch: int | None
-) -> Array:
-    """The losses of each query, `query_batch` at a time, stacked."""
+def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:
+    """The losses of each query, or what else is asked, `query_batch` at a time, stacked."""
     if num_queries == 1:
-        return losses(0)[None]
+        return jax.tree.map(lambda x: x[None], losses(0))
     indices = jnp.arange(num_queries)
     if query_batch is None or query_batch >= num_queries:
         return jax.vmap(losses)(indices)
