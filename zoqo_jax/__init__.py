@@ -17,6 +17,8 @@ from zoqo_jax.arrays import dequantize as dequantize
 from zoqo_jax.arrays import freeze as freeze
 from zoqo_jax.arrays import is_quantized as is_quantized
 from zoqo_jax.companders import Compander as Compander
+from zoqo_jax.diagnosis import Diagnosis as Diagnosis
+from zoqo_jax.diagnosis import diagnose as diagnose
 from zoqo_jax.explanation import Explanation as Explanation
 from zoqo_jax.explanation import explain as explain
 from zoqo_jax.implicit import PerturbedArray as PerturbedArray
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Compander",
+    "Diagnosis",
     "Explanation",
     "Grid",
     "LoraArray",
@@ -48,6 +51,7 @@ __all__ = [
     "certificates",
     "companders",
     "dequantize",
+    "diagnose",
     "explain",
     "freeze",
     "is_matrix",
