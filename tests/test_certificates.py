@@ -1,9 +1,11 @@
 """Floors against rounded optima, audits against their own logs, gates against planted chances."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -358,6 +360,17 @@ def test_a_gate_ends_a_run_of_zoqo():
     assert losses[stops.argmax()] < 0.1 * losses[0]
 
 
+def test_legacy_keys_are_the_typed_keys():
+    loss, params = planted(2)
+    legacy, typed = jax.random.PRNGKey(3), jax.random.key(3)
+    audit = lambda key: certificates.audit(loss, params, key, support=8, gamma=0.01, trials=5)  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, audit(legacy), audit(typed))
+    states = [
+        certificates.gate(key=key, support=8, gamma=0.01).init(params) for key in (legacy, typed)
+    ]
+    assert states[0].key == states[1].key
+
+
 def test_states_keep_their_types_and_branch_alike():
     loss, params = planted(2)
     gate = certificates.gate(key=KEY, support=8, gamma=0.01)
@@ -427,6 +440,22 @@ def test_bad_arguments_are_named_with_their_value(make, message):
 
     with pytest.raises(ValueError, match=message):
         make(audit)
+
+
+@pytest.fixture
+def untyped():
+    """Without the type checks of the tests, which refuse such a matrix before the library can."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (1, 3, 3)])
+def test_hessians_that_are_not_square_are_refused(untyped, shape):
+    message = f"hessian must be a number or a square matrix, got shape {re.escape(str(shape))}"
+    for floor in (certificates.loss_floor, certificates.gradient_floor):
+        with pytest.raises(ValueError, match=message):
+            floor(0.1, jnp.ones(shape))
 
 
 def test_a_tree_without_trained_codes_is_refused():

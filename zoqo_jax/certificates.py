@@ -1,21 +1,15 @@
-r"""Certificates: how good a grid can be, and evidence that little around a state is better.
+r"""Certificates: evidence that little around a state is better, and when to stop looking for it.
 
-*Floors.* A grid of spacing Delta holds an optimum only to within rounding. With rounding errors
-independent and uniform on +-Delta / 2, a quadratic of Hessian H has
-
-.. math::
-    E[f - f^*] = \Delta^2 \, \mathrm{tr}(H) / 24, \qquad
-    E|\nabla f|^2 = \Delta^2 \, \mathrm{tr}(H^2) / 12
-
-*Audits.* A direction r of m codes, each to move by a = 1 in code units, succeeds at x if
+A direction r of m codes, each to move by a = 1 in code units, succeeds at x if
 
 .. math::
     \min f(x \pm a r) \le f(x) - \gamma a^2 m
 
-Were the chance of success p, K fresh directions would all fail with probability (1 - p)^K. So K
+with gamma given as a fraction of |f(x)|. Were the chance of success p, K fresh directions would all fail with probability (1 - p)^K. So K
 failures in a row certify p <= 1 - delta^(1 / K) with confidence 1 - delta: 18.1 % for K = 15 and
 delta = .05, 5 % for K = 59. That is a statement about moves of m codes that ask for this decrease,
-and about no others.
+and about no others. How good a state of a grid can be is for `floors` to say, whose functions are
+here as well.
 """
 
 from __future__ import annotations
@@ -26,13 +20,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int8, Int32, Key, PRNGKeyArray, PyTree
+from jax.scipy.special import betainc
+from jaxtyping import Array, ArrayLike, Bool, Float32, Int8, Int32, Key, PRNGKeyArray, PyTree
 
 from zoqo_jax import queries, stencils
 from zoqo_jax.arrays import QuantizedArray, trained_leaves
+from zoqo_jax.floors import bits_needed as bits_needed
+from zoqo_jax.floors import gradient_floor as gradient_floor
+from zoqo_jax.floors import loss_floor as loss_floor
 from zoqo_jax.rules import quaxify
 from zoqo_jax.stencils import Stencil
-from zoqo_jax.transforms.stepping import over_queries
+from zoqo_jax.transforms.stepping import as_typed, over_queries
 
 __all__ = [
     "Audit",
@@ -45,70 +43,6 @@ __all__ = [
     "loss_floor",
     "success_bound",
 ]
-
-Hessian = Float[ArrayLike, ""] | Float[ArrayLike, "d d"] | int
-
-
-def loss_floor(spacing: Float[ArrayLike, ""], hessian: Hessian) -> Float32[Array, ""]:
-    """The mean excess of a quadratic's loss at its optimum, rounded: Delta^2 tr(H) / 24.
-
-    Args:
-        spacing: Delta, the distance between neighbouring levels, value units.
-        hessian: H, or its trace.
-
-    Raises:
-        ValueError: `hessian` is neither a number nor a square matrix.
-
-    Examples:
-        >>> loss_floor(0.1, jnp.diag(jnp.array([1.0, 2.0]))).round(5).item()
-        0.00125
-    """
-    trace = jnp.trace(_square(hessian)) if jnp.ndim(hessian) else jnp.asarray(hessian)
-    return jnp.square(spacing) * trace.astype(jnp.float32) / 24
-
-
-def gradient_floor(spacing: Float[ArrayLike, ""], hessian: Hessian) -> Float32[Array, ""]:
-    """The mean square of a quadratic's gradient at its optimum, rounded: Delta^2 tr(H^2) / 12.
-
-    Args:
-        spacing: Delta, the distance between neighbouring levels, value units.
-        hessian: H, or the trace of its square.
-
-    Raises:
-        ValueError: `hessian` is neither a number nor a square matrix.
-
-    Examples:
-        >>> gradient_floor(0.1, jnp.diag(jnp.array([1.0, 2.0]))).round(5).item()
-        0.00417
-    """
-    trace = jnp.sum(_square(hessian) ** 2) if jnp.ndim(hessian) else jnp.asarray(hessian)
-    return jnp.square(spacing) * trace.astype(jnp.float32) / 12
-
-
-def bits_needed(width: float, hessian: Hessian, target: float) -> int:
-    """The fewest bits of a uniform grid whose `gradient_floor` is at most `target` squared.
-
-    That is ceil(log2(1 + D |H|_F / (sqrt(12) eps))) with D the width and eps the target.
-
-    Args:
-        width: D, of the range that the levels divide, value units.
-        hessian: H, or the trace of its square.
-        target: eps, of the gradient's norm.
-
-    Raises:
-        ValueError: a width or target that is not positive, or a `hessian` that is neither a number
-            nor a square matrix.
-
-    Examples:
-        >>> bits_needed(2.0, 100.0, 0.1)  # gradient_floor(2 / 63, 100.0) is .0917^2
-        6
-    """
-    for name, value in (("width", width), ("target", target)):
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}.")
-    norm_per_spacing = math.sqrt(gradient_floor(1.0, hessian).item())
-    steps = width * norm_per_spacing / target
-    return max(math.ceil(math.log2(1.0 + steps) - 1e-6), 1)  # what is exact must not be one more
 
 
 def success_bound(
@@ -141,7 +75,7 @@ def success_bound(
         low, high = interval
         middle = (low + high) / 2
         # Of q = 1 - p: the chance of so few successes, increasing in q.
-        chance = jax.scipy.special.betainc(jnp.maximum(failures, 1.0), successes + 1.0, middle)
+        chance = betainc(jnp.maximum(failures, 1.0), successes + 1.0, middle)
         return jnp.where(chance < delta, middle, low), jnp.where(chance < delta, high, middle)
 
     q, _ = jax.lax.fori_loop(0, 32, halve, (jnp.float32(0.0), jnp.float32(1.0)))
@@ -223,7 +157,7 @@ def audit(
         raise ValueError(f"trials must be at least 1, got {trials}.")
     if query_batch is not None and query_batch < 1:
         raise ValueError(f"query_batch must be at least 1 or None, got {query_batch}.")
-    found = _try(value_fn, params, key, trials, support, gamma, f_inf, query_batch)
+    found = _try(value_fn, params, as_typed(key), trials, support, gamma, f_inf, query_batch)
     successes = found.passed.sum(dtype=jnp.int32)
     tried = (found.codes > 0).sum(dtype=jnp.int32)
     return Audit(
@@ -324,7 +258,9 @@ def gate(
     def init(params: PyTree) -> GateState:
         _density(list(trained_leaves(params).values()), support)
         zero = jnp.zeros((), jnp.int32)
-        return GateState(zero, jnp.copy(key), zero, zero, zero, zero, jnp.zeros((), jnp.int8))
+        return GateState(
+            zero, jnp.copy(as_typed(key)), zero, zero, zero, zero, jnp.zeros((), jnp.int8)
+        )
 
     def update(
         state: GateState, value_fn: queries.Objective, params: PyTree
@@ -435,13 +371,6 @@ def _density(arrays: list[QuantizedArray], support: int) -> float:
     if support > total:
         raise ValueError(f"support must be at most the {total} codes of params, got {support}.")
     return support / total
-
-
-def _square(hessian: Hessian) -> Float[Array, "d d"]:
-    matrix = jnp.asarray(hessian)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"hessian must be a number or a square matrix, got shape {matrix.shape}.")
-    return matrix
 
 
 def _check(support: int, gamma: float, f_inf: float) -> None:

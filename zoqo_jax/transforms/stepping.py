@@ -37,6 +37,7 @@ __all__ = [
     "Rules",
     "Schedule",
     "StepState",
+    "as_typed",
     "by_queries",
     "check_positive",
     "check_query_count",
@@ -292,7 +293,7 @@ def initial_state(key: PRNGKeyArray, num_queries: int) -> StepState:
     """The state before the first step."""
     return StepState(
         count=jnp.zeros((), jnp.int32),
-        key=jnp.copy(_as_typed(key)),  # the caller keeps his when a state is donated
+        key=jnp.copy(as_typed(key)),  # the caller keeps his when a state is donated
         queries=jnp.zeros((), jnp.int32),
         losses=jnp.full((num_queries, 2), jnp.inf, jnp.float32),
         differences=jnp.zeros((num_queries,), jnp.float32),
@@ -391,7 +392,7 @@ def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
     return jax.tree.map(one, params, is_leaf=is_quantized)
 
 
-def _as_typed(key: Any) -> Array:
+def as_typed(key: Any) -> Array:
     """A typed key; old uint32 keys are wrapped."""
     if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         return key
