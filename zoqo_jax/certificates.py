@@ -5,11 +5,11 @@ A direction r of m codes, each to move by a = 1 in code units, succeeds at x if
 .. math::
     \min f(x \pm a r) \le f(x) - \gamma a^2 m
 
-with gamma given as a fraction of |f(x)|. Were the chance of success p, K fresh directions would all fail with probability (1 - p)^K. So K
-failures in a row certify p <= 1 - delta^(1 / K) with confidence 1 - delta: 18.1 % for K = 15 and
-delta = .05, 5 % for K = 59. That is a statement about moves of m codes that ask for this decrease,
-and about no others. How good a state of a grid can be is for `floors` to say, whose functions are
-here as well.
+with gamma given as a fraction of |f(x)|. Were the chance of success p, K fresh directions would all
+fail with probability (1 - p)^K. So K failures in a row certify p <= 1 - delta^(1 / K) with
+confidence 1 - delta: 18.1 % for K = 15 and delta = .05, 5 % for K = 59. That is a statement about
+moves of m codes that ask for this decrease, and about no others. How good a state of a grid can be
+is for `floors` to say, whose functions are here as well.
 """
 
 from __future__ import annotations
