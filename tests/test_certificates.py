@@ -1,5 +1,6 @@
 """Floors against rounded optima, audits against their own logs, gates against planted chances."""
 
+import functools
 import math
 import re
 
@@ -13,7 +14,7 @@ import scipy.stats
 from statistical import assert_binomial
 
 import zoqo_jax as zq
-from zoqo_jax import certificates
+from zoqo_jax import certificates, implicit, stencils
 
 KEY = jax.random.key(9)
 
@@ -233,6 +234,28 @@ def test_query_batch_changes_nothing_but_the_cost(query_batch):
     ]
     jax.tree.map(np.testing.assert_array_equal, *audits)
     assert 0 < audits[0].successes < 10
+
+
+@pytest.mark.parametrize("most", [16, 40, 48])
+def test_codes_of_large_leaves_are_counted_piece_by_piece(most, monkeypatch):
+    array = zq.nf4(block=8)(jnp.zeros((2, 5, 8)))
+    (stencil,) = certificates._direction(KEY, 0, [array], 40)
+    u = stencils.draw(stencil, array)
+    few = functools.partial(implicit.sum_over_rows, most=most)
+    monkeypatch.setattr(certificates, "sum_over_rows", few)
+    assert 0 < certificates._codes(stencil, array) == (u != 0).sum() < u.size
+
+
+@pytest.mark.slow
+def test_an_audit_needs_the_memory_of_a_forward_pass():
+    w = jax.eval_shape(zq.nf4(), jax.ShapeDtypeStruct((2048, 2048), jnp.float32))
+    loss = lambda w: jnp.mean((jnp.ones((4, 2048)) @ w) ** 2)  # noqa: E731
+    audit = lambda w: certificates.audit(loss, w, KEY, support=2048, gamma=1e-7)  # noqa: E731
+
+    def temporary(function):
+        return jax.jit(function).lower(w).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(audit) < 1.2 * temporary(zq.quaxify(loss))
 
 
 def test_audits_of_many_problems_by_vmap_are_the_single_ones():

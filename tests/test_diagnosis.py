@@ -1,6 +1,7 @@
 """What a radius does to codes, against NumPy that rounds every end of every probe."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
-from zoqo_jax import companders, diagnosis
+from zoqo_jax import companders, diagnosis, implicit
 
 
 def normal(seed, *shape):
@@ -113,7 +114,8 @@ def test_leaves_of_every_shape(shape):
 @pytest.mark.parametrize("piece", [24, 100, 240])
 def test_large_leaves_are_counted_piece_by_piece(name, piece, monkeypatch):
     array = GRIDS[name](normal(2, 7, 24))  # of 1, 4 and 7 rows
-    monkeypatch.setattr(diagnosis, "_PIECE", piece)
+    few = functools.partial(implicit.sum_over_rows, most=piece)
+    monkeypatch.setattr(diagnosis, "sum_over_rows", few)
     diagnosis._count.clear_cache()
     (leaf,) = zq.diagnose(array, 0.1).leaves
     assert_is(leaf, *expected(array, 0.1))

@@ -28,6 +28,7 @@ from zoqo_jax.arrays import QuantizedArray, trained_leaves
 from zoqo_jax.floors import bits_needed as bits_needed
 from zoqo_jax.floors import gradient_floor as gradient_floor
 from zoqo_jax.floors import loss_floor as loss_floor
+from zoqo_jax.implicit import PerturbedArray, sum_over_rows
 from zoqo_jax.rules import quaxify
 from zoqo_jax.stencils import Stencil
 from zoqo_jax.transforms.stepping import as_typed, over_queries
@@ -362,8 +363,12 @@ def _direction(
 
 def _codes(stencil: Stencil, array: QuantizedArray) -> Int32[Array, ""]:
     """How many codes a direction moves."""
-    parts = (stencils.draw(*stencils.part(stencil, array, i)) for i in range(array.per_byte))
-    return sum(((u != 0).sum(dtype=jnp.int32) for u in parts), start=jnp.int32(0))
+
+    def count(piece: PerturbedArray, chosen: Array) -> Array:
+        u = stencils.draw(piece.stencil, piece.array)
+        return ((u != 0) & chosen).sum(dtype=jnp.int32)
+
+    return sum_over_rows(count, PerturbedArray(array, stencil))
 
 
 def _density(arrays: list[QuantizedArray], support: int) -> float:

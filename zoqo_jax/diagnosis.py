@@ -15,17 +15,15 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32, PyTree
+from jaxtyping import Array, Float32, Int32, PyTree
 
 from zoqo_jax import stencils
 from zoqo_jax.arrays import Grid, QuantizedArray, trained_leaves
-from zoqo_jax.implicit import on_rows
+from zoqo_jax.implicit import sum_over_rows
 
 __all__ = ["Diagnosis", "LeafDiagnosis", "Spans", "diagnose"]
 
 Unit = Literal["values", "half_range"]
-
-_PIECE = 2**18  # codes looked at together
 
 
 class Spans(NamedTuple):
@@ -178,38 +176,25 @@ def _widths(array: QuantizedArray, radius: Float32[Array, ""], unit: Unit) -> Fl
 
 @jax.jit(static_argnames="unit")
 def _count(array: QuantizedArray, radius: Float32[Array, ""], unit: Unit) -> Int32[Array, "4"]:
-    """How many weights collapse, are clean, are not wide, and lie at an edge; a few rows a time."""
-    if array.ndim < 2 or array.size <= _PIECE:
-        return _count_rows(array, radius, unit, jnp.array(True))
-    array = on_rows(lambda x: x.reshape(-1, x.shape[-1]), array)
-    rows, columns = array.shape
-    few = min(max(_PIECE // columns, 1), rows)
-
-    def add(i: Array, counts: Array) -> Array:
-        start = jnp.minimum(i * few, rows - few)
-        is_new = start + jnp.arange(few) >= i * few  # the last piece may go over rows again
-        piece = on_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), array)
-        return counts + _count_rows(piece, radius, unit, is_new[:, None])
-
-    return jax.lax.fori_loop(0, -(-rows // few), add, jnp.zeros(4, jnp.int32))
-
-
-def _count_rows(
-    array: QuantizedArray, radius: Float32[Array, ""], unit: Unit, chosen: Bool[Array, "*rows"]
-) -> Int32[Array, "4"]:
+    """How many weights collapse, are clean, are not wide, and lie at an edge."""
     bounds = _bounds(array.grid)
-    counts = jnp.zeros(4, jnp.int32)
-    for part in array.parts:
-        code = part.packed.astype(jnp.int32) - array.grid.low
-        width = part.spread(_widths(part, radius, unit))
-        first, both, wide = (
-            jnp.asarray(bound).at[code].get(mode="promise_in_bounds") for bound in bounds
-        )
-        collapsed, clean = width <= first, (width > both) & (width <= wide)
-        at_edge = (code == 0) | (code == array.grid.high - array.grid.low)
-        those = (collapsed, clean, width <= wide, at_edge)
-        counts = counts + jnp.stack([(which & chosen).sum(dtype=jnp.int32) for which in those])
-    return counts
+    top = array.grid.high - array.grid.low
+
+    def count(piece: QuantizedArray, chosen: Array) -> Array:
+        counts = jnp.zeros(4, jnp.int32)
+        for part in piece.parts:
+            code = part.packed.astype(jnp.int32) - array.grid.low
+            width = part.spread(_widths(part, radius, unit))
+            first, both, wide = (
+                jnp.asarray(bound).at[code].get(mode="promise_in_bounds") for bound in bounds
+            )
+            clean, at_edge = (width > both) & (width <= wide), (code == 0) | (code == top)
+            those = (width <= first, clean, width <= wide, at_edge)
+            sums = [(which & chosen).sum(dtype=jnp.int32) for which in those]
+            counts = counts + jnp.stack(sums)
+        return counts
+
+    return sum_over_rows(count, array)
 
 
 def _percent(share: float) -> str:
