@@ -6,6 +6,7 @@ arXiv:2605.10673):
     import zoqo_jax as zq
 """
 
+from zoqo_jax import certificates as certificates
 from zoqo_jax import companders as companders
 from zoqo_jax import projection as projection
 from zoqo_jax import queries as queries
@@ -16,6 +17,8 @@ from zoqo_jax.arrays import dequantize as dequantize
 from zoqo_jax.arrays import freeze as freeze
 from zoqo_jax.arrays import is_quantized as is_quantized
 from zoqo_jax.companders import Compander as Compander
+from zoqo_jax.diagnosis import Diagnosis as Diagnosis
+from zoqo_jax.diagnosis import diagnose as diagnose
 from zoqo_jax.explanation import Explanation as Explanation
 from zoqo_jax.explanation import explain as explain
 from zoqo_jax.implicit import PerturbedArray as PerturbedArray
@@ -36,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Compander",
+    "Diagnosis",
     "Explanation",
     "Grid",
     "LoraArray",
@@ -44,8 +48,10 @@ __all__ = [
     "Quantizer",
     "StepState",
     "caq_zo",
+    "certificates",
     "companders",
     "dequantize",
+    "diagnose",
     "explain",
     "freeze",
     "is_matrix",

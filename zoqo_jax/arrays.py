@@ -33,6 +33,7 @@ __all__ = [
     "freeze",
     "is_quantized",
     "is_trained",
+    "trained_leaves",
 ]
 
 
@@ -318,6 +319,28 @@ def is_quantized(leaf: Any) -> bool:
 def is_trained(leaf: Any) -> bool:
     """Whether a leaf is a `QuantizedArray` whose codes transformations move."""
     return is_quantized(leaf) and not leaf.is_frozen
+
+
+def trained_leaves(params: PyTree) -> dict[str, QuantizedArray]:
+    """The leaves whose codes transformations move, in the order of the tree, by their paths.
+
+    Raises:
+        ValueError: there is none.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> params = zq.quantize({"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, zq.Quantizer())
+        >>> list(trained_leaves(params))
+        ["['w']"]
+    """
+    paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths if is_trained(leaf)}
+    if not leaves:
+        raise ValueError(
+            "params must hold a QuantizedArray that is not frozen, got none: call "
+            "zoqo_jax.quantize first."
+        )
+    return leaves
 
 
 def freeze(tree: PyTree, where: Callable[[tuple[Any, ...], Any], bool] | None = None) -> PyTree:

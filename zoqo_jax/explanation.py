@@ -11,7 +11,7 @@ import jax
 from jaxtyping import PyTree
 
 from zoqo_jax import queries, stencils
-from zoqo_jax.arrays import is_quantized, is_trained
+from zoqo_jax.arrays import is_quantized, is_trained, trained_leaves
 from zoqo_jax.implicit import PerturbedArray, Use, watch
 from zoqo_jax.rules import quaxify
 
@@ -120,13 +120,7 @@ def explain(
     stencils.check(noise, structure, "clamp", 1.0)
     if query_batch < 1:
         raise ValueError(f"query_batch must be at least 1, got {query_batch}.")
-    paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths if is_trained(leaf)}
-    if not leaves:
-        raise ValueError(
-            "params must hold a QuantizedArray that is not frozen, got none: call "
-            "zoqo_jax.quantize first."
-        )
+    leaves = trained_leaves(params)
 
     def displaced(path: Any, leaf: Any) -> Any:
         if not is_trained(leaf):

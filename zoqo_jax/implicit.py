@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax.core import ShapedArray
-from jaxtyping import Array, Float, Int16, PyTree
+from jaxtyping import Array, Bool, Float, Int16, PyTree
 
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.stencils import Stencil, displace, draw, part
@@ -29,6 +29,7 @@ __all__ = [
     "Use",
     "by_row",
     "on_rows",
+    "sum_over_rows",
     "use",
     "watch",
 ]
@@ -176,6 +177,37 @@ def on_rows(fn: Callable[[Array], Array], w: _Stored) -> _Stored:
 def by_row(fn: Callable[[Array], Array], tree: PyTree) -> PyTree:
     """Apply a function of rows, as for `on_rows`, to arrays that have one number for each row."""
     return jax.tree.map(lambda x: fn(x[..., None])[..., 0], tree)
+
+
+def sum_over_rows(
+    fn: Callable[[_Stored, Bool[Array, "..."]], Array], w: _Stored, most: int = 2**18
+) -> Array:
+    """Sum what a function makes of the rows, some `most` elements at a time.
+
+    Args:
+        fn: of a few rows, and which of them to heed, a column of bools.
+        w: an implicit array; one with less than two axes is a single piece.
+        most: elements that a piece has, or one row.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> w = Quantizer(range=1.275)(jnp.full((5, 2), 0.5))
+        >>> sum_over_rows(lambda rows, chosen: (rows.materialise() * chosen).sum(), w, 4).item()
+        5.0
+    """
+    if w.ndim < 2 or w.size <= most:
+        return fn(w, jnp.array(True))
+    w = on_rows(lambda x: x.reshape(-1, x.shape[-1]), w)
+    rows, columns = w.shape
+    few = max(most // columns, 1)
+
+    def piece(i: Array | int) -> Array:
+        start = jnp.minimum(i * few, rows - few)
+        is_new = start + jnp.arange(few) >= i * few  # the last piece may go over rows again
+        some = on_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), w)
+        return fn(some, is_new[:, None])
+
+    return jax.lax.fori_loop(1, -(-rows // few), lambda i, total: total + piece(i), piece(0))
 
 
 def _per_block(

@@ -3,6 +3,8 @@
 A query pair is one vectorised evaluation of the objective over the side, +1 and -1, with every
 quantized leaf replaced by an implicit array (`implicit.py`); what does not depend on the side is
 computed once.
+
+Where there is no loss, a plain `compare_fn(a, b)` tells which side is better (`verdicts`).
 """
 
 from __future__ import annotations
@@ -15,16 +17,26 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import quax
-from jaxtyping import Array, Float, Float32, Integer, PyTree
+from jaxtyping import Array, Float, Float32, Integer, Key, PyTree
 
 from zoqo_jax.arrays import is_quantized, is_trained
 from zoqo_jax.implicit import PerturbedArray
 from zoqo_jax.rules import quaxify
 from zoqo_jax.stencils import Stencil
 
-__all__ = ["Objective", "Sides", "differences", "endpoints", "losses", "scalar"]
+__all__ = [
+    "Comparator",
+    "Objective",
+    "Sides",
+    "differences",
+    "endpoints",
+    "losses",
+    "scalar",
+    "verdicts",
+]
 
 Objective = Callable[[Any], Float[Array, ""]]
+Comparator = Callable[..., Any]
 Sides = Literal["together", "in_turn"]
 
 
@@ -69,18 +81,56 @@ def losses(
         return scalar(quaxify(value_fn)(tree))
 
     def displaced_loss(side: Array) -> Array:
-        return loss(
-            _displaced(
-                params,
-                stencils,
-                side,
-                lambda perturbed: dataclasses.replace(perturbed, population=population),
-            )
-        )
+        return loss(_displaced(params, stencils, side, _one_of(population)))
 
     over = jax.vmap if sides == "together" else lambda fn: functools.partial(jax.lax.map, fn)
     pair = over(displaced_loss)(jnp.array([1, -1], jnp.int8))
     return jnp.append(pair, loss(params)) if center else pair
+
+
+def verdicts(
+    compare_fn: Comparator,
+    params: PyTree,
+    stencils: Sequence[Stencil],
+    *,
+    keys: Key[Array, " comparisons"] | None = None,
+    together: int = 1,
+) -> Float32[Array, ""]:
+    """Compare the two sides of a stencil, by a function that may tell no more than which is better.
+
+    Args:
+        compare_fn: `compare_fn(a, b) -> scalar`, made of JAX operations; sees two trees of floats,
+            the sides +u and -u. Only the sign counts, as for a sort that puts the better first: -1
+            where `a` is better, 1 where `b` is, 0 for a draw.
+        params: tree with quantized leaves; frozen and other leaves are not displaced.
+        stencils: one for each trained leaf, in the order of the tree.
+        keys: compare once for each of them, by `compare_fn(a, b, key)`; what does not depend on the
+            key is computed once.
+        together: how many directions `jax.vmap` compares at once, this one among them.
+
+    Returns:
+        The sum of the signs; NaN if any is.
+
+    Raises:
+        ValueError: `compare_fn` does not return a real scalar, or returns a bool.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer, stencils
+        >>> w = Quantizer(range=1.275)(jnp.zeros(()))
+        >>> probe = stencils.describe(jax.random.key(0), w, 1.0, law="rademacher")
+        >>> up = lambda a, b: jnp.sign(a - b)  # the smaller first
+        >>> verdicts(up, w, [probe]).item() == stencils.draw(probe, w).item()
+        True
+    """
+    a, b = (_displaced(params, stencils, jnp.int8(side), _one_of(together)) for side in (1, -1))
+
+    def verdict(*key: Array) -> Array:
+        said = quaxify(lambda a, b: compare_fn(a, b, *key))(a, b)
+        if isinstance(said, bool) or getattr(said, "dtype", None) == jnp.bool_:
+            raise ValueError("compare_fn must return -1, 0 or 1, got a bool.")
+        return jnp.sign(scalar(said, "compare_fn"))
+
+    return verdict() if keys is None else jax.vmap(verdict)(keys).sum()
 
 
 def endpoints(
@@ -91,7 +141,7 @@ def endpoints(
     Args:
         params: tree with quantized leaves.
         stencils: one for each trained leaf, in the order of the tree.
-        side: 1 or -1.
+        side: 1 or -1; 0 for no displacement.
 
     Examples:
         >>> from zoqo_jax import Quantizer, stencils
@@ -103,6 +153,11 @@ def endpoints(
     """
     side = jnp.asarray(side, jnp.int8)
     return _displaced(params, stencils, side, lambda perturbed: perturbed.endpoint())
+
+
+def _one_of(population: int) -> Callable[[PerturbedArray], PerturbedArray]:
+    """What tells an array how many displacements are evaluated with its own."""
+    return lambda perturbed: dataclasses.replace(perturbed, population=population)
 
 
 def _displaced(
@@ -118,8 +173,8 @@ def _displaced(
     )
 
 
-def scalar(value: Any) -> Float32[Array, ""]:
-    """What an objective returned, as float32.
+def scalar(value: Any, source: str = "value_fn") -> Float32[Array, ""]:
+    """What an objective, or another function that is called `source`, returned, as float32.
 
     Raises:
         ValueError: it is no real scalar.
@@ -134,7 +189,7 @@ def scalar(value: Any) -> Float32[Array, ""]:
         got = (
             f"shape {shape} and dtype {dtype}" if dtype is not None else f"a {type(value).__name__}"
         )
-        raise ValueError(f"value_fn must return a real scalar, got {got}.")
+        raise ValueError(f"{source} must return a real scalar, got {got}.")
     return jnp.asarray(value, jnp.float32)
 
 

@@ -82,9 +82,12 @@ def spsa(
         params: PyTree | None = None,
         *,
         value_fn: queries.Objective | None = None,
+        compare_fn: queries.Comparator | None = None,
         **extra: Any,
     ) -> tuple[PyTree, StepState]:
         del updates, extra
+        if compare_fn is not None:
+            raise ValueError("compare_fn serves zoqo alone: spsa needs losses, by value_fn.")
         if params is None or value_fn is None:
             missing = "params" if params is None else "value_fn"
             raise ValueError(

@@ -26,7 +26,7 @@ import optax
 from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
 
 from zoqo_jax import compiler, draws, queries, stencils
-from zoqo_jax.arrays import QuantizedArray, cut, is_quantized, is_trained
+from zoqo_jax.arrays import QuantizedArray, cut, is_quantized, is_trained, trained_leaves
 from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
 from zoqo_jax.pieces import Pick, in_place
@@ -37,12 +37,14 @@ __all__ = [
     "Rules",
     "Schedule",
     "StepState",
+    "as_typed",
     "by_queries",
     "check_positive",
     "check_query_count",
     "initial_state",
     "over_queries",
     "record",
+    "record_votes",
     "value_at",
 ]
 
@@ -62,11 +64,13 @@ class StepState(NamedTuple):
         key: the run's key, never changed; `state._replace(key=...)` gives vmapped problems their
             own.
         queries: evaluations of the objective so far.
-        losses: the last step's (l+, l-) for each query; inf before the first.
+        losses: the last step's (l+, l-) for each query; inf before the first, and after a step by
+            comparisons, which has none.
         differences: the last step's l+ - l-, 16 significant bits of the largest, 0 where a loss
-            was not finite. These, `key` and `count` determine the step: keep them, and `replay` can
-            rebuild the run.
-        skipped: query pairs so far with a NaN or inf loss; they move nothing.
+            was not finite; or the votes of its comparisons, -1, 0 or 1. These, `key` and `count`
+            determine the step: keep them, and `replay` can rebuild the run.
+        skipped: query pairs so far with a NaN or inf loss, or a NaN among their comparisons; they
+            move nothing.
         residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
     """
 
@@ -90,6 +94,7 @@ class Rules(NamedTuple):
             residual); `rows` are where the bits of the move come from.
         remember: array -> its first residual, or None for a method that keeps none.
         hears_signs: whether of u nothing but its sign matters to `weigh`.
+        compares: whether the sign of l+ - l- serves `weigh` as well.
     """
 
     describe: Callable[[Array, QuantizedArray, Array], Stencil]
@@ -97,6 +102,7 @@ class Rules(NamedTuple):
     move: Callable[[Rows, QuantizedArray, Array, Array, Any], tuple[Array, Any]]
     remember: Callable[[QuantizedArray], Any] | None = None
     hears_signs: bool = False
+    compares: bool = False
 
 
 class QueryTransformation(optax.GradientTransformationExtraArgs):
@@ -117,6 +123,7 @@ def by_queries(
     query_batch: int | None = 1,
     sides: queries.Sides = "together",
     axis_name: str | None = None,
+    num_comparisons: int | None = None,
 ) -> QueryTransformation:
     """Make an optax transformation of a method's rules.
 
@@ -128,11 +135,16 @@ def by_queries(
         sides: evaluate the two sides of a pair "together" or "in_turn".
         axis_name: average losses over this mapped axis, for data-parallel steps: only scalars
             travel.
+        num_comparisons: how often to compare the sides of a query, each time with a new key; None
+            for once, without a key.
 
     Returns:
-        A transformation whose `update` takes `value_fn=` (or `differences=`, to replay a step).
+        A transformation whose `update` takes `value_fn=`, or `compare_fn=` where the method
+        `compares` (or `differences=`, to replay a step).
     """
     check_query_count(num_queries, query_batch)
+    if num_comparisons is not None and num_comparisons < 1:
+        raise ValueError(f"num_comparisons must be at least 1 or None, got {num_comparisons}.")
     stencils.check_choice("sides", sides, get_args(queries.Sides))
     together = min(query_batch or num_queries, num_queries)
 
@@ -196,17 +208,40 @@ def by_queries(
         m = piece.spread(first.reach(piece))
         return total * rules.weigh(jnp.float32(1.0), m).astype(jnp.float32)
 
+    def compared(state: StepState, params: PyTree, compare_fn: queries.Comparator) -> StepState:
+        """The state after a step's comparisons came in."""
+        step_key = jax.random.fold_in(state.key, state.count)
+
+        def votes(query: Array | int) -> Array:
+            keys = None
+            if num_comparisons is not None:  # rows of `keys` end at num_queries
+                own = jax.random.fold_in(step_key, num_queries + 1 + query)
+                if axis_name is not None:  # devices err independently
+                    own = jax.random.fold_in(own, jax.lax.axis_index(axis_name))
+                keys = jax.random.split(own, num_comparisons)
+            stencils = probes(state, params, query)
+            return queries.verdicts(compare_fn, params, stencils, keys=keys, together=together)
+
+        total = over_queries(votes, num_queries, query_batch)
+        total = total if axis_name is None else jax.lax.psum(total, axis_name)
+        return record_votes(state, total, 2 * num_queries * (num_comparisons or 1))
+
     def update(
         updates: Any,
         state: Any,
         params: PyTree | None = None,
         *,
         value_fn: queries.Objective | None = None,
+        compare_fn: queries.Comparator | None = None,
         differences: Float[Array, " queries"] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, StepState]:
         del updates, extra
         arrays = _trained_leaves(params)
+        if compare_fn is not None and value_fn is not None:
+            raise ValueError("value_fn and compare_fn must not both be given.")
+        if compare_fn is not None and not rules.compares:
+            raise ValueError("compare_fn serves zoqo alone: this method needs losses, by value_fn.")
 
         if differences is not None:
             if jnp.shape(differences) != (num_queries,):
@@ -223,6 +258,8 @@ def by_queries(
                 query_batch,
             )
             after = record(state, pairs if axis_name is None else jax.lax.pmean(pairs, axis_name))
+        elif compare_fn is not None:
+            after = compared(state, params, compare_fn)
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 
@@ -256,7 +293,7 @@ def initial_state(key: PRNGKeyArray, num_queries: int) -> StepState:
     """The state before the first step."""
     return StepState(
         count=jnp.zeros((), jnp.int32),
-        key=jnp.copy(_as_typed(key)),  # the caller keeps his when a state is donated
+        key=jnp.copy(as_typed(key)),  # the caller keeps his when a state is donated
         queries=jnp.zeros((), jnp.int32),
         losses=jnp.full((num_queries, 2), jnp.inf, jnp.float32),
         differences=jnp.zeros((num_queries,), jnp.float32),
@@ -276,12 +313,24 @@ def record(state: StepState, pairs: Float32[Array, "queries 2"]) -> StepState:
     )
 
 
-def over_queries(
-    losses: Callable[[Any], Array], num_queries: int, query_batch: int | None
-) -> Array:
-    """The losses of each query, `query_batch` at a time, stacked."""
+def record_votes(
+    state: StepState, votes: Float32[Array, " queries"], evaluations: int
+) -> StepState:
+    """The state after a step's comparisons came in, their verdicts summed for each query."""
+    bad = jnp.isnan(votes)
+    return state._replace(
+        count=state.count + 1,
+        queries=state.queries + evaluations,
+        losses=jnp.full_like(state.losses, jnp.inf),
+        differences=jnp.where(bad, 0.0, jnp.sign(votes)),
+        skipped=state.skipped + bad.sum(dtype=jnp.int32),
+    )
+
+
+def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:
+    """The losses of each query, or what else is asked, `query_batch` at a time, stacked."""
     if num_queries == 1:
-        return losses(0)[None]
+        return jax.tree.map(lambda x: x[None], losses(0))
     indices = jnp.arange(num_queries)
     if query_batch is None or query_batch >= num_queries:
         return jax.vmap(losses)(indices)
@@ -310,13 +359,7 @@ def check_query_count(num_queries: int, query_batch: int | None) -> None:
 def _trained_leaves(params: PyTree | None) -> list[QuantizedArray]:
     if params is None:
         raise ValueError("params must be given: codes move from where they are.")
-    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_trained(leaf)]
-    if not leaves:
-        raise ValueError(
-            "params must hold a QuantizedArray that is not frozen, got none: call "
-            "zoqo_jax.quantize first."
-        )
-    return leaves
+    return list(trained_leaves(params).values())
 
 
 def _in_place(
@@ -349,7 +392,7 @@ def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
     return jax.tree.map(one, params, is_leaf=is_quantized)
 
 
-def _as_typed(key: Any) -> Array:
+def as_typed(key: Any) -> Array:
     """A typed key; old uint32 keys are wrapped."""
     if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
         return key

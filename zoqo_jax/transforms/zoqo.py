@@ -42,6 +42,7 @@ def zoqo(
     query_batch: int | None = 1,
     sides: Sides = "together",
     axis_name: str | None = None,
+    num_comparisons: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Quantized sign descent along integer noise, two forward passes for each query.
 
@@ -74,11 +75,17 @@ def zoqo(
             memory.
         sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
             "in_turn", with one side's activations in memory; better where tokens are many.
-        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+        axis_name: inside `shard_map` or `pmap`, average the losses over this axis, or add up the
+            comparisons.
+        num_comparisons: for a noisy `compare_fn(a, b, key)`, how often to ask it about each query;
+            the majority counts. None for one that is asked once, without a key.
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
-        `optax.apply_updates`. Its state is a `StepState`.
+        `optax.apply_updates`. Its state is a `StepState`. Where no loss is to be had, give
+        `compare_fn=` instead: `compare_fn(a, b)` is -1 where the parameters `a` are better than
+        `b`, 1 where they are worse, 0 for a draw (see `queries.verdicts`); g is made of these
+        signs. Each comparison counts as two evaluations.
 
     Raises:
         ValueError: an argument outside what is said above, naming it and its value.
@@ -97,6 +104,13 @@ def zoqo(
         ...     params, state = step(params, state)
         >>> loss(zq.dequantize(params)).item() < 0.05, state.queries.item()
         (True, 200)
+
+        Of a judge that tells no more than which is better:
+
+        >>> judge = lambda a, b: jnp.sign(loss(a) - loss(b))
+        >>> updates, state = tx.update(None, state, params, compare_fn=judge)
+        >>> state.differences.item() in (-1.0, 0.0, 1.0), state.queries.item()
+        (True, 202)
     """
     stepping.check_positive("learning_rate", learning_rate)
     stepping.check_positive("radius", radius)
@@ -136,5 +150,7 @@ def zoqo(
             E = array.spread(stencils.reach(eta / s, array.grid))
         return -E * g, residual
 
-    rules = Rules(describe, weigh, move, hears_signs=hears_signs)
-    return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)
+    rules = Rules(describe, weigh, move, hears_signs=hears_signs, compares=True)
+    return stepping.by_queries(
+        rules, key, num_queries, query_batch, sides, axis_name, num_comparisons
+    )
