@@ -32,14 +32,21 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {one} |" for one in map(line, [lines[0], rule, *lines[1:]]))
 
 
-def filled(document: str, body: Callable[[str], str]) -> str:
+def filled(document: str, body: Callable[[str], str | None]) -> str:
     r"""The document with `body(NAME)` between each `<!-- table: NAME -->` and `<!-- end -->`.
+
+    What stands there stays where `body` gives None.
 
     Example:
       >>> filled("<!-- table: a -->\nold<!-- end -->", str.upper)
       '<!-- table: a -->\n\nA\n\n<!-- end -->'
     """
-    return _MARKED.sub(lambda m: f"{m[1]}\n{body(m[2])}\n\n{m[3]}", document)
+
+    def one(found: re.Match[str]) -> str:
+        text = body(found[2])
+        return found[0] if text is None else f"{found[1]}\n{text}\n\n{found[3]}"
+
+    return _MARKED.sub(one, document)
 
 
 def interval(values: Sequence[float], digits: int) -> str:

@@ -1,0 +1,139 @@
+"""A claim: what is measured to check it, and how that is shown.
+
+Every room of this package that checks one defines a `CLAIM`. `check` measures what was not measured
+before with the same settings, a cell at a time, keeps each as it comes, so that a run may be
+stopped at any moment, and writes the claim's table and figure into the document.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments import markdown
+from zoqo_jax.interop.files import replacing
+
+__all__ = ["Cell", "Claim", "Measurement", "check"]
+
+Cell = dict[str, Any]
+"""What is measured once: numbers, strings, bools and lists of them."""
+
+Measurement = dict[str, Any]
+"""A cell with what was measured there; what is not finite is None."""
+
+
+class Claim(NamedTuple):
+    """A claim and how it is checked.
+
+    Attributes:
+      name: of its subcommand, its table and its figure.
+      config: a frozen dataclass of settings, which all have defaults: those of the document.
+      cells: config -> what to measure, in order.
+      measure: (config, cell) -> what was found there, numbers (of NumPy or JAX, too), strings and
+        lists of them, all finite or None; it must depend on nothing else.
+      table: measurements -> a Markdown table.
+      draw: (measurements, an empty `matplotlib.figure.Figure`) -> None.
+    """
+
+    name: str
+    config: type
+    cells: Callable[[Any], list[Cell]]
+    measure: Callable[[Any, Cell], dict[str, Any]]
+    table: Callable[[list[Measurement]], str]
+    draw: Callable[[list[Measurement], Any], None]
+
+
+def check(
+    claim: Claim, config: Any, *, results: Path, document: Path, progress: bool = True
+) -> list[Measurement]:
+    """Measure what is left of a claim, and write its table and figure.
+
+    Args:
+      claim: what to check.
+      config: of the claim's type.
+      results: folder of what was measured, a file NAME.json for each claim.
+      document: Markdown; the table goes between `<!-- table: NAME -->` and `<!-- end -->`, the
+        figure into the folder beside it that is called as it is.
+      progress: whether to show a progress bar.
+
+    Returns:
+      The measurements, in the order of the cells.
+    """
+    kept = _Kept(results / f"{claim.name}.json", _plain(dataclasses.asdict(config)))
+    cells = [_plain(cell) for cell in claim.cells(config)]
+    for cell in tqdm(cells, desc=claim.name, unit="cell", disable=not progress):
+        if kept.find(cell) is None:
+            start = time.perf_counter()
+            kept.add(cell, _plain(claim.measure(config, cell)), time.perf_counter() - start)
+    found = [{**cell, **(kept.find(cell) or {})} for cell in cells]
+    _write_page(claim, found, _words(kept, len(cells)), document)
+    return found
+
+
+class _Kept:
+    """What was measured with these settings, in a file."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        if content.get("settings") != settings:
+            content = {"settings": settings, "seconds": 0.0, "cells": []}
+        self.content = content
+
+    def find(self, cell: Cell) -> dict[str, Any] | None:
+        for one in self.content["cells"]:
+            if one["cell"] == cell:
+                return one["found"]
+        return None
+
+    def add(self, cell: Cell, found: dict[str, Any], seconds: float) -> None:
+        self.content["cells"].append({"cell": cell, "found": found})
+        self.content["seconds"] += seconds
+        self.content["versions"] = _versions()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path) as file:
+            file.write(json.dumps(self.content, indent=1).encode())
+
+
+def _words(kept: _Kept, cells: int) -> str:
+    """How a table came about."""
+    content = kept.content
+    settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items())
+    versions = ", ".join(content.get("versions", []))
+    return f"{cells} cells in {content['seconds'] / 60:.1f} minutes; {versions}; {settings}."
+
+
+def _versions() -> list[str]:
+    packages = [f"{name} {metadata.version(name)}" for name in ("jax", "numpy")]
+    return [*packages, f"Python {platform.python_version()}", f"{os.cpu_count()} cores"]
+
+
+def _write_page(claim: Claim, found: list[Measurement], words: str, document: Path) -> None:
+    from matplotlib.figure import Figure
+
+    folder = document.parent / document.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    fig = Figure(figsize=(9.0, 3.8), layout="constrained")
+    claim.draw(found, fig)
+    fig.savefig(folder / f"{claim.name}.png", dpi=130)
+    if document.is_file():
+        parts = {claim.name: f"{claim.table(found)}\n\n*{words}*"}
+        document.write_text(markdown.filled(document.read_text(), parts.get))
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """What JSON gives back of something."""
+    return json.loads(json.dumps(values, default=_one, allow_nan=False))
+
+
+def _one(value: Any) -> Any:
+    """A number or list of numbers of an array."""
+    return np.asarray(value).tolist()
