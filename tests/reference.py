@@ -1,6 +1,7 @@
-"""ZOQO and CAQ-ZO in NumPy, written from the papers' formulas.
+"""ZOQO, CAQ-ZO and their kin in NumPy, written from the papers' formulas.
 
-Bar & Giryes, "ZOQO", arXiv:2501.06736, Algorithm 1; Shu & Zhu, "CAQ-ZO", arXiv:2605.10673.
+Bar & Giryes, "ZOQO", arXiv:2501.06736, Algorithm 1; Shu & Zhu, "CAQ-ZO", arXiv:2605.10673; Zhou et
+al., "QuZO", arXiv:2502.12346.
 Directions and random words come from outside, drawn by `zoqo_jax.stencils` and `zoqo_jax.draws`;
 everything that is done with them is done here: clamp, mask, reflect, votes, steps. Real numbers are
 float32, as the library's are.
@@ -170,6 +171,43 @@ def caq_zo_step(
             total += d * effective(leaf, rs[i], boundary).astype(F)
         after.append(leaf.moved(leaf.codes + project(i, -factor * total)))
     return after, heard
+
+
+def quzo_step(
+    leaves: Sequence[Leaf],
+    probed: Sequence[Sequence[np.ndarray]],
+    heard: Sequence[Sequence[np.ndarray]],
+    loss: Loss,
+    project: Callable[[int, np.ndarray], np.ndarray],
+    *,
+    learning_rate: float,
+    radius: float,
+    boundary: str,
+) -> tuple[list[Leaf], np.ndarray]:
+    """n <- Q(n - eta g), g the mean over queries of (l+ - l-) / (2 mu^2) Q2(mu u).
+
+    Args:
+        leaves: the arrays.
+        probed: Q1(mu u) for each query and leaf.
+        heard: Q2(mu u) for each query and leaf.
+        loss: of the arrays' values.
+        project: (leaf's index, float32 step in codes) -> whole codes.
+        learning_rate: eta.
+        radius: mu.
+        boundary: what happens at the grid's edges.
+
+    Returns:
+        The arrays after it, and l+ - l- of each query.
+    """
+    differing = differences(np.array([query(leaves, us, loss, boundary) for us in probed], F))
+    factor = F(learning_rate) * F(1 / (2 * len(probed))) / F(radius) ** 2
+    after = []
+    for i, leaf in enumerate(leaves):
+        total = np.zeros(leaf.codes.shape, F)
+        for d, us in zip(differing, heard, strict=True):
+            total += d * effective(leaf, us[i], boundary).astype(F)
+        after.append(leaf.moved(leaf.codes + project(i, -factor * total)))
+    return after, differing
 
 
 def nearest(step: np.ndarray) -> np.ndarray:

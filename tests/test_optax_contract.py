@@ -1,7 +1,7 @@
-"""zoqo, caq_zo and spsa as optax transformations: every way that optax and JAX use one.
+"""Every transformation as optax's: every way that optax and JAX use one.
 
-One model serves all three: the quantized matrix is what zoqo and caq_zo train, the float bias what
-spsa trains. Its losses are dyadic fractions, exact in float32 in any order of summation.
+One model serves them all: the quantized matrix is what the others train, the float bias what spsa
+trains. Its losses are dyadic fractions, exact in float32 in any order of summation.
 """
 
 import functools
@@ -20,9 +20,10 @@ from zoqo_jax import stencils
 from zoqo_jax.transforms import stepping
 
 KEY = jax.random.key(3)
-NAMES = ["zoqo", "caq_zo", "spsa"]
-QUANTIZED = ["zoqo", "caq_zo"]
-ONE_OF_EACH = ["zoqo", pytest.param("caq_zo", marks=pytest.mark.slow), "spsa"]
+NAMES = ["zoqo", "caq_zo", "quzo", "spsa"]
+QUANTIZED = ["zoqo", "caq_zo", "quzo"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("caq_zo", "quzo")]
+ONE_OF_EACH = ["zoqo", *SLOW, "spsa"]
 four_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 
 
@@ -32,6 +33,8 @@ def make(name, key=KEY, **options):
         return zq.zoqo(1.0, 2.0, key=key, **options)
     if name == "caq_zo":
         return zq.caq_zo(0.05, key=key, **{"rounding": "error_feedback", **options})
+    if name == "quzo":
+        return zq.quzo(0.05, 0.75, key=key, **options)
     descent = optax.chain(optax.scale_by_sign(), optax.scale(-0.25))
     trained = {"w": False, "b": True}
     return optax.chain(zq.spsa(0.5, key=key, **options), optax.masked(descent, trained))
@@ -344,6 +347,7 @@ def test_state_holds_the_losses_and_differences_of_the_last_step(name):
         pytest.param("caq_zo", 2, marks=pytest.mark.slow),
         pytest.param("caq_zo", 3, marks=pytest.mark.slow),
         pytest.param("caq_zo", None, marks=pytest.mark.slow),
+        pytest.param("quzo", 3, marks=pytest.mark.slow),
     ],
 )
 def test_query_batch_changes_nothing_but_the_cost(name, query_batch):
@@ -357,6 +361,7 @@ def test_query_batch_changes_nothing_but_the_cost(name, query_batch):
         ("zoqo", {"structure": "sparse", "density": 0.4, "vote": "majority", "step": "dithered"}),
         ("caq_zo", {"structure": "rank_one", "rounding": "stochastic"}),
         ("caq_zo", {"structure": "sparse", "density": 0.5, "rounding": "error_feedback"}),
+        ("quzo", {"boundary": "mask"}),
     ],
 )
 @pytest.mark.parametrize("num_queries", [1, 3])
@@ -409,6 +414,7 @@ def test_schedules_start_at_count_zero(name):
     tx = {
         "zoqo": lambda: zq.zoqo(schedule, schedule, key=KEY),
         "caq_zo": lambda: zq.caq_zo(schedule, key=KEY),
+        "quzo": lambda: zq.quzo(schedule, schedule, key=KEY),
         "spsa": lambda: zq.spsa(schedule, key=KEY),
     }[name]()
     state = tx.init(start())
@@ -440,6 +446,7 @@ def test_zoqo_moves_by_what_its_schedule_says():
         ("zoqo", {"num_queries": 2, "vote": "majority"}),
         ("zoqo", {"step": "dithered"}),
         ("caq_zo", {"rounding": "stochastic"}),
+        ("quzo", {}),
     ],
 )
 def test_equal_losses_move_nothing(name, options):
@@ -587,6 +594,7 @@ FACTORIES = {
         **{"learning_rate": 1.0, "radius": 1.0, "key": KEY, **options}
     ),
     "caq_zo": lambda **options: zq.caq_zo(**{"learning_rate": 1.0, "key": KEY, **options}),
+    "quzo": lambda **options: zq.quzo(**{"learning_rate": 1.0, "key": KEY, **options}),
     "spsa": lambda **options: zq.spsa(**{"radius": 1.0, "key": KEY, **options}),
 }
 STENCIL_ERRORS = {
@@ -611,6 +619,13 @@ ERRORS = {
         "learning_rate": POSITIVE,
         "rounding": ["up"],
         "threshold": POSITIVE,
+    },
+    "quzo": {
+        **STENCIL_ERRORS,
+        **QUERY_ERRORS,
+        "learning_rate": POSITIVE,
+        "radius": POSITIVE,
+        "noise": ["uniform"],
     },
     "spsa": {**QUERY_ERRORS, "radius": POSITIVE, "noise": ["uniform"]},
 }

@@ -28,6 +28,7 @@ from zoqo_jax.quantization import quantize as quantize
 from zoqo_jax.rules import quaxify as quaxify
 from zoqo_jax.transforms import StepState as StepState
 from zoqo_jax.transforms import caq_zo as caq_zo
+from zoqo_jax.transforms import quzo as quzo
 from zoqo_jax.transforms import replay as replay
 from zoqo_jax.transforms import spsa as spsa
 from zoqo_jax.transforms import zoqo as zoqo
@@ -56,6 +57,7 @@ __all__ = [
     "quantize",
     "quaxify",
     "queries",
+    "quzo",
     "replay",
     "spsa",
     "stencils",

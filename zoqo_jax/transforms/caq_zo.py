@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from zoqo_jax import draws, projection, stencils
+from zoqo_jax import projection, stencils
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.draws import Rows
 from zoqo_jax.projection import Rounding
@@ -118,9 +118,7 @@ def caq_zo(
     ) -> tuple[Array, Any]:
         step = -(value_at(learning_rate, count) * mean_over_2) * total
         if rounding == "stochastic":
-            columns = array.shape[-1] if array.ndim else 1
-            words = draws.words(rows, columns, 0).reshape(array.shape)
-            return projection.stochastic(words, step), residual
+            return stepping.rounded_at_random(rows, step), residual
         if rounding == "nearest":
             return projection.nearest(step), residual
         if rounding == "threshold":

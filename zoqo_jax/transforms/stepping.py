@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
 
-from zoqo_jax import compiler, draws, queries, stencils
+from zoqo_jax import compiler, draws, projection, queries, stencils
 from zoqo_jax.arrays import QuantizedArray, cut, is_quantized, is_trained
 from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
@@ -43,6 +43,7 @@ __all__ = [
     "initial_state",
     "over_queries",
     "record",
+    "rounded_at_random",
     "value_at",
 ]
 
@@ -89,14 +90,15 @@ class Rules(NamedTuple):
         move: (rows, array, sum over queries of `weigh`, count, residual) -> (codes to move,
             residual); `rows` are where the bits of the move come from.
         remember: array -> its first residual, or None for a method that keeps none.
-        hears_signs: whether of u nothing but its sign matters to `weigh`.
+        heard: the stencil that was probed -> one whose direction `weigh` is given in place of its
+            own: easier to draw, or rounded independently.
     """
 
     describe: Callable[[Array, QuantizedArray, Array], Stencil]
     weigh: Callable[[Array, Array], Array]
     move: Callable[[Rows, QuantizedArray, Array, Array, Any], tuple[Array, Any]]
     remember: Callable[[QuantizedArray], Any] | None = None
-    hears_signs: bool = False
+    heard: Callable[[Stencil], Stencil] = lambda probed: probed
 
 
 class QueryTransformation(optax.GradientTransformationExtraArgs):
@@ -176,8 +178,7 @@ def by_queries(
         """What the step's queries said about a part of a leaf, for the rows picked."""
 
         def stencil(query: Array | int) -> tuple[Stencil, QuantizedArray]:
-            described = rules.describe(keys[query], array, after.count - 1)
-            described = described.one_code_long() if rules.hears_signs else described
+            described = rules.heard(rules.describe(keys[query], array, after.count - 1))
             picked = on_rows(pick, PerturbedArray(array, described))
             return stencils.part(picked.stencil, picked.array, part)
 
@@ -286,6 +287,12 @@ def over_queries(
     if query_batch is None or query_batch >= num_queries:
         return jax.vmap(losses)(indices)
     return jax.lax.map(losses, indices, batch_size=None if query_batch == 1 else query_batch)
+
+
+def rounded_at_random(rows: Rows, step: Float[Array, "..."]) -> Int32[Array, "..."]:
+    """A step in codes rounded up or down, unbiased, `rows` being where the bits come from."""
+    columns = step.shape[-1] if step.ndim else 1
+    return projection.stochastic(draws.words(rows, columns, 0).reshape(step.shape), step)
 
 
 def value_at(schedule: Schedule, count: Array) -> Float32[Array, ""]:

@@ -136,5 +136,6 @@ def zoqo(
             E = array.spread(stencils.reach(eta / s, array.grid))
         return -E * g, residual
 
-    rules = Rules(describe, weigh, move, hears_signs=hears_signs)
+    rules = Rules(describe, weigh, move)
+    rules = rules._replace(heard=Stencil.one_code_long) if hears_signs else rules
     return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)
