@@ -200,7 +200,7 @@ def quzo_step(
         The arrays after it, and l+ - l- of each query.
     """
     differing = differences(np.array([query(leaves, us, loss, boundary) for us in probed], F))
-    factor = F(learning_rate) * F(1 / (2 * len(probed))) / F(radius) ** 2
+    factor = F(learning_rate) * (F(1 / (2 * len(probed))) / F(radius) ** 2)
     after = []
     for i, leaf in enumerate(leaves):
         total = np.zeros(leaf.codes.shape, F)

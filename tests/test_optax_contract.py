@@ -20,9 +20,9 @@ from zoqo_jax import stencils
 from zoqo_jax.transforms import stepping
 
 KEY = jax.random.key(3)
-NAMES = ["zoqo", "caq_zo", "quzo", "spsa"]
-QUANTIZED = ["zoqo", "caq_zo", "quzo"]
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("caq_zo", "quzo")]
+NAMES = ["zoqo", "caq_zo", "quzo", "qzo", "spsa"]
+QUANTIZED = ["zoqo", "caq_zo", "quzo", "qzo"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("caq_zo", "quzo", "qzo")]
 ONE_OF_EACH = ["zoqo", *SLOW, "spsa"]
 four_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 
@@ -34,7 +34,9 @@ def make(name, key=KEY, **options):
     if name == "caq_zo":
         return zq.caq_zo(0.05, key=key, **{"rounding": "error_feedback", **options})
     if name == "quzo":
-        return zq.quzo(0.05, 0.75, key=key, **options)
+        return zq.quzo(0.05, 0.5, key=key, **options)
+    if name == "qzo":
+        return zq.qzo(0.25, 0.5, key=key, **{"clip": 1.0, "noise": "rademacher", **options})
     descent = optax.chain(optax.scale_by_sign(), optax.scale(-0.25))
     trained = {"w": False, "b": True}
     return optax.chain(zq.spsa(0.5, key=key, **options), optax.masked(descent, trained))
@@ -194,7 +196,8 @@ def test_frozen_leaves_get_zero_updates(name):
     updates, _ = tx.update(None, tx.init(params), params, value_fn=value_fn)
     for frozen in ("b", "steps", "flag", "half"):
         assert updates[frozen].dtype == params[frozen].dtype and not updates[frozen].any()
-    assert not updates["w"].scale.any() and updates["w"].packed.any()
+    moves, stays = ("scale", "packed") if name == "qzo" else ("packed", "scale")
+    assert getattr(updates["w"], moves).any() and not getattr(updates["w"], stays).any()
     assert_equal(optax.apply_updates(params, updates)["b"], params["b"])
 
 
@@ -415,6 +418,7 @@ def test_schedules_start_at_count_zero(name):
         "zoqo": lambda: zq.zoqo(schedule, schedule, key=KEY),
         "caq_zo": lambda: zq.caq_zo(schedule, key=KEY),
         "quzo": lambda: zq.quzo(schedule, schedule, key=KEY),
+        "qzo": lambda: zq.qzo(schedule, schedule, key=KEY),
         "spsa": lambda: zq.spsa(schedule, key=KEY),
     }[name]()
     state = tx.init(start())
@@ -595,6 +599,7 @@ FACTORIES = {
     ),
     "caq_zo": lambda **options: zq.caq_zo(**{"learning_rate": 1.0, "key": KEY, **options}),
     "quzo": lambda **options: zq.quzo(**{"learning_rate": 1.0, "key": KEY, **options}),
+    "qzo": lambda **options: zq.qzo(**{"learning_rate": 1.0, "radius": 1.0, "key": KEY, **options}),
     "spsa": lambda **options: zq.spsa(**{"radius": 1.0, "key": KEY, **options}),
 }
 STENCIL_ERRORS = {
@@ -625,6 +630,13 @@ ERRORS = {
         **QUERY_ERRORS,
         "learning_rate": POSITIVE,
         "radius": POSITIVE,
+        "noise": ["uniform"],
+    },
+    "qzo": {
+        **QUERY_ERRORS,
+        "learning_rate": POSITIVE,
+        "radius": POSITIVE,
+        "clip": POSITIVE,
         "noise": ["uniform"],
     },
     "spsa": {**QUERY_ERRORS, "radius": POSITIVE, "noise": ["uniform"]},

@@ -29,6 +29,7 @@ from zoqo_jax.rules import quaxify as quaxify
 from zoqo_jax.transforms import StepState as StepState
 from zoqo_jax.transforms import caq_zo as caq_zo
 from zoqo_jax.transforms import quzo as quzo
+from zoqo_jax.transforms import qzo as qzo
 from zoqo_jax.transforms import replay as replay
 from zoqo_jax.transforms import spsa as spsa
 from zoqo_jax.transforms import zoqo as zoqo
@@ -58,6 +59,7 @@ __all__ = [
     "quaxify",
     "queries",
     "quzo",
+    "qzo",
     "replay",
     "spsa",
     "stencils",

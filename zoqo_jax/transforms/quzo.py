@@ -22,7 +22,7 @@ from zoqo_jax.draws import Rows
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.stepping import Rules, Schedule, value_at
+from zoqo_jax.transforms.stepping import Rules, Schedule, inverse_at, value_at
 
 __all__ = ["quzo"]
 
@@ -97,7 +97,7 @@ def quzo(
     stepping.check_positive("radius", radius)
     stencils.check_choice("noise", noise, get_args(Noise))
     stencils.check(noise, structure, boundary, density)
-    mean_over_2 = float(np.float32(0.5 / num_queries)) if num_queries > 0 else 0.0
+    mean_over_2 = np.float32(0.5 / max(num_queries, 1))
 
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
         return stencils.describe(
@@ -117,7 +117,8 @@ def quzo(
     def move(
         rows: Rows, array: QuantizedArray, total: Array, count: Array, residual: Any
     ) -> tuple[Array, Any]:
-        factor = value_at(learning_rate, count) * mean_over_2 / value_at(radius, count) ** 2
+        inverse = inverse_at(radius, count)
+        factor = value_at(learning_rate, count) * (mean_over_2 * inverse * inverse)
         return stepping.rounded_at_random(rows, -factor * total), residual
 
     rules = Rules(describe, weigh, move, heard=Stencil.rounded_again)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
 
@@ -41,9 +42,12 @@ __all__ = [
     "check_positive",
     "check_query_count",
     "initial_state",
+    "inverse_at",
     "over_queries",
     "record",
+    "replayed",
     "rounded_at_random",
+    "trained_leaves",
     "value_at",
 ]
 
@@ -139,7 +143,7 @@ def by_queries(
     together = min(query_batch or num_queries, num_queries)
 
     def init(params: PyTree) -> StepState:
-        arrays = _trained_leaves(params)
+        arrays = trained_leaves(params)
         residual = tuple(map(rules.remember, arrays)) if rules.remember else ()
         return initial_state(key, num_queries)._replace(residual=residual)
 
@@ -152,7 +156,7 @@ def by_queries(
         )(by_query)
 
     def probes(state: StepState, params: PyTree, query: Array | int = 0) -> list[Stencil]:
-        arrays = _trained_leaves(params)
+        arrays = trained_leaves(params)
         of_query = keys(state, len(arrays))[query]
         return [rules.describe(of_query[i], array, state.count) for i, array in enumerate(arrays)]
 
@@ -207,14 +211,10 @@ def by_queries(
         **extra: Any,
     ) -> tuple[PyTree, StepState]:
         del updates, extra
-        arrays = _trained_leaves(params)
+        arrays = trained_leaves(params)
 
         if differences is not None:
-            if jnp.shape(differences) != (num_queries,):
-                shape = jnp.shape(differences)
-                raise ValueError(f"differences must have shape ({num_queries},), got {shape}.")
-            heard = jnp.asarray(differences, jnp.float32)
-            after = state._replace(count=state.count + 1, differences=heard)
+            after = replayed(state, differences)
         elif value_fn is not None:
             pairs = over_queries(
                 lambda query: queries.losses(
@@ -277,6 +277,36 @@ def record(state: StepState, pairs: Float32[Array, "queries 2"]) -> StepState:
     )
 
 
+def replayed(state: StepState, differences: Any) -> StepState:
+    """The state after a step of which nothing but its differences is known.
+
+    Raises:
+        ValueError: they are not one for each query.
+    """
+    shape, expected = jnp.shape(differences), state.differences.shape
+    if shape != expected:
+        raise ValueError(f"differences must have shape {expected}, got {shape}.")
+    heard = jnp.asarray(differences, jnp.float32)
+    return state._replace(count=state.count + 1, differences=heard)
+
+
+def trained_leaves(params: PyTree | None) -> list[QuantizedArray]:
+    """The quantized leaves of a tree that are not frozen.
+
+    Raises:
+        ValueError: there is no tree, or no such leaf in it.
+    """
+    if params is None:
+        raise ValueError("params must be given: codes move from where they are.")
+    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_trained(leaf)]
+    if not leaves:
+        raise ValueError(
+            "params must hold a QuantizedArray that is not frozen, got none: call "
+            "zoqo_jax.quantize first."
+        )
+    return leaves
+
+
 def over_queries(
     losses: Callable[[Any], Array], num_queries: int, query_batch: int | None
 ) -> Array:
@@ -300,6 +330,16 @@ def value_at(schedule: Schedule, count: Array) -> Float32[Array, ""]:
     return jnp.asarray(schedule(count) if callable(schedule) else schedule, jnp.float32)
 
 
+def inverse_at(schedule: Schedule, count: Array) -> Array | np.float32:
+    """One over a number, or over a schedule's value at a step, as float32.
+
+    A number's is made here, lest XLA, which knows it, multiply by an inverse where it says divide.
+    """
+    if callable(schedule):
+        return 1.0 / value_at(schedule, count)
+    return np.float32(1.0) / np.float32(schedule)
+
+
 def check_positive(name: str, value: Schedule) -> None:
     """Refuse numbers that are not positive and finite; schedules are trusted."""
     if not callable(value) and not 0.0 < value < float("inf"):
@@ -312,18 +352,6 @@ def check_query_count(num_queries: int, query_batch: int | None) -> None:
         raise ValueError(f"num_queries must be at least 1, got {num_queries}.")
     if query_batch is not None and query_batch < 1:
         raise ValueError(f"query_batch must be at least 1 or None, got {query_batch}.")
-
-
-def _trained_leaves(params: PyTree | None) -> list[QuantizedArray]:
-    if params is None:
-        raise ValueError("params must be given: codes move from where they are.")
-    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_trained(leaf)]
-    if not leaves:
-        raise ValueError(
-            "params must hold a QuantizedArray that is not frozen, got none: call "
-            "zoqo_jax.quantize first."
-        )
-    return leaves
 
 
 def _in_place(
