@@ -78,17 +78,34 @@ def differences(pairs: np.ndarray) -> np.ndarray:
     return np.ldexp(np.rint(np.ldexp(raw, bits - exponent)), exponent - bits).astype(F)
 
 
+def rounded_end_point(leaf: Leaf, u: np.ndarray, distance: np.float32) -> np.ndarray:
+    """The legal codes whose levels are nearest to those at n, `distance` * u further."""
+    legal = leaf.levels[leaf.low : leaf.high + 1]
+    ends = leaf.levels[leaf.codes] + distance * u.astype(F)
+    return leaf.low + abs(ends[..., None] - legal).argmin(axis=-1)
+
+
+def largest(leaf: Leaf) -> np.float32:
+    """The largest magnitude of a legal level."""
+    return abs(leaf.levels[leaf.low : leaf.high + 1]).max()
+
+
 def query(
-    leaves: Sequence[Leaf], us: Sequence[np.ndarray], loss: Loss, boundary: str
+    leaves: Sequence[Leaf],
+    us: Sequence[np.ndarray],
+    loss: Loss,
+    boundary: str,
+    radius: float | None = None,
 ) -> list[np.float32]:
-    """l(n + u) and l(n - u)."""
+    """l(n + u) and l(n - u), or off the grid, `radius` of the largest level to either side."""
+
+    def end(leaf: Leaf, u: np.ndarray) -> np.ndarray:
+        if radius is None:
+            return end_point(leaf, u, boundary)
+        return rounded_end_point(leaf, u, F(radius) * largest(leaf))
+
     return [
-        loss(
-            [
-                leaf.at(end_point(leaf, side * u, boundary))
-                for leaf, u in zip(leaves, us, strict=True)
-            ]
-        )
+        loss([leaf.at(end(leaf, side * u)) for leaf, u in zip(leaves, us, strict=True)])
         for side in (1, -1)
     ]
 
@@ -148,8 +165,11 @@ def caq_zo_step(
     *,
     learning_rate: float,
     boundary: str,
+    radius: float | None = None,
 ) -> tuple[list[Leaf], np.ndarray]:
     """n <- Proj(n - eta g_z), g_z the mean over queries of (l+ - l-) / 2 r, in codes (Delta = 1).
+
+    Off the grid, g_z is the mean of (l+ - l-) / (2 m) r, m being the radius in codes on average.
 
     Args:
         leaves: the arrays.
@@ -158,14 +178,22 @@ def caq_zo_step(
         project: (leaf's index, float32 step in codes) -> whole codes.
         learning_rate: eta.
         boundary: what happens at the grid's edges.
+        radius: of off-grid queries, as a part of the largest level, or None.
 
     Returns:
         The arrays after it, and l+ - l- of each query.
     """
-    heard = differences(np.array([query(leaves, rs, loss, boundary) for rs in directions], F))
-    factor = F(learning_rate) * F(1 / (2 * len(directions)))
+    pairs = [query(leaves, rs, loss, boundary, radius) for rs in directions]
+    heard = differences(np.array(pairs, F))
     after = []
     for i, leaf in enumerate(leaves):
+        factor = F(1 / (2 * len(directions)))
+        if radius is not None:
+            codes = largest(leaf) / (
+                np.ptp(leaf.levels[leaf.low : leaf.high + 1]) / F(leaf.high - leaf.low)
+            )
+            factor = factor / codes / F(radius)
+        factor = F(learning_rate) * factor
         total = np.zeros(leaf.codes.shape, F)
         for d, rs in zip(heard, directions, strict=True):
             total += d * effective(leaf, rs[i], boundary).astype(F)

@@ -10,7 +10,7 @@ import test_reference as runs
 from statistical import assert_uncorrelated
 
 import zoqo_jax as zq
-from zoqo_jax import stencils
+from zoqo_jax import queries, stencils
 from zoqo_jax.transforms.floats import Directions
 
 KEY = jax.random.key(31)
@@ -25,6 +25,93 @@ def mean_and_error(samples):
     """The mean of samples and its standard error."""
     samples = np.asarray(samples, np.float64)
     return samples.mean(axis=0), samples.std(axis=0) / np.sqrt(len(samples))
+
+
+# CAQ-ZO's baseline: queries off the grid
+
+
+@pytest.mark.parametrize(
+    ("model", "num_queries", "radius", "structure"),
+    [
+        (runs.MODELS[0], 1, 0.125, {}),
+        (runs.PACKED, 3, 0.25, {"structure": "rank_one"}),
+        pytest.param(
+            *(runs.MODELS[1], 3, 0.0625, {"structure": "sparse", "density": 0.5}),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_off_grid_caq_zo_is_its_formula(model, num_queries, radius, structure):
+    eta, words = runs.caq_schedule, runs.words_of_moves(model, num_queries)
+    options = {"num_queries": num_queries, **structure}
+    tx = zq.caq_zo(eta, key=runs.KEY, query="off_grid", radius=radius, **options)
+
+    def step(count, leaves, rs):
+        return reference.caq_zo_step(
+            leaves,
+            rs,
+            runs.problem(model).loss,
+            lambda leaf, step: reference.stochastic(step, words[leaf][count]),
+            learning_rate=runs.at(eta, count),
+            boundary="clamp",
+            radius=radius,
+        )
+
+    us = runs.directions(model, None, "rademacher", **structure)
+    runs.assert_same_run(model, tx, num_queries, us, step)
+
+
+@pytest.mark.parametrize(
+    ("radius", "collapsed", "clean"), [(0.03, 16, 0), (0.05, 8, 6), (0.10, 2, 12), (0.15, 1, 4)]
+)
+def test_off_grid_end_points_on_nf4_are_those_of_the_paper(radius, collapsed, clean):
+    """Collapsed: both round back to the code. Clean: both come to a neighbour's."""
+    codes = jnp.tile(jnp.arange(16), (8, 1))
+    scale = jnp.asarray(2.0 ** np.arange(8)[:, None], jnp.float32)  # it plays no part
+    array = zq.QuantizedArray.from_codes(codes, scale, None, zq.nf4().grid)
+    tx = zq.caq_zo(1.0, key=KEY, query="off_grid", radius=radius)
+    probes = tx.probes(tx.init(array), array)
+    ends = [queries.endpoints(array, probes, side).codes.astype(int) for side in (1, -1)]
+    up, down = np.sort(ends, axis=0)[::-1]
+    for row in range(8):
+        lower, upper = np.maximum(np.arange(16) - 1, 0), np.minimum(np.arange(16) + 1, 15)
+        assert ((up == codes) & (down == codes))[row].sum() == collapsed
+        assert ((up[row] == upper) & (down[row] == lower))[1:15].sum() == clean
+
+
+def test_off_grid_queries_that_collapse_hear_nothing_where_aligned_ones_do():
+    values = jnp.asarray(np.random.default_rng(3).normal(size=(8, 8)), jnp.float32)
+    params = zq.nf4(block=8)(values)
+    loss = lambda w: jnp.sum((w - 0.25) ** 2)  # noqa: E731
+    for options, moves in (({}, True), ({"query": "off_grid", "radius": 0.03}, False)):
+        tx = zq.caq_zo(10.0, key=KEY, **options)
+        updates, state = tx.update(None, tx.init(params), params, value_fn=loss)
+        assert (state.differences[0] != 0) == moves and updates.packed.any() == moves
+
+
+@pytest.mark.parametrize(
+    "structure",
+    ["rank_one", *(pytest.param(s, marks=pytest.mark.slow) for s in ("dense", "sparse"))],
+)
+def test_off_grid_losses_are_those_of_the_end_points(structure):
+    """In products, of a scanned stack with codes that share bytes, and in what has no rule."""
+    density = {"density": 0.5} if structure == "sparse" else {}
+    values = jnp.asarray(np.random.default_rng(4).normal(size=(3, 8, 8)), jnp.float32)
+    params = {"stack": zq.nf4(block=4)(values), "w": zq.Quantizer(8)(values[0])}
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(5, 8)), jnp.float32)
+
+    def loss(params):
+        h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["stack"])
+        return jnp.sum((h @ params["w"]) ** 2) + jnp.sort(params["w"])[:, 0].sum()
+
+    tx = zq.caq_zo(1.0, key=KEY, query="off_grid", radius=0.2, structure=structure, **density)
+    probes = tx.probes(tx.init(params), params)
+    for sides in ("together", "in_turn"):
+        pair = queries.losses(loss, params, probes, sides=sides)
+        for side, actual in zip((1, -1), pair, strict=True):
+            expected = loss(zq.dequantize(queries.endpoints(params, probes, side)))
+            np.testing.assert_allclose(actual, expected, rtol=1e-5)
+        assert abs(pair[0] - pair[1]) > 1e-3
 
 
 # QuZO

@@ -623,6 +623,8 @@ ERRORS = {
         **QUERY_ERRORS,
         "learning_rate": POSITIVE,
         "rounding": ["up"],
+        "query": ["between"],
+        "radius": [0.5],
         "threshold": POSITIVE,
     },
     "quzo": {
@@ -656,6 +658,12 @@ def test_factories_refuse_what_they_cannot_use_and_name_it(untyped, name, argume
     with pytest.raises(ValueError, match=argument) as error:
         FACTORIES[name](**{argument: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("radius", [None, *POSITIVE])
+def test_off_grid_queries_need_a_positive_radius(untyped, radius):
+    with pytest.raises(ValueError, match=f"radius.* {radius}|radius={radius}"):
+        zq.caq_zo(1.0, key=KEY, query="off_grid", radius=radius)
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "error_feedback"])

@@ -39,6 +39,9 @@ RUNS = {
     "caq_zo, 3 queries, stochastic, rank one": lambda: zq.caq_zo(
         5.0, key=KEY, num_queries=3, structure="rank_one", boundary="clamp"
     ),
+    "caq_zo, off the grid": lambda: zq.caq_zo(
+        decay(3.0), key=KEY, query="off_grid", radius=decay(0.2)
+    ),
     "quzo": lambda: zq.quzo(decay(1.0), 1.5, key=KEY),
     "quzo, 3 queries, sparse, scheduled": lambda: zq.quzo(
         1.0, decay(0.8), key=KEY, num_queries=3, structure="sparse", density=0.4, boundary="mask"

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import quax
 from jax.core import ShapedArray
-from jaxtyping import Array, Float, Integer, PyTree, UInt8
+from jaxtyping import Array, Float, Int16, Integer, PyTree, UInt8
 
 __all__ = [
     "Grid",
@@ -72,6 +72,11 @@ class Grid:
         return (self.levels[self.high] - self.levels[self.low]) / (self.high - self.low)
 
     @functools.cached_property
+    def largest(self) -> float:
+        """The largest magnitude of a legal level."""
+        return max(-self.levels[self.low], self.levels[self.high])
+
+    @functools.cached_property
     def is_uniform(self) -> bool:
         """Whether a level is its code plus a whole number, so that no table need be read."""
         return all(b - a == 1.0 for a, b in zip(self.levels, self.levels[1:], strict=False))
@@ -84,6 +89,20 @@ class Grid:
         if len(levels) <= 16:
             return _select(levels, codes)
         return jnp.asarray(levels).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+    def nearest(self, values: Float[Array, "..."]) -> Int16[Array, "..."]:
+        """The legal codes whose levels are nearest to some values, scale being 1.
+
+        Examples:
+            >>> Grid((-1.0, 0.0, 0.25, 1.0), 0, 3).nearest(jnp.array([-9.0, 0.12, 0.13])).tolist()
+            [0, 1, 2]
+        """
+        if self.is_uniform:
+            codes = jnp.round(values - self.levels[0])
+            return jnp.clip(codes, self.low, self.high).astype(jnp.int16)
+        legal = np.asarray(self.levels[self.low : self.high + 1], np.float32)
+        borders = (legal[1:] + legal[:-1]) / 2
+        return (self.low + jnp.searchsorted(borders, values)).astype(jnp.int16)
 
 
 def _select(levels: np.ndarray, codes: Array) -> Float[Array, "..."]:

@@ -86,6 +86,8 @@ class Stencil(eqx.Module):
         boundary: what happens at the grid's edges.
         rounding: which of the two roundings of a real-valued direction, 0 or 1, or None for a
             direction of whole numbers.
+        off_grid: how far an entry of one moves a level, one number or copies of it for a scan,
+            where end points are rounded to the nearest code; None where they are codes.
     """
 
     rows: Rows
@@ -100,6 +102,7 @@ class Stencil(eqx.Module):
     structure: Structure = eqx.field(static=True)
     boundary: Boundary = eqx.field(static=True)
     rounding: int | None = eqx.field(static=True, default=None)
+    off_grid: Float[Array, ""] | Float[Array, " layers"] | None = None
 
     def flipped(self, side: Int8[Array, ""]) -> Stencil:
         """The stencil of `side * u`, side in {-1, 1}."""
@@ -135,6 +138,13 @@ class Stencil(eqx.Module):
         """The same real-valued direction, rounded independently."""
         return dataclasses.replace(self, rounding=1)
 
+    def displaced(self, array: QuantizedArray, u: Int16[Array, "..."]) -> Int16[Array, "..."]:
+        """The legal codes that an array's become at `u`, a side of the direction."""
+        if self.off_grid is None:
+            return displace(array.codes, u, array.grid, self.boundary)
+        distance = _one_number(self.off_grid, array.ndim) * u.astype(jnp.float32)
+        return array.grid.nearest(array.grid.at(array.codes) + distance)
+
     def probability(self, array: QuantizedArray) -> Float[Array, "..."] | None:
         """Chance of an entry to be in the support, as `width`, or None for 1."""
         kept = jnp.minimum(self.width(array), 1.0) if self.dithered else None
@@ -157,6 +167,7 @@ def describe(
     densest: float | None = None,
     dithered: bool = False,
     rounded: bool = False,
+    off_grid: Float[Array, ""] | float | None = None,
 ) -> Stencil:
     """Describe a direction for `array`.
 
@@ -174,6 +185,8 @@ def describe(
         dithered: where mu is less than a code, keep an entry with probability mu / s instead of
             widening its reach to one whole code.
         rounded: round a real-valued direction at random, for law="gaussian" or "rademacher".
+        off_grid: how far an entry of one moves a level (at scale 1), where end points are to be
+            rounded to the nearest code instead of being codes.
 
     Returns:
         The stencil: about twelve bytes a row, which a compiled program never stores.
@@ -193,8 +206,9 @@ def describe(
     side = jnp.ones(rows.index.shape, jnp.int8)
     mu = jnp.asarray(radius, jnp.float32)
     share = None if share is None else jnp.asarray(share, jnp.float32)
+    off_grid = None if off_grid is None else jnp.asarray(off_grid, jnp.float32)
     choices = (unit, dithered, digits, cell, law, structure, boundary, 0 if rounded else None)
-    return Stencil(rows, side, mu, share, *choices)
+    return Stencil(rows, side, mu, share, *choices, off_grid)
 
 
 def draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:

@@ -2,12 +2,14 @@
 
 Yao Shu and Zilin Zhu, "Compander-Aligned Query Geometry for Quantized Zeroth-Order Optimization",
 2026, arXiv:2605.10673. Queries are one grid step long in the coordinate z where the codebook is
-uniform, so both end points are codebook points and rounding them changes nothing.
+uniform, so both end points are codebook points and rounding them changes nothing. The paper's
+baseline, queries that are not aligned, is here as well: its end points x +- mu r are rounded to the
+codebook, and nothing but the nominal mu r is known of where they came to lie.
 """
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +23,11 @@ from zoqo_jax.projection import Rounding
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.stepping import Rules, Schedule, value_at
+from zoqo_jax.transforms.stepping import Rules, Schedule, inverse_at, value_at
 
 __all__ = ["caq_zo"]
+
+Query = Literal["aligned", "off_grid"]
 
 
 def caq_zo(
@@ -31,6 +35,8 @@ def caq_zo(
     *,
     key: PRNGKeyArray,
     num_queries: int = 1,
+    query: Query = "aligned",
+    radius: Schedule | None = None,
     structure: Structure = "dense",
     density: Schedule | Array = 1.0,
     rounding: Rounding = "stochastic",
@@ -55,6 +61,11 @@ def caq_zo(
             schedule.
         key: all of the run's randomness.
         num_queries: query pairs a step, q.
+        query: "aligned", one grid step long, or "off_grid": mu long in values, its end points
+            rounded to the nearest code, and g_z = (l+ - l-) / (2 m) r with m what mu is in codes on
+            average.
+        radius: mu of off-grid queries, as a fraction of the largest magnitude that a block can hold
+            (NF4's absmax); a positive number or an optax schedule.
         structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
             1]; or an optax schedule of it that never exceeds its first value.
@@ -63,7 +74,7 @@ def caq_zo(
             state; "threshold" moves one code where the step is at least `threshold` codes long.
         threshold: in codes, for rounding="threshold".
         boundary: "mask" (the paper's stencil stays on the codebook: a coordinate at an edge sits
-            out, and so stays there), "clamp" or "reflect".
+            out, and so stays there), "clamp" or "reflect". Off-grid end points are always clamped.
         query_batch: query pairs evaluated at once, None for all; more is faster and takes more
             memory.
         sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
@@ -95,9 +106,16 @@ def caq_zo(
     """
     stepping.check_positive("learning_rate", learning_rate)
     stepping.check_positive("threshold", threshold)
+    stencils.check_choice("query", query, get_args(Query))
+    if (radius is None) != (query == "aligned"):
+        raise ValueError(
+            f"radius={radius} is not for query={query!r}: give it for 'off_grid' only."
+        )
+    if radius is not None:
+        stepping.check_positive("radius", radius)
     stencils.check("rademacher", structure, boundary, density)
     stencils.check_choice("rounding", rounding, get_args(Rounding))
-    mean_over_2 = float(np.float32(0.5 / num_queries)) if num_queries > 0 else 0.0
+    mean_over_2 = np.float32(0.5 / max(num_queries, 1))
 
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
         return stencils.describe(
@@ -106,8 +124,9 @@ def caq_zo(
             1.0,
             law="rademacher",
             structure=structure,
-            boundary=boundary,
+            boundary=boundary if radius is None else "clamp",
             **stencils.scheduled(density, count),
+            off_grid=None if radius is None else value_at(radius, count) * array.grid.largest,
         )
 
     def weigh(difference: Array, r: Array) -> Float[Array, "..."]:
@@ -116,7 +135,11 @@ def caq_zo(
     def move(
         rows: Rows, array: QuantizedArray, total: Array, count: Array, residual: Any
     ) -> tuple[Array, Any]:
-        step = -(value_at(learning_rate, count) * mean_over_2) * total
+        mean_slope = mean_over_2
+        if radius is not None:
+            codes = np.float32(array.grid.largest / array.grid.spacing)  # of a radius of one
+            mean_slope = mean_over_2 / codes * inverse_at(radius, count)
+        step = -(value_at(learning_rate, count) * mean_slope) * total
         if rounding == "stochastic":
             return stepping.rounded_at_random(rows, step), residual
         if rounding == "nearest":
