@@ -253,15 +253,23 @@ def threshold(step: np.ndarray, least: float) -> np.ndarray:
     return np.where(abs(step) >= F(least), np.sign(step), 0).astype(np.int64)
 
 
+def significant(votes: np.ndarray, heard: np.ndarray, least: float) -> np.ndarray:
+    """One code where a sum of votes of random sign would seldom be so large."""
+    heard = heard.astype(np.float64)  # whole multiples of a unit: squares and their sum are exact
+    enough = votes.astype(np.float64) ** 2 >= least**2 * (heard**2).sum()
+    return np.where(enough, np.sign(votes), 0).astype(np.int64)
+
+
 class ErrorFeedback:
     """Round all that is due to nearest, halves down, and carry the rest, counted in 2^-22 codes."""
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], decay: float = 1.0):
         self.residual = np.zeros(shape, np.int64)
+        self.decay = F(decay)
 
     def __call__(self, step: np.ndarray) -> np.ndarray:
         fresh = np.rint(np.clip(step, -255, 255).astype(np.float64) * 2**22).astype(np.int64)
-        due = self.residual + fresh
+        due = np.rint(self.residual.astype(F) * self.decay).astype(np.int64) + fresh
         moved = -((2**21 - due) // 2**22)
         self.residual = due - moved * 2**22
         return moved

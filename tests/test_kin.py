@@ -1,5 +1,7 @@
 """The kin of ZOQO and CAQ-ZO: each is its formula, and has the property that it was made for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,6 +214,26 @@ def test_quzo_moves_against_the_gradient_of_a_quadratic_on_average(radius, num_q
         assert (abs(mean + eta * SLOPES) > 4 * error)[:2].all()
 
 
+@functools.cache
+def both_roundings(model, radius, **structure):
+    """Q1(mu u) and Q2(mu u) of every step for each leaf, (steps, 3 queries, ...)."""
+    arrays = runs.problem(model).arrays
+
+    def one(count, query, leaf):
+        key = runs.leaf_key(count, query, leaf)
+        law = {"law": "gaussian", "rounded": True, **structure}
+        probed = stencils.describe(key, arrays[leaf], radius, **law)
+        return [
+            stencils.draw(stencil, arrays[leaf]) for stencil in (probed, probed.rounded_again())
+        ]
+
+    def draw(count):
+        of_query = lambda query: [one(count, query, leaf) for leaf in range(len(arrays))]  # noqa: E731
+        return jax.lax.map(of_query, jnp.arange(3))
+
+    return tuple(zip(*runs.every_step(draw), strict=True))
+
+
 @pytest.mark.parametrize(
     ("model", "num_queries", "radius", "boundary", "structure"),
     [
@@ -227,20 +249,8 @@ def test_quzo_is_its_formula(model, num_queries, radius, boundary, structure):
     eta = runs.caq_schedule
     options = {"num_queries": num_queries, "boundary": boundary, **structure}
     tx = zq.quzo(eta, radius, key=runs.KEY, **options)
-    arrays, words = runs.problem(model).arrays, runs.words_of_moves(model, num_queries)
-
-    def draw(count):
-        def one(query, leaf):
-            key = runs.leaf_key(count, query, leaf)
-            law = {"law": "gaussian", "rounded": True, **structure}
-            probed = stencils.describe(key, arrays[leaf], radius, **law)
-            both = (probed, probed.rounded_again())
-            return [stencils.draw(stencil, arrays[leaf]) for stencil in both]
-
-        of_query = lambda query: [one(query, leaf) for leaf in range(len(arrays))]  # noqa: E731
-        return jax.lax.map(of_query, jnp.arange(3))
-
-    heard = [second for _, second in runs.every_step(draw)]
+    words = runs.words_of_moves(model, num_queries)
+    us, heard = both_roundings(model, radius, **structure)
 
     def step(count, leaves, probed):
         drawn = [[u[count, query].astype(np.int64) for u in heard] for query in range(num_queries)]
@@ -255,7 +265,6 @@ def test_quzo_is_its_formula(model, num_queries, radius, boundary, structure):
             boundary=boundary,
         )
 
-    us = [first for first, _ in runs.every_step(draw)]
     runs.assert_same_run(model, tx, num_queries, us, step)
 
 
@@ -399,3 +408,150 @@ def test_replay_rebuilds_the_scales_bit_for_bit(scale_dtype):
     assert (trained["w"].scale != start["w"].scale).all()
     rebuilt = zq.replay(start, log, tx)
     jax.tree.map(np.testing.assert_array_equal, rebuilt, trained)
+
+
+# Significant votes
+
+
+@pytest.mark.parametrize(
+    ("model", "structure"),
+    [
+        (runs.MODELS[0], "dense"),
+        pytest.param(runs.PACKED, "rank_one", marks=pytest.mark.slow),
+    ],
+)
+def test_a_code_moves_where_the_votes_are_significant(model, structure):
+    queries_, least = 8, 1.5
+    options = {"num_queries": queries_, "boundary": "clamp", "structure": structure}
+    tx = zq.caq_zo(1.0, key=runs.KEY, rounding="significant", threshold=least, **options)
+    loss, moved = runs.problem(model).loss, []
+
+    def step(count, leaves, rs):
+        pairs = [reference.query(leaves, r, loss, "clamp") for r in rs]
+        heard = reference.differences(np.array(pairs, np.float32))
+        after = []
+        for i, leaf in enumerate(leaves):
+            votes = sum(d.astype(np.float64) * r[i] for d, r in zip(heard, rs, strict=True))
+            moves = -reference.significant(votes, heard, least)
+            after.append(leaf.moved(leaf.codes + moves))
+            moved.append((moves != 0).mean())
+        return after, heard
+
+    us = runs.directions(model, None, "rademacher", structure, queries=queries_)
+    runs.assert_same_run(model, tx, queries_, us, step)
+    assert 0.05 < np.mean(moved) < 0.5
+
+
+def test_votes_that_a_single_code_decides_move_it_alone():
+    """l = 3 n_2, alone among 60 codes: its votes agree, the others' are coins."""
+    params = in_the_middle((60,))
+    tx = zq.caq_zo(1.0, key=KEY, num_queries=64, rounding="significant", threshold=4.5)
+    updates, _ = tx.update(None, tx.init(params), params, value_fn=lambda w: 3.0 * w[2])
+    np.testing.assert_array_equal(
+        updates.packed.astype(jnp.int8), -(np.arange(60) == 2).astype(int)
+    )
+
+
+# QES
+
+
+def assert_qes_is_its_formula(window, decay, num_queries):
+    """The reference keeps what each step said, and makes the residual of the window's anew."""
+    model, radius, eta = runs.MODELS[0], 0.5, 2e-6
+    options = {"num_queries": num_queries, "window": window, "decay": decay}
+    tx = zq.qes(eta, radius, key=runs.KEY, **options)
+    shapes = [leaf.codes.shape for leaf in runs.problem(model).leaves]
+    said = [[] for _ in shapes]
+
+    def step(count, leaves, us):
+        def project(leaf, length):
+            feedback = reference.ErrorFeedback(shapes[leaf], decay)
+            earlier = said[leaf] if window is None else said[leaf][-window:]
+            for past in earlier:
+                feedback(past)
+            said[leaf].append(length)
+            return feedback(length)
+
+        return reference.quzo_step(
+            leaves,
+            us,
+            us,
+            runs.problem(model).loss,
+            project,
+            learning_rate=eta,
+            radius=radius,
+            boundary="clamp",
+        )
+
+    us, _ = both_roundings(model, radius)
+    return runs.assert_same_run(model, tx, num_queries, us, step)
+
+
+@pytest.mark.parametrize(
+    ("window", "decay", "num_queries"),
+    [
+        (4, 0.9, 1),
+        pytest.param(7, 1.0, 3, marks=pytest.mark.slow),
+        pytest.param(None, 0.75, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_qes_is_its_formula(window, decay, num_queries):
+    state = assert_qes_is_its_formula(window, decay, num_queries)
+    if window is not None:
+        assert state.residual == () and state.recent[0].shape == (window, num_queries)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "differ"), [("clamp", False), ("mask", False), ("clamp", True)]
+)
+def test_a_residual_made_anew_is_the_one_that_is_kept(boundary, differ):
+    """Bit for bit as long as the window reaches back to the first step, and no longer."""
+    values = jnp.asarray(np.random.default_rng(6).normal(size=(4, 8)), jnp.float32)
+    start = {"packed": zq.nf4(block=4)(values), "wide": zq.Quantizer(8)(values)}
+    if boundary == "mask":  # exact where no code is near an edge
+        start = {"wide": zq.Quantizer(8, range=100.0)(values)}
+    steps, window = 12, 4 if differ else 11
+
+    def loss(params):
+        return sum(jnp.sum((w - 0.5) ** 2) for w in params.values())
+
+    def codes(window):
+        tx = zq.qes(0.5, 0.75, key=KEY, num_queries=2, window=window, boundary=boundary)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(None, state, params, value_fn=loss)
+            params = optax.apply_updates(params, updates)
+            return (params, state), {name: params[name].packed for name in params}
+
+        train = jax.jit(lambda: jax.lax.scan(step, (start, tx.init(start)), length=steps))
+        (_, state), codes = train()
+        return codes, state
+
+    (kept, _), (made, state) = codes(None), codes(window)
+    assert state.residual == () and state.recent[0].size == 2 * window
+    same = [bool((kept[name][k] == made[name][k]).all()) for name in start for k in range(steps)]
+    assert all(same) != differ
+    for name in start:
+        np.testing.assert_array_equal(kept[name][: window + 1], made[name][: window + 1])
+        assert (kept[name][-1] != start[name].packed).any()
+
+
+def test_steps_far_below_half_a_code_are_taken_in_the_end():
+    """A gradient that rounding to nearest never sees, and how far a window sees it."""
+    params = in_the_middle((64,))
+    loss = lambda w: jnp.sum(w)  # noqa: E731
+
+    def moved(window, decay):
+        tx = zq.qes(0.02, 1.0, key=KEY, num_queries=64, window=window, decay=decay)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(None, state, params, value_fn=loss)
+            return (optax.apply_updates(params, updates), state), None
+
+        train = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), length=100)[0][0])
+        return jnp.mean(train().codes.astype(jnp.float32) - params.codes.astype(jnp.float32))
+
+    assert abs(moved(None, 1.0) + 2.0) < 0.3  # 100 steps of .02
+    assert moved(2, 1.0) == 0.0

@@ -20,9 +20,9 @@ from zoqo_jax import stencils
 from zoqo_jax.transforms import stepping
 
 KEY = jax.random.key(3)
-NAMES = ["zoqo", "caq_zo", "quzo", "qzo", "spsa"]
-QUANTIZED = ["zoqo", "caq_zo", "quzo", "qzo"]
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("caq_zo", "quzo", "qzo")]
+NAMES = ["zoqo", "caq_zo", "quzo", "qzo", "qes", "spsa"]
+QUANTIZED = ["zoqo", "caq_zo", "quzo", "qzo", "qes"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("caq_zo", "quzo", "qzo", "qes")]
 ONE_OF_EACH = ["zoqo", *SLOW, "spsa"]
 four_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 
@@ -35,6 +35,8 @@ def make(name, key=KEY, **options):
         return zq.caq_zo(0.05, key=key, **{"rounding": "error_feedback", **options})
     if name == "quzo":
         return zq.quzo(0.05, 0.5, key=key, **options)
+    if name == "qes":
+        return zq.qes(0.02, 0.5, key=key, **{"window": 2, **options})
     if name == "qzo":
         return zq.qzo(0.25, 0.5, key=key, **{"clip": 1.0, "noise": "rademacher", **options})
     descent = optax.chain(optax.scale_by_sign(), optax.scale(-0.25))
@@ -365,6 +367,7 @@ def test_query_batch_changes_nothing_but_the_cost(name, query_batch):
         ("caq_zo", {"structure": "rank_one", "rounding": "stochastic"}),
         ("caq_zo", {"structure": "sparse", "density": 0.5, "rounding": "error_feedback"}),
         ("quzo", {"boundary": "mask"}),
+        pytest.param("qes", {"boundary": "mask"}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("num_queries", [1, 3])
@@ -419,6 +422,7 @@ def test_schedules_start_at_count_zero(name):
         "caq_zo": lambda: zq.caq_zo(schedule, key=KEY),
         "quzo": lambda: zq.quzo(schedule, schedule, key=KEY),
         "qzo": lambda: zq.qzo(schedule, schedule, key=KEY),
+        "qes": lambda: zq.qes(schedule, schedule, key=KEY, window=None),
         "spsa": lambda: zq.spsa(schedule, key=KEY),
     }[name]()
     state = tx.init(start())
@@ -451,6 +455,7 @@ def test_zoqo_moves_by_what_its_schedule_says():
         ("zoqo", {"step": "dithered"}),
         ("caq_zo", {"rounding": "stochastic"}),
         ("quzo", {}),
+        ("qes", {}),
     ],
 )
 def test_equal_losses_move_nothing(name, options):
@@ -599,6 +604,7 @@ FACTORIES = {
     ),
     "caq_zo": lambda **options: zq.caq_zo(**{"learning_rate": 1.0, "key": KEY, **options}),
     "quzo": lambda **options: zq.quzo(**{"learning_rate": 1.0, "key": KEY, **options}),
+    "qes": lambda **options: zq.qes(**{"learning_rate": 1.0, "key": KEY, **options}),
     "qzo": lambda **options: zq.qzo(**{"learning_rate": 1.0, "radius": 1.0, "key": KEY, **options}),
     "spsa": lambda **options: zq.spsa(**{"radius": 1.0, "key": KEY, **options}),
 }
@@ -634,6 +640,15 @@ ERRORS = {
         "radius": POSITIVE,
         "noise": ["uniform"],
     },
+    "qes": {
+        **STENCIL_ERRORS,
+        **QUERY_ERRORS,
+        "learning_rate": POSITIVE,
+        "radius": POSITIVE,
+        "noise": ["uniform"],
+        "window": [0, -1],
+        "decay": [0.0, -0.5, 1.5, float("nan")],
+    },
     "qzo": {
         **QUERY_ERRORS,
         "learning_rate": POSITIVE,
@@ -658,6 +673,20 @@ def test_factories_refuse_what_they_cannot_use_and_name_it(untyped, name, argume
     with pytest.raises(ValueError, match=argument) as error:
         FACTORIES[name](**{argument: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("structure", {"structure": "sparse", "num_queries": 4}),
+        ("threshold", {"num_queries": 3}),
+        ("threshold", {"num_queries": 8, "threshold": 3.0}),
+        ("threshold", {"num_queries": 8, "threshold": 0.0}),
+    ],
+)
+def test_votes_that_cannot_be_significant_are_refused(argument, options):
+    with pytest.raises(ValueError, match=argument):
+        zq.caq_zo(1.0, key=KEY, rounding="significant", **options)
 
 
 @pytest.mark.parametrize("radius", [None, *POSITIVE])

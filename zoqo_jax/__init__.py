@@ -28,6 +28,7 @@ from zoqo_jax.quantization import quantize as quantize
 from zoqo_jax.rules import quaxify as quaxify
 from zoqo_jax.transforms import StepState as StepState
 from zoqo_jax.transforms import caq_zo as caq_zo
+from zoqo_jax.transforms import qes as qes
 from zoqo_jax.transforms import quzo as quzo
 from zoqo_jax.transforms import qzo as qzo
 from zoqo_jax.transforms import replay as replay
@@ -55,6 +56,7 @@ __all__ = [
     "lora",
     "nf4",
     "projection",
+    "qes",
     "quantize",
     "quaxify",
     "queries",

@@ -16,14 +16,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from zoqo_jax import projection, stencils
+from zoqo_jax import projection, queries, stencils
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.draws import Rows
 from zoqo_jax.projection import Rounding
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.stepping import Rules, Schedule, inverse_at, value_at
+from zoqo_jax.transforms.stepping import Rules, Schedule, StepState, inverse_at, value_at
 
 __all__ = ["caq_zo"]
 
@@ -40,7 +40,7 @@ def caq_zo(
     structure: Structure = "dense",
     density: Schedule | Array = 1.0,
     rounding: Rounding = "stochastic",
-    threshold: float = 0.5,
+    threshold: float | None = None,
     boundary: Boundary = "mask",
     query_batch: int | None = 1,
     sides: Sides = "together",
@@ -71,8 +71,13 @@ def caq_zo(
             1]; or an optax schedule of it that never exceeds its first value.
         rounding: Proj. "stochastic" is unbiased; "nearest" freezes when steps are below half a
             code; "error_feedback" adds what was not applied to the next step, for 4 bytes a code of
-            state; "threshold" moves one code where the step is at least `threshold` codes long.
-        threshold: in codes, for rounding="threshold".
+            state (`qes` does without); "threshold" moves one code where the step is at least
+            `threshold` codes long; "significant" takes a query for a vote of weight l+ - l- and
+            moves one code, however long the step, where the votes' sum is at least `threshold` of
+            its standard deviations, were every vote's sign a fair coin's (not for a sparse
+            structure).
+        threshold: in codes for rounding="threshold", 0.5 if None; in standard deviations for
+            "significant", 2 if None and at most sqrt(num_queries), which no sum exceeds.
         boundary: "mask" (the paper's stencil stays on the codebook: a coordinate at an edge sits
             out, and so stays there), "clamp" or "reflect". Off-grid end points are always clamped.
         query_batch: query pairs evaluated at once, None for all; more is faster and takes more
@@ -105,7 +110,6 @@ def caq_zo(
         True
     """
     stepping.check_positive("learning_rate", learning_rate)
-    stepping.check_positive("threshold", threshold)
     stencils.check_choice("query", query, get_args(Query))
     if (radius is None) != (query == "aligned"):
         raise ValueError(
@@ -115,6 +119,15 @@ def caq_zo(
         stepping.check_positive("radius", radius)
     stencils.check("rademacher", structure, boundary, density)
     stencils.check_choice("rounding", rounding, get_args(Rounding))
+    usual = 2.0 if rounding == "significant" else 0.5
+    least = usual if threshold is None else threshold
+    stepping.check_positive("threshold", least)
+    if rounding == "significant":
+        if structure == "sparse":
+            raise ValueError(f"rounding={rounding!r} is not for structure={structure!r}.")
+        if least**2 > num_queries:
+            most = f"sqrt(num_queries={num_queries})"
+            raise ValueError(f"threshold must be at most {most} for {rounding!r}, got {least}.")
     mean_over_2 = np.float32(0.5 / max(num_queries, 1))
 
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
@@ -133,20 +146,23 @@ def caq_zo(
         return difference * r.astype(jnp.float32)
 
     def move(
-        rows: Rows, array: QuantizedArray, total: Array, count: Array, residual: Any
+        rows: Rows, array: QuantizedArray, total: Array, step: StepState, residual: Any
     ) -> tuple[Array, Any]:
+        if rounding == "significant":
+            heard, per_unit = queries.whole(step.differences)
+            return projection.significant(-total * per_unit, heard, least), residual
         mean_slope = mean_over_2
         if radius is not None:
             codes = np.float32(array.grid.largest / array.grid.spacing)  # of a radius of one
-            mean_slope = mean_over_2 / codes * inverse_at(radius, count)
-        step = -(value_at(learning_rate, count) * mean_slope) * total
+            mean_slope = mean_over_2 / codes * inverse_at(radius, step.count)
+        length = -(value_at(learning_rate, step.count) * mean_slope) * total
         if rounding == "stochastic":
-            return stepping.rounded_at_random(rows, step), residual
+            return stepping.rounded_at_random(rows, length), residual
         if rounding == "nearest":
-            return projection.nearest(step), residual
+            return projection.nearest(length), residual
         if rounding == "threshold":
-            return projection.threshold(step, threshold), residual
-        return projection.error_feedback(step, residual)
+            return projection.threshold(length, least), residual
+        return projection.error_feedback(length, residual)
 
     def remember(array: QuantizedArray) -> Array:
         return jnp.zeros(array.shape, jnp.int32)

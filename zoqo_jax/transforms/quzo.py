@@ -9,24 +9,20 @@ along an independent rounding of the same direction it is right on average.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from zoqo_jax import stencils
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.draws import Rows
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.stepping import Rules, Schedule, inverse_at, value_at
+from zoqo_jax.transforms.rounded import Noise, RoundedDescent, weigh
+from zoqo_jax.transforms.stepping import Rules, Schedule, StepState
 
 __all__ = ["quzo"]
-
-Noise = Literal["gaussian", "rademacher"]
 
 
 def quzo(
@@ -93,33 +89,15 @@ def quzo(
         >>> loss(zq.dequantize(params)).item() < 0.05, state.queries.item()
         (True, 200)
     """
-    stepping.check_positive("learning_rate", learning_rate)
-    stepping.check_positive("radius", radius)
-    stencils.check_choice("noise", noise, get_args(Noise))
-    stencils.check(noise, structure, boundary, density)
-    mean_over_2 = np.float32(0.5 / max(num_queries, 1))
-
-    def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
-        return stencils.describe(
-            key,
-            array,
-            value_at(radius, count),
-            law=noise,
-            structure=structure,
-            boundary=boundary,
-            **stencils.scheduled(density, count),
-            rounded=True,
-        )
-
-    def weigh(difference: Array, u: Array) -> Float[Array, "..."]:
-        return difference * u.astype(jnp.float32)
+    descent = RoundedDescent(
+        learning_rate, radius, num_queries, noise, structure, density, boundary
+    )
+    descent.check()
 
     def move(
-        rows: Rows, array: QuantizedArray, total: Array, count: Array, residual: Any
+        rows: Rows, array: QuantizedArray, total: Array, step: StepState, residual: Any
     ) -> tuple[Array, Any]:
-        inverse = inverse_at(radius, count)
-        factor = value_at(learning_rate, count) * (mean_over_2 * inverse * inverse)
-        return stepping.rounded_at_random(rows, -factor * total), residual
+        return stepping.rounded_at_random(rows, descent.length(step, total)), residual
 
-    rules = Rules(describe, weigh, move, heard=Stencil.rounded_again)
+    rules = Rules(descent.describe, weigh, move, heard=Stencil.rounded_again)
     return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)
