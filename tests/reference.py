@@ -1,6 +1,7 @@
-"""ZOQO and CAQ-ZO in NumPy, written from the papers' formulas.
+"""ZOQO, CAQ-ZO and their kin in NumPy, written from the papers' formulas.
 
-Bar & Giryes, "ZOQO", arXiv:2501.06736, Algorithm 1; Shu & Zhu, "CAQ-ZO", arXiv:2605.10673.
+Bar & Giryes, "ZOQO", arXiv:2501.06736, Algorithm 1; Shu & Zhu, "CAQ-ZO", arXiv:2605.10673; Zhou et
+al., "QuZO", arXiv:2502.12346.
 Directions and random words come from outside, drawn by `zoqo_jax.stencils` and `zoqo_jax.draws`;
 everything that is done with them is done here: clamp, mask, reflect, votes, steps. Real numbers are
 float32, as the library's are.
@@ -77,17 +78,34 @@ def differences(pairs: np.ndarray) -> np.ndarray:
     return np.ldexp(np.rint(np.ldexp(raw, bits - exponent)), exponent - bits).astype(F)
 
 
+def rounded_end_point(leaf: Leaf, u: np.ndarray, distance: np.float32) -> np.ndarray:
+    """The legal codes whose levels are nearest to those at n, `distance` * u further."""
+    legal = leaf.levels[leaf.low : leaf.high + 1]
+    ends = leaf.levels[leaf.codes] + distance * u.astype(F)
+    return leaf.low + abs(ends[..., None] - legal).argmin(axis=-1)
+
+
+def largest(leaf: Leaf) -> np.float32:
+    """The largest magnitude of a legal level."""
+    return abs(leaf.levels[leaf.low : leaf.high + 1]).max()
+
+
 def query(
-    leaves: Sequence[Leaf], us: Sequence[np.ndarray], loss: Loss, boundary: str
+    leaves: Sequence[Leaf],
+    us: Sequence[np.ndarray],
+    loss: Loss,
+    boundary: str,
+    radius: float | None = None,
 ) -> list[np.float32]:
-    """l(n + u) and l(n - u)."""
+    """l(n + u) and l(n - u), or off the grid, `radius` of the largest level to either side."""
+
+    def end(leaf: Leaf, u: np.ndarray) -> np.ndarray:
+        if radius is None:
+            return end_point(leaf, u, boundary)
+        return rounded_end_point(leaf, u, F(radius) * largest(leaf))
+
     return [
-        loss(
-            [
-                leaf.at(end_point(leaf, side * u, boundary))
-                for leaf, u in zip(leaves, us, strict=True)
-            ]
-        )
+        loss([leaf.at(end(leaf, side * u)) for leaf, u in zip(leaves, us, strict=True)])
         for side in (1, -1)
     ]
 
@@ -147,8 +165,11 @@ def caq_zo_step(
     *,
     learning_rate: float,
     boundary: str,
+    radius: float | None = None,
 ) -> tuple[list[Leaf], np.ndarray]:
     """n <- Proj(n - eta g_z), g_z the mean over queries of (l+ - l-) / 2 r, in codes (Delta = 1).
+
+    Off the grid, g_z is the mean of (l+ - l-) / (2 m) r, m being the radius in codes on average.
 
     Args:
         leaves: the arrays.
@@ -157,19 +178,64 @@ def caq_zo_step(
         project: (leaf's index, float32 step in codes) -> whole codes.
         learning_rate: eta.
         boundary: what happens at the grid's edges.
+        radius: of off-grid queries, as a part of the largest level, or None.
 
     Returns:
         The arrays after it, and l+ - l- of each query.
     """
-    heard = differences(np.array([query(leaves, rs, loss, boundary) for rs in directions], F))
-    factor = F(learning_rate) * F(1 / (2 * len(directions)))
+    pairs = [query(leaves, rs, loss, boundary, radius) for rs in directions]
+    heard = differences(np.array(pairs, F))
     after = []
     for i, leaf in enumerate(leaves):
+        factor = F(1 / (2 * len(directions)))
+        if radius is not None:
+            codes = largest(leaf) / (
+                np.ptp(leaf.levels[leaf.low : leaf.high + 1]) / F(leaf.high - leaf.low)
+            )
+            factor = factor / codes / F(radius)
+        factor = F(learning_rate) * factor
         total = np.zeros(leaf.codes.shape, F)
         for d, rs in zip(heard, directions, strict=True):
             total += d * effective(leaf, rs[i], boundary).astype(F)
         after.append(leaf.moved(leaf.codes + project(i, -factor * total)))
     return after, heard
+
+
+def quzo_step(
+    leaves: Sequence[Leaf],
+    probed: Sequence[Sequence[np.ndarray]],
+    heard: Sequence[Sequence[np.ndarray]],
+    loss: Loss,
+    project: Callable[[int, np.ndarray], np.ndarray],
+    *,
+    learning_rate: float,
+    radius: float,
+    boundary: str,
+) -> tuple[list[Leaf], np.ndarray]:
+    """n <- Q(n - eta g), g the mean over queries of (l+ - l-) / (2 mu^2) Q2(mu u).
+
+    Args:
+        leaves: the arrays.
+        probed: Q1(mu u) for each query and leaf.
+        heard: Q2(mu u) for each query and leaf.
+        loss: of the arrays' values.
+        project: (leaf's index, float32 step in codes) -> whole codes.
+        learning_rate: eta.
+        radius: mu.
+        boundary: what happens at the grid's edges.
+
+    Returns:
+        The arrays after it, and l+ - l- of each query.
+    """
+    differing = differences(np.array([query(leaves, us, loss, boundary) for us in probed], F))
+    factor = F(learning_rate) * (F(1 / (2 * len(probed))) / F(radius) ** 2)
+    after = []
+    for i, leaf in enumerate(leaves):
+        total = np.zeros(leaf.codes.shape, F)
+        for d, us in zip(differing, heard, strict=True):
+            total += d * effective(leaf, us[i], boundary).astype(F)
+        after.append(leaf.moved(leaf.codes + project(i, -factor * total)))
+    return after, differing
 
 
 def nearest(step: np.ndarray) -> np.ndarray:
@@ -187,15 +253,23 @@ def threshold(step: np.ndarray, least: float) -> np.ndarray:
     return np.where(abs(step) >= F(least), np.sign(step), 0).astype(np.int64)
 
 
+def significant(votes: np.ndarray, heard: np.ndarray, least: float) -> np.ndarray:
+    """One code where a sum of votes of random sign would seldom be so large."""
+    heard = heard.astype(np.float64)  # whole multiples of a unit: squares and their sum are exact
+    enough = votes.astype(np.float64) ** 2 >= least**2 * (heard**2).sum()
+    return np.where(enough, np.sign(votes), 0).astype(np.int64)
+
+
 class ErrorFeedback:
     """Round all that is due to nearest, halves down, and carry the rest, counted in 2^-22 codes."""
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], decay: float = 1.0):
         self.residual = np.zeros(shape, np.int64)
+        self.decay = F(decay)
 
     def __call__(self, step: np.ndarray) -> np.ndarray:
         fresh = np.rint(np.clip(step, -255, 255).astype(np.float64) * 2**22).astype(np.int64)
-        due = self.residual + fresh
+        due = np.rint(self.residual.astype(F) * self.decay).astype(np.int64) + fresh
         moved = -((2**21 - due) // 2**22)
         self.residual = due - moved * 2**22
         return moved

@@ -1,7 +1,7 @@
-"""zoqo, caq_zo and spsa as optax transformations: every way that optax and JAX use one.
+"""Every transformation as optax's: every way that optax and JAX use one.
 
-One model serves all three: the quantized matrix is what zoqo and caq_zo train, the float bias what
-spsa trains. Its losses are dyadic fractions, exact in float32 in any order of summation.
+One model serves them all: the quantized matrix is what the others train, the float bias what spsa
+trains. Its losses are dyadic fractions, exact in float32 in any order of summation.
 """
 
 import functools
@@ -20,9 +20,10 @@ from zoqo_jax import stencils
 from zoqo_jax.transforms import stepping
 
 KEY = jax.random.key(3)
-NAMES = ["zoqo", "caq_zo", "spsa"]
-QUANTIZED = ["zoqo", "caq_zo"]
-ONE_OF_EACH = ["zoqo", pytest.param("caq_zo", marks=pytest.mark.slow), "spsa"]
+NAMES = ["zoqo", "caq_zo", "quzo", "qzo", "qes", "spsa"]
+QUANTIZED = ["zoqo", "caq_zo", "quzo", "qzo", "qes"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("caq_zo", "quzo", "qzo", "qes")]
+ONE_OF_EACH = ["zoqo", *SLOW, "spsa"]
 four_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 
 
@@ -32,6 +33,12 @@ def make(name, key=KEY, **options):
         return zq.zoqo(1.0, 2.0, key=key, **options)
     if name == "caq_zo":
         return zq.caq_zo(0.05, key=key, **{"rounding": "error_feedback", **options})
+    if name == "quzo":
+        return zq.quzo(0.05, 0.5, key=key, **options)
+    if name == "qes":
+        return zq.qes(0.02, 0.5, key=key, **{"window": 2, **options})
+    if name == "qzo":
+        return zq.qzo(0.25, 0.5, key=key, **{"clip": 1.0, "noise": "rademacher", **options})
     descent = optax.chain(optax.scale_by_sign(), optax.scale(-0.25))
     trained = {"w": False, "b": True}
     return optax.chain(zq.spsa(0.5, key=key, **options), optax.masked(descent, trained))
@@ -191,7 +198,8 @@ def test_frozen_leaves_get_zero_updates(name):
     updates, _ = tx.update(None, tx.init(params), params, value_fn=value_fn)
     for frozen in ("b", "steps", "flag", "half"):
         assert updates[frozen].dtype == params[frozen].dtype and not updates[frozen].any()
-    assert not updates["w"].scale.any() and updates["w"].packed.any()
+    moves, stays = ("scale", "packed") if name == "qzo" else ("packed", "scale")
+    assert getattr(updates["w"], moves).any() and not getattr(updates["w"], stays).any()
     assert_equal(optax.apply_updates(params, updates)["b"], params["b"])
 
 
@@ -344,6 +352,7 @@ def test_state_holds_the_losses_and_differences_of_the_last_step(name):
         pytest.param("caq_zo", 2, marks=pytest.mark.slow),
         pytest.param("caq_zo", 3, marks=pytest.mark.slow),
         pytest.param("caq_zo", None, marks=pytest.mark.slow),
+        pytest.param("quzo", 3, marks=pytest.mark.slow),
     ],
 )
 def test_query_batch_changes_nothing_but_the_cost(name, query_batch):
@@ -357,6 +366,8 @@ def test_query_batch_changes_nothing_but_the_cost(name, query_batch):
         ("zoqo", {"structure": "sparse", "density": 0.4, "vote": "majority", "step": "dithered"}),
         ("caq_zo", {"structure": "rank_one", "rounding": "stochastic"}),
         ("caq_zo", {"structure": "sparse", "density": 0.5, "rounding": "error_feedback"}),
+        ("quzo", {"boundary": "mask"}),
+        pytest.param("qes", {"boundary": "mask"}, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("num_queries", [1, 3])
@@ -409,6 +420,9 @@ def test_schedules_start_at_count_zero(name):
     tx = {
         "zoqo": lambda: zq.zoqo(schedule, schedule, key=KEY),
         "caq_zo": lambda: zq.caq_zo(schedule, key=KEY),
+        "quzo": lambda: zq.quzo(schedule, schedule, key=KEY),
+        "qzo": lambda: zq.qzo(schedule, schedule, key=KEY),
+        "qes": lambda: zq.qes(schedule, schedule, key=KEY, window=None),
         "spsa": lambda: zq.spsa(schedule, key=KEY),
     }[name]()
     state = tx.init(start())
@@ -440,6 +454,8 @@ def test_zoqo_moves_by_what_its_schedule_says():
         ("zoqo", {"num_queries": 2, "vote": "majority"}),
         ("zoqo", {"step": "dithered"}),
         ("caq_zo", {"rounding": "stochastic"}),
+        ("quzo", {}),
+        ("qes", {}),
     ],
 )
 def test_equal_losses_move_nothing(name, options):
@@ -587,6 +603,9 @@ FACTORIES = {
         **{"learning_rate": 1.0, "radius": 1.0, "key": KEY, **options}
     ),
     "caq_zo": lambda **options: zq.caq_zo(**{"learning_rate": 1.0, "key": KEY, **options}),
+    "quzo": lambda **options: zq.quzo(**{"learning_rate": 1.0, "key": KEY, **options}),
+    "qes": lambda **options: zq.qes(**{"learning_rate": 1.0, "key": KEY, **options}),
+    "qzo": lambda **options: zq.qzo(**{"learning_rate": 1.0, "radius": 1.0, "key": KEY, **options}),
     "spsa": lambda **options: zq.spsa(**{"radius": 1.0, "key": KEY, **options}),
 }
 STENCIL_ERRORS = {
@@ -610,7 +629,32 @@ ERRORS = {
         **QUERY_ERRORS,
         "learning_rate": POSITIVE,
         "rounding": ["up"],
+        "query": ["between"],
+        "radius": [0.5],
         "threshold": POSITIVE,
+    },
+    "quzo": {
+        **STENCIL_ERRORS,
+        **QUERY_ERRORS,
+        "learning_rate": POSITIVE,
+        "radius": POSITIVE,
+        "noise": ["uniform"],
+    },
+    "qes": {
+        **STENCIL_ERRORS,
+        **QUERY_ERRORS,
+        "learning_rate": POSITIVE,
+        "radius": POSITIVE,
+        "noise": ["uniform"],
+        "window": [0, -1],
+        "decay": [0.0, -0.5, 1.5, float("nan")],
+    },
+    "qzo": {
+        **QUERY_ERRORS,
+        "learning_rate": POSITIVE,
+        "radius": POSITIVE,
+        "clip": POSITIVE,
+        "noise": ["uniform"],
     },
     "spsa": {**QUERY_ERRORS, "radius": POSITIVE, "noise": ["uniform"]},
 }
@@ -629,6 +673,26 @@ def test_factories_refuse_what_they_cannot_use_and_name_it(untyped, name, argume
     with pytest.raises(ValueError, match=argument) as error:
         FACTORIES[name](**{argument: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("structure", {"structure": "sparse", "num_queries": 4}),
+        ("threshold", {"num_queries": 3}),
+        ("threshold", {"num_queries": 8, "threshold": 3.0}),
+        ("threshold", {"num_queries": 8, "threshold": 0.0}),
+    ],
+)
+def test_votes_that_cannot_be_significant_are_refused(argument, options):
+    with pytest.raises(ValueError, match=argument):
+        zq.caq_zo(1.0, key=KEY, rounding="significant", **options)
+
+
+@pytest.mark.parametrize("radius", [None, *POSITIVE])
+def test_off_grid_queries_need_a_positive_radius(untyped, radius):
+    with pytest.raises(ValueError, match=f"radius.* {radius}|radius={radius}"):
+        zq.caq_zo(1.0, key=KEY, query="off_grid", radius=radius)
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "error_feedback"])

@@ -1,6 +1,8 @@
 """Projections: whole codes that add up to the real-valued steps they stand for."""
 
 import functools
+import itertools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +127,30 @@ def test_error_feedback_applies_the_smallest_steps_in_the_end():
         moved, residual = advance(step, residual)
         total += moved.item()
     assert total == 3
+
+
+def test_what_is_significant_is_so_in_exact_arithmetic():
+    rng = np.random.default_rng(0)
+    for count, largest in itertools.product((1, 4, 37, 256, 1000), (1, 3, 300, 2**13, 2**17)):
+        heard = rng.integers(-largest, largest + 1, count)
+        votes = rng.choice([-1, 1], (500, count)) @ heard
+        for least in (0.5, 1.0, 2.0, 3.25):
+            needed = Fraction(least) ** 2 * sum(int(d) ** 2 for d in heard)
+            expected = [np.sign(v) * (int(v) ** 2 >= needed) for v in votes]
+            moved = projection.significant(
+                jnp.asarray(votes, jnp.float32), jnp.asarray(heard, jnp.int32), least
+            )
+            assert moved.dtype == jnp.int32
+            np.testing.assert_array_equal(moved, expected)
+
+
+def test_chance_alone_is_significant_as_often_as_a_normal_variable():
+    rng = np.random.default_rng(1)
+    heard = rng.integers(-1000, 1001, 64)
+    votes = jnp.asarray(rng.choice([-1, 1], (100_000, 64)) @ heard, jnp.float32)
+    for least, share in ((1.0, 0.3173), (2.0, 0.0455), (3.0, 0.0027)):
+        moved = projection.significant(votes, jnp.asarray(heard, jnp.int32), least)
+        assert abs(jnp.mean(jnp.abs(moved).astype(jnp.float32)) - share) < 0.1 * share
 
 
 ROUNDINGS = {

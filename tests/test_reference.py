@@ -108,8 +108,8 @@ def every_step(draw):
 
 
 @functools.cache
-def directions(model, radius, law, structure="dense", density=1.0, dithered=False):
-    """u of every step for each leaf, (steps, 3 queries, ...), before any boundary acts."""
+def directions(model, radius, law, structure="dense", density=1.0, dithered=False, queries=3):
+    """u of every step for each leaf, (steps, queries, ...), before any boundary acts."""
     arrays = problem(model).arrays
 
     def one(count, query, leaf):
@@ -128,7 +128,7 @@ def directions(model, radius, law, structure="dense", density=1.0, dithered=Fals
 
     def draw(count):
         return [
-            jax.lax.map(functools.partial(one, count, leaf=leaf), jnp.arange(3))
+            jax.lax.map(functools.partial(one, count, leaf=leaf), jnp.arange(queries))
             for leaf in range(len(arrays))
         ]
 

@@ -39,12 +39,23 @@ RUNS = {
     "caq_zo, 3 queries, stochastic, rank one": lambda: zq.caq_zo(
         5.0, key=KEY, num_queries=3, structure="rank_one", boundary="clamp"
     ),
+    "caq_zo, off the grid": lambda: zq.caq_zo(
+        decay(3.0), key=KEY, query="off_grid", radius=decay(0.2)
+    ),
+    "caq_zo, 8 queries, significant": lambda: zq.caq_zo(
+        1.0, key=KEY, num_queries=8, rounding="significant"
+    ),
+    "quzo": lambda: zq.quzo(decay(1.0), 1.5, key=KEY),
+    "quzo, 3 queries, sparse, scheduled": lambda: zq.quzo(
+        1.0, decay(0.8), key=KEY, num_queries=3, structure="sparse", density=0.4, boundary="mask"
+    ),
+    "qes, 3 queries": lambda: zq.qes(2.0, 1.5, key=KEY, num_queries=3, window=4),
     "caq_zo, error feedback": lambda: zq.caq_zo(1.0, key=KEY, rounding="error_feedback"),
     "caq_zo, 3 queries, error feedback, scheduled": lambda: zq.caq_zo(
         decay(2.0), key=KEY, num_queries=3, rounding="error_feedback", boundary="reflect"
     ),
 }
-FAST = ["zoqo", "zoqo, 3 queries, gaussian, scheduled", "caq_zo, stochastic"]
+FAST = ["zoqo", "zoqo, 3 queries, gaussian, scheduled", "caq_zo, stochastic", "quzo"]
 FAST.append("caq_zo, 3 queries, error feedback, scheduled")
 
 

@@ -31,6 +31,9 @@ from zoqo_jax.quantization import quantize as quantize
 from zoqo_jax.rules import quaxify as quaxify
 from zoqo_jax.transforms import StepState as StepState
 from zoqo_jax.transforms import caq_zo as caq_zo
+from zoqo_jax.transforms import qes as qes
+from zoqo_jax.transforms import quzo as quzo
+from zoqo_jax.transforms import qzo as qzo
 from zoqo_jax.transforms import replay as replay
 from zoqo_jax.transforms import spsa as spsa
 from zoqo_jax.transforms import zoqo as zoqo
@@ -59,9 +62,12 @@ __all__ = [
     "lora",
     "nf4",
     "projection",
+    "qes",
     "quantize",
     "quaxify",
     "queries",
+    "quzo",
+    "qzo",
     "replay",
     "spsa",
     "stencils",

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import quax
 from jax.core import ShapedArray
-from jaxtyping import Array, Float, Integer, PyTree, UInt8
+from jaxtyping import Array, Float, Int16, Integer, PyTree, UInt8
 
 __all__ = [
     "Grid",
@@ -73,6 +73,11 @@ class Grid:
         return (self.levels[self.high] - self.levels[self.low]) / (self.high - self.low)
 
     @functools.cached_property
+    def largest(self) -> float:
+        """The largest magnitude of a legal level."""
+        return max(-self.levels[self.low], self.levels[self.high])
+
+    @functools.cached_property
     def is_uniform(self) -> bool:
         """Whether a level is its code plus a whole number, so that no table need be read."""
         return all(b - a == 1.0 for a, b in zip(self.levels, self.levels[1:], strict=False))
@@ -85,6 +90,20 @@ class Grid:
         if len(levels) <= 16:
             return _select(levels, codes)
         return jnp.asarray(levels).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+    def nearest(self, values: Float[Array, "..."]) -> Int16[Array, "..."]:
+        """The legal codes whose levels are nearest to some values, scale being 1.
+
+        Examples:
+            >>> Grid((-1.0, 0.0, 0.25, 1.0), 0, 3).nearest(jnp.array([-9.0, 0.12, 0.13])).tolist()
+            [0, 1, 2]
+        """
+        if self.is_uniform:
+            codes = jnp.round(values - self.levels[0])
+            return jnp.clip(codes, self.low, self.high).astype(jnp.int16)
+        legal = np.asarray(self.levels[self.low : self.high + 1], np.float32)
+        borders = (legal[1:] + legal[:-1]) / 2
+        return (self.low + jnp.searchsorted(borders, values)).astype(jnp.int16)
 
 
 def _select(levels: np.ndarray, codes: Array) -> Float[Array, "..."]:
@@ -321,11 +340,11 @@ def is_trained(leaf: Any) -> bool:
     return is_quantized(leaf) and not leaf.is_frozen
 
 
-def trained_leaves(params: PyTree) -> dict[str, QuantizedArray]:
+def trained_leaves(params: PyTree | None) -> dict[str, QuantizedArray]:
     """The leaves whose codes transformations move, in the order of the tree, by their paths.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no tree.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -333,6 +352,8 @@ def trained_leaves(params: PyTree) -> dict[str, QuantizedArray]:
         >>> list(trained_leaves(params))
         ["['w']"]
     """
+    if params is None:
+        raise ValueError("params must be given: codes move from where they are.")
     paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in paths if is_trained(leaf)}
     if not leaves:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool
 
-__all__ = ["after", "blank", "either", "held", "kept"]
+__all__ = ["after", "blank", "either", "held", "kept", "unfused"]
 
 
 def held(make: Callable[[], Any], source: Array, like: Any) -> Any:
@@ -109,6 +109,14 @@ def _never(x: Array) -> Bool[Array, ""]:
 def _(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
     del size, batched
     return _never(x[0]), False  # one for the whole batch: what waits is not batched
+
+
+def unfused(product: Array) -> Array:
+    """A product rounded as it stands: neither fused with a sum nor merged with another factor.
+
+    XLA does both, and so gives other bits than the same operations one by one.
+    """
+    return jnp.clip(product, -3e38, 3e38)
 
 
 def _on_cpu() -> bool:

@@ -20,7 +20,7 @@ from jax.core import ShapedArray
 from jaxtyping import Array, Bool, Float, Int16, PyTree
 
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.stencils import Stencil, displace, draw, part
+from zoqo_jax.stencils import Stencil, draw, part
 
 __all__ = [
     "Implicit",
@@ -117,7 +117,7 @@ class PerturbedArray(quax.ArrayValue):
 
     def displaced(self, u: Int16[Array, "..."]) -> Int16[Array, "..."]:
         """The legal codes at `n + u`."""
-        return displace(self.array.codes, u, self.array.grid, self.stencil.boundary)
+        return self.stencil.displaced(self.array, u)
 
 
 class TransposedArray(quax.ArrayValue):

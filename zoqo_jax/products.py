@@ -184,12 +184,17 @@ def _empty(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot) -> Array:
 
 
 def _way(w: PerturbedArray, x: Array, dot: Dot) -> Way:
-    ranked = w.stencil.is_rank_one_signs and w.ndim >= 2
+    ranked = _is_ranked(w) and w.ndim >= 2
     if not ranked or not w.size or w.ndim - 1 in dot.batched or not dot.contracted:
         return "direct"
     if w.array.grid.is_uniform and w.array.has_one_scale and _vectors(x, dot) <= _SOME_VECTORS:
         return "shared"
     return "halves" if _is_one_sided(w, dot) and _are_few(w, x, dot) else "direct"
+
+
+def _is_ranked(w: PerturbedArray) -> bool:
+    """Whether the two sides are opposite multiples of a matrix of rank one, in codes."""
+    return w.stencil.is_rank_one_signs and w.stencil.off_grid is None
 
 
 def _is_one_sided(w: PerturbedArray, dot: Dot) -> bool:
@@ -223,7 +228,7 @@ def _kernel(w: PerturbedArray, x: Array, dot: Dot) -> Kernel | None:
     is_matrix = w.ndim == 2 and len(dot.contracted) == 1 and not dot.batched
     preferred = dot.params.get("preferred_element_type")
     keeps_dtype = x.dtype == w.array.value_dtype and preferred in (None, x.dtype)
-    fits = is_matrix and keeps_dtype and w.stencil.is_rank_one_signs
+    fits = is_matrix and keeps_dtype and _is_ranked(w)
     if not fits or not kernels.supports(w.array):
         return None
     (contracted,) = dot.contracted

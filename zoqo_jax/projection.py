@@ -12,9 +12,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
-__all__ = ["Rounding", "error_feedback", "nearest", "stochastic", "threshold"]
+__all__ = ["Rounding", "error_feedback", "nearest", "significant", "stochastic", "threshold"]
 
-Rounding = Literal["stochastic", "nearest", "error_feedback", "threshold"]
+Rounding = Literal["stochastic", "nearest", "error_feedback", "threshold", "significant"]
 
 _POINT = 22  # error feedback counts in 2^-22 codes, which leaves an int32 room for +-511 codes
 
@@ -53,13 +53,14 @@ def stochastic(words: UInt32[Array, "..."], step: Float[Array, "..."]) -> Int32[
 
 
 def error_feedback(
-    step: Float[Array, "..."], residual: Int32[Array, "..."]
+    step: Float[Array, "..."], residual: Int32[Array, "..."], decay: float = 1.0
 ) -> tuple[Int32[Array, "..."], Int32[Array, "..."]]:
     """Round to nearest the sum of the step and all that was not applied before, and keep the rest.
 
     Args:
         step: in codes.
         residual: what earlier steps left over, in 2^-22 codes; zeros at first.
+        decay: how much of it is still due.
 
     Returns:
         The whole codes to move and the new residual, between -1/2 and 1/2 code.
@@ -73,6 +74,8 @@ def error_feedback(
         0 0.5
         1 -0.25
     """
+    if decay != 1.0:
+        residual = jnp.round(residual.astype(jnp.float32) * decay).astype(jnp.int32)
     total = residual + jnp.round(_bounded(step) * 2.0**_POINT).astype(jnp.int32)
     moved = (total + (2 ** (_POINT - 1) - 1)) >> _POINT  # a half stays behind
     return moved, total - (moved << _POINT)
@@ -86,6 +89,30 @@ def threshold(step: Float[Array, "..."], least: float) -> Int32[Array, "..."]:
         [0, -1, 1]
     """
     return jnp.where(jnp.abs(step) >= least, jnp.sign(step), 0.0).astype(jnp.int32)
+
+
+def significant(
+    votes: Float[Array, "..."], heard: Int32[Array, " queries"], least: float
+) -> Int32[Array, "..."]:
+    """One code in the direction of a sum of votes where it is significant, else none.
+
+    Were the sign of every vote that of a fair coin, the sum would have the standard deviation
+    sqrt(sum of the squares of their sizes).
+
+    Args:
+        votes: for each code the sum of `heard`, each with a sign.
+        heard: sizes of the votes, at most 2^17.
+        least: how many standard deviations are significant.
+
+    Examples:
+        >>> significant(jnp.array([3.0, -4.0, 6.0]), jnp.array([1, 1, 2, 2], jnp.int32), 1.25)
+        Array([ 0, -1,  1], dtype=int32)
+    """
+    high, low = heard >> 8, heard & 0xFF  # sums of whole numbers have the same bits in any order
+    squares = (high**2).sum().astype(jnp.float32) * 2.0**16
+    squares = squares + (high * low).sum().astype(jnp.float32) * 2.0**9
+    squares = squares + (low**2).sum().astype(jnp.float32)
+    return jnp.where(votes**2 >= least**2 * squares, jnp.sign(votes), 0.0).astype(jnp.int32)
 
 
 def _bounded(step: Array) -> Array:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import quax
-from jaxtyping import Array, Float, Float32, Integer, Key, PyTree
+from jaxtyping import Array, Float, Float32, Int32, Integer, Key, PyTree
 
 from zoqo_jax.arrays import is_quantized, is_trained
 from zoqo_jax.implicit import PerturbedArray
@@ -33,6 +33,7 @@ __all__ = [
     "losses",
     "scalar",
     "verdicts",
+    "whole",
 ]
 
 Objective = Callable[[Any], Float[Array, ""]]
@@ -212,6 +213,22 @@ def differences(pairs: Float32[Array, "queries 2"]) -> Float32[Array, " queries"
     exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 126
     shift = jnp.clip(bits - exponent, -126, 126)
     return jnp.round(raw * _power_of_two(shift)) * _power_of_two(-shift)
+
+
+def whole(
+    heard: Float32[Array, " queries"],
+) -> tuple[Int32[Array, " queries"], Float32[Array, ""]]:
+    """Differences as multiples of a power of two, at most 2^17, and one over that power.
+
+    Examples:
+        >>> multiples, per_unit = whole(jnp.array([0.75, -0.5]))
+        >>> (multiples / per_unit).tolist()
+        [0.75, -0.5]
+    """
+    bits = min(16, 24 - (heard.shape[-1] - 1).bit_length())
+    exponent = (jax.lax.bitcast_convert_type(jnp.abs(heard).max(), jnp.int32) >> 23) - 126
+    per_unit = _power_of_two(jnp.clip(bits + 1 - exponent, -126, 126))
+    return jnp.round(heard * per_unit).astype(jnp.int32), per_unit
 
 
 def _power_of_two(exponent: Array) -> Float32[Array, "..."]:

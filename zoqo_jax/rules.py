@@ -211,11 +211,12 @@ def _sliceable(leaf: PyTree) -> PyTree:
     """Give every slice of a stack a copy of what slices share, so that `lax.scan` can take it."""
     if isinstance(leaf, PerturbedArray):
         array, stencil = leaf.array, leaf.stencil
-        radius, share = (
-            None if x is None else jnp.broadcast_to(x.reshape(-1)[0], array.shape[:1])
-            for x in (stencil.radius, stencil.share)
-        )
-        stencil = dataclasses.replace(stencil, radius=radius, share=share)
+        copies = {
+            name: jnp.broadcast_to(number.reshape(-1)[0], array.shape[:1])
+            for name in ("radius", "share", "off_grid")
+            if (number := getattr(stencil, name)) is not None
+        }
+        stencil = dataclasses.replace(stencil, **copies)
         return dataclasses.replace(leaf, array=_sliceable(array), stencil=stencil)
     if isinstance(leaf, QuantizedArray):
         scale, offset = (_spread_leading(x, leaf) for x in (leaf.scale, leaf.offset))

@@ -6,7 +6,9 @@ it is needed, in the forward pass and again in the update, never kept. Three cho
 - *law*, what one entry may be, for a reach `m = max(floor(mu / s), 1)` in codes: `uniform` on {-m
   .. m}, `gaussian` p(k) ~ exp(-(k s)^2 / (2 mu^2)) on {-m .. m} (both of Bar & Giryes, "ZOQO",
   arXiv:2501.06736), or `rademacher` on {-m, m} (with m = 1 that of Shu & Zhu, "CAQ-ZO",
-  arXiv:2605.10673);
+  arXiv:2605.10673). The last two may also be real numbers of standard deviation `mu / s`, *rounded*
+  up or down at random; one direction then has two independent roundings (Zhou et al., "QuZO",
+  arXiv:2502.12346);
 - *structure*, how entries hang together: `dense` independent; `rank_one` one row of draws for the
   array, times an independent sign for every row, so that entries stay uncorrelated and a product
   with the array can share its weights; `sparse` dense entries on a random support, which draws a
@@ -30,7 +32,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int8, Int16, Integer, Key
 
-from zoqo_jax import compiler, draws
+from zoqo_jax import compiler, draws, projection
 from zoqo_jax.arrays import Grid, QuantizedArray
 from zoqo_jax.draws import Rows
 
@@ -63,7 +65,7 @@ Unit = Literal["codes", "values"]
 _FLOOR_TOLERANCE = 1e-6
 _LONGEST_CELL = 2**16
 _CELLS_FILLED = 0.75  # about this share of cells is in a support
-_SIGN, _ENTRY, _PLACE, _SUPPORT = range(4)  # streams of random words
+_SIGN, _ENTRY, _PLACE, _SUPPORT, *_ROUNDINGS = range(6)  # streams of random words
 
 
 class Stencil(eqx.Module):
@@ -82,6 +84,10 @@ class Stencil(eqx.Module):
         law: the law of an entry.
         structure: how entries hang together.
         boundary: what happens at the grid's edges.
+        rounding: which of the two roundings of a real-valued direction, 0 or 1, or None for a
+            direction of whole numbers.
+        off_grid: how far an entry of one moves a level, one number or copies of it for a scan,
+            where end points are rounded to the nearest code; None where they are codes.
     """
 
     rows: Rows
@@ -95,6 +101,8 @@ class Stencil(eqx.Module):
     law: Law = eqx.field(static=True)
     structure: Structure = eqx.field(static=True)
     boundary: Boundary = eqx.field(static=True)
+    rounding: int | None = eqx.field(static=True, default=None)
+    off_grid: Float[Array, ""] | Float[Array, " layers"] | None = None
 
     def flipped(self, side: Int8[Array, ""]) -> Stencil:
         """The stencil of `side * u`, side in {-1, 1}."""
@@ -103,7 +111,8 @@ class Stencil(eqx.Module):
     @property
     def is_rank_one_signs(self) -> bool:
         """Whether an entry is its row's sign times its column's, up to reach and edges."""
-        is_signs = self.law == "rademacher" and self.share is None and not self.dithered
+        is_whole = self.rounding is None and not self.dithered
+        is_signs = self.law == "rademacher" and self.share is None and is_whole
         return self.structure == "rank_one" and is_signs
 
     def width(self, array: QuantizedArray) -> Float[Array, "..."]:
@@ -124,6 +133,17 @@ class Stencil(eqx.Module):
         if self.law != "rademacher" or self.dithered or self.boundary == "mask":
             return self
         return dataclasses.replace(self, radius=jnp.ones_like(self.radius), unit="codes")
+
+    def rounded_again(self) -> Stencil:
+        """The same real-valued direction, rounded independently."""
+        return dataclasses.replace(self, rounding=1)
+
+    def displaced(self, array: QuantizedArray, u: Int16[Array, "..."]) -> Int16[Array, "..."]:
+        """The legal codes that an array's become at `u`, a side of the direction."""
+        if self.off_grid is None:
+            return displace(array.codes, u, array.grid, self.boundary)
+        distance = _one_number(self.off_grid, array.ndim) * u.astype(jnp.float32)
+        return array.grid.nearest(array.grid.at(array.codes) + distance)
 
     def probability(self, array: QuantizedArray) -> Float[Array, "..."] | None:
         """Chance of an entry to be in the support, as `width`, or None for 1."""
@@ -146,6 +166,8 @@ def describe(
     density: Float[Array, ""] | float = 1.0,
     densest: float | None = None,
     dithered: bool = False,
+    rounded: bool = False,
+    off_grid: Float[Array, ""] | float | None = None,
 ) -> Stencil:
     """Describe a direction for `array`.
 
@@ -162,6 +184,9 @@ def describe(
         densest: what a traced density never exceeds.
         dithered: where mu is less than a code, keep an entry with probability mu / s instead of
             widening its reach to one whole code.
+        rounded: round a real-valued direction at random, for law="gaussian" or "rademacher".
+        off_grid: how far an entry of one moves a level (at scale 1), where end points are to be
+            rounded to the nearest code instead of being codes.
 
     Returns:
         The stencil: about twelve bytes a row, which a compiled program never stores.
@@ -181,8 +206,9 @@ def describe(
     side = jnp.ones(rows.index.shape, jnp.int8)
     mu = jnp.asarray(radius, jnp.float32)
     share = None if share is None else jnp.asarray(share, jnp.float32)
-    choices = (unit, dithered, digits, cell, law, structure, boundary)
-    return Stencil(rows, side, mu, share, *choices)
+    off_grid = None if off_grid is None else jnp.asarray(off_grid, jnp.float32)
+    choices = (unit, dithered, digits, cell, law, structure, boundary, 0 if rounded else None)
+    return Stencil(rows, side, mu, share, *choices, off_grid)
 
 
 def draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
@@ -355,7 +381,12 @@ def _entries(
     words = bits(rows, columns, _ENTRY)
     if ranked:  # what all rows share is made once
         words = compiler.kept(words)
-    if stencil.law == "rademacher":
+    if stencil.rounding is not None:
+        is_signs = stencil.law == "rademacher"
+        real = words.astype(jnp.float32) if is_signs else draws.gaussian(words)
+        chances = draws.words(rows, columns, _ROUNDINGS[stencil.rounding])
+        u = projection.stochastic(chances, width * real).astype(jnp.int16)
+    elif stencil.law == "rademacher":
         u = m * words.astype(jnp.int16)
     else:
         size = _uniform_size if stencil.law == "uniform" else _gaussian_size

@@ -204,7 +204,7 @@ def direct(
     def one_side(array: QuantizedArray, stencil: Stencil, side: Array, x: Array) -> Array:
         array = after(x, array)
         u = draw(_drawn_after(x, stencil), array)
-        return dot(array.decode(displace(array.codes, side * u, array.grid, stencil.boundary)), x)
+        return dot(array.decode(stencil.displaced(array, side * u)), x)
 
     def two_sides(array: QuantizedArray, stencil: Stencil, sides: Array, x: Array) -> Array:
         """The products of two sides, whose direction is drawn once."""
@@ -213,7 +213,7 @@ def direct(
         u = draw(_drawn_after(x[0], stencil), after(x[0], array))
 
         def codes(side: Array) -> Array:
-            return displace(array.codes, side * u, array.grid, stencil.boundary)
+            return stencil.displaced(array, side * u)
 
         vectors = x[0].size + jax.eval_shape(dot, array.aval(), x[0]).size
         if vectors > array.size:  # a second matrix is little beside them

@@ -2,28 +2,32 @@
 
 Yao Shu and Zilin Zhu, "Compander-Aligned Query Geometry for Quantized Zeroth-Order Optimization",
 2026, arXiv:2605.10673. Queries are one grid step long in the coordinate z where the codebook is
-uniform, so both end points are codebook points and rounding them changes nothing.
+uniform, so both end points are codebook points and rounding them changes nothing. The paper's
+baseline, queries that are not aligned, is here as well: its end points x +- mu r are rounded to the
+codebook, and nothing but the nominal mu r is known of where they came to lie.
 """
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from zoqo_jax import draws, projection, stencils
+from zoqo_jax import projection, queries, stencils
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.draws import Rows
 from zoqo_jax.projection import Rounding
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.stepping import Rules, Schedule, value_at
+from zoqo_jax.transforms.stepping import Rules, Schedule, StepState, inverse_at, value_at
 
 __all__ = ["caq_zo"]
+
+Query = Literal["aligned", "off_grid"]
 
 
 def caq_zo(
@@ -31,10 +35,12 @@ def caq_zo(
     *,
     key: PRNGKeyArray,
     num_queries: int = 1,
+    query: Query = "aligned",
+    radius: Schedule | None = None,
     structure: Structure = "dense",
     density: Schedule | Array = 1.0,
     rounding: Rounding = "stochastic",
-    threshold: float = 0.5,
+    threshold: float | None = None,
     boundary: Boundary = "mask",
     query_batch: int | None = 1,
     sides: Sides = "together",
@@ -55,15 +61,25 @@ def caq_zo(
             schedule.
         key: all of the run's randomness.
         num_queries: query pairs a step, q.
+        query: "aligned", one grid step long, or "off_grid": mu long in values, its end points
+            rounded to the nearest code, and g_z = (l+ - l-) / (2 m) r with m what mu is in codes on
+            average.
+        radius: mu of off-grid queries, as a fraction of the largest magnitude that a block can hold
+            (NF4's absmax); a positive number or an optax schedule.
         structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
             1]; or an optax schedule of it that never exceeds its first value.
         rounding: Proj. "stochastic" is unbiased; "nearest" freezes when steps are below half a
             code; "error_feedback" adds what was not applied to the next step, for 4 bytes a code of
-            state; "threshold" moves one code where the step is at least `threshold` codes long.
-        threshold: in codes, for rounding="threshold".
+            state (`qes` does without); "threshold" moves one code where the step is at least
+            `threshold` codes long; "significant" takes a query for a vote of weight l+ - l- and
+            moves one code, however long the step, where the votes' sum is at least `threshold` of
+            its standard deviations, were every vote's sign a fair coin's (not for a sparse
+            structure).
+        threshold: in codes for rounding="threshold", 0.5 if None; in standard deviations for
+            "significant", 2 if None and at most sqrt(num_queries), which no sum exceeds.
         boundary: "mask" (the paper's stencil stays on the codebook: a coordinate at an edge sits
-            out, and so stays there), "clamp" or "reflect".
+            out, and so stays there), "clamp" or "reflect". Off-grid end points are always clamped.
         query_batch: query pairs evaluated at once, None for all; more is faster and takes more
             memory.
         sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
@@ -94,10 +110,25 @@ def caq_zo(
         True
     """
     stepping.check_positive("learning_rate", learning_rate)
-    stepping.check_positive("threshold", threshold)
+    stencils.check_choice("query", query, get_args(Query))
+    if (radius is None) != (query == "aligned"):
+        raise ValueError(
+            f"radius={radius} is not for query={query!r}: give it for 'off_grid' only."
+        )
+    if radius is not None:
+        stepping.check_positive("radius", radius)
     stencils.check("rademacher", structure, boundary, density)
     stencils.check_choice("rounding", rounding, get_args(Rounding))
-    mean_over_2 = float(np.float32(0.5 / num_queries)) if num_queries > 0 else 0.0
+    usual = 2.0 if rounding == "significant" else 0.5
+    least = usual if threshold is None else threshold
+    stepping.check_positive("threshold", least)
+    if rounding == "significant":
+        if structure == "sparse":
+            raise ValueError(f"rounding={rounding!r} is not for structure={structure!r}.")
+        if least**2 > num_queries:
+            most = f"sqrt(num_queries={num_queries})"
+            raise ValueError(f"threshold must be at most {most} for {rounding!r}, got {least}.")
+    mean_over_2 = np.float32(0.5 / max(num_queries, 1))
 
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
         return stencils.describe(
@@ -106,26 +137,32 @@ def caq_zo(
             1.0,
             law="rademacher",
             structure=structure,
-            boundary=boundary,
+            boundary=boundary if radius is None else "clamp",
             **stencils.scheduled(density, count),
+            off_grid=None if radius is None else value_at(radius, count) * array.grid.largest,
         )
 
     def weigh(difference: Array, r: Array) -> Float[Array, "..."]:
         return difference * r.astype(jnp.float32)
 
     def move(
-        rows: Rows, array: QuantizedArray, total: Array, count: Array, residual: Any
+        rows: Rows, array: QuantizedArray, total: Array, step: StepState, residual: Any
     ) -> tuple[Array, Any]:
-        step = -(value_at(learning_rate, count) * mean_over_2) * total
+        if rounding == "significant":
+            heard, per_unit = queries.whole(step.differences)
+            return projection.significant(-total * per_unit, heard, least), residual
+        mean_slope = mean_over_2
+        if radius is not None:
+            codes = np.float32(array.grid.largest / array.grid.spacing)  # of a radius of one
+            mean_slope = mean_over_2 / codes * inverse_at(radius, step.count)
+        length = -(value_at(learning_rate, step.count) * mean_slope) * total
         if rounding == "stochastic":
-            columns = array.shape[-1] if array.ndim else 1
-            words = draws.words(rows, columns, 0).reshape(array.shape)
-            return projection.stochastic(words, step), residual
+            return stepping.rounded_at_random(rows, length), residual
         if rounding == "nearest":
-            return projection.nearest(step), residual
+            return projection.nearest(length), residual
         if rounding == "threshold":
-            return projection.threshold(step, threshold), residual
-        return projection.error_feedback(step, residual)
+            return projection.threshold(length, least), residual
+        return projection.error_feedback(length, residual)
 
     def remember(array: QuantizedArray) -> Array:
         return jnp.zeros(array.shape, jnp.int32)

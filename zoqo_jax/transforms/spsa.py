@@ -7,7 +7,7 @@ behind it this is MeZO (Malladi et al., 2023, arXiv:2305.17333).
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from zoqo_jax import draws, queries, stencils
+from zoqo_jax import queries, stencils
 from zoqo_jax.arrays import is_quantized
 from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
+from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.stepping import Schedule, StepState, value_at
 
 __all__ = ["spsa"]
-
-Noise = Literal["rademacher", "gaussian"]
 
 
 def spsa(
@@ -94,31 +93,21 @@ def spsa(
                 f"{missing} must be given: tx.update(None, state, params, value_fn=f)."
             )
         step_key = jax.random.fold_in(state.key, state.count)
+        directions = Directions(step_key, num_queries, noise)
         mu = value_at(radius, state.count)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
-
-        def direction(query: Array | int, index: int) -> Array:
-            leaf = leaves[index]
-            leaf_key = jax.random.fold_in(jax.random.fold_in(step_key, query), index)
-            if noise == "gaussian":
-                return jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
-            rows = draws.rows(leaf_key, leaf.shape[:-1])
-            columns = leaf.shape[-1] if leaf.ndim else 1
-            return draws.signs(rows, columns, 0).reshape(leaf.shape).astype(leaf.dtype)
 
         def query_losses(query: Array | int) -> Array:
             def loss(side: Array) -> Array:
                 moved = [
-                    leaf + (side * mu).astype(leaf.dtype) * direction(query, index)
+                    leaf + (side * mu).astype(leaf.dtype) * directions.draw(query, index, leaf)
                     if _is_trained(leaf)
                     else leaf
                     for index, leaf in enumerate(leaves)
                 ]
                 return queries.scalar(quaxify(value_fn)(treedef.unflatten(moved)))
 
-            return jax.lax.map(
-                loss, jnp.array([1.0, -1.0], jnp.float32)
-            )  # one copy of the model at a time
+            return both_sides(loss)
 
         pairs = stepping.over_queries(query_losses, num_queries, query_batch)
         if axis_name is not None:
@@ -126,15 +115,7 @@ def spsa(
         state = stepping.record(state, pairs)
 
         def gradient(index: int) -> Array:
-            def add(query: Array | int, total: Array) -> Array:
-                return total + state.differences[query] * direction(query, index).astype(
-                    jnp.float32
-                )
-
-            total = jnp.zeros(leaves[index].shape, jnp.float32)
-            total = (
-                add(0, total) if num_queries == 1 else jax.lax.fori_loop(0, num_queries, add, total)
-            )
+            total = directions.total(state.differences, index, leaves[index])
             return (total * (mean_over_2 / mu)).astype(leaves[index].dtype)
 
         gradients = [

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
 
-from zoqo_jax import compiler, draws, queries, stencils
+from zoqo_jax import compiler, draws, projection, queries, stencils
 from zoqo_jax.arrays import QuantizedArray, cut, is_quantized, is_trained, trained_leaves
 from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
@@ -42,9 +43,12 @@ __all__ = [
     "check_positive",
     "check_query_count",
     "initial_state",
+    "inverse_at",
     "over_queries",
     "record",
     "record_votes",
+    "replayed",
+    "rounded_at_random",
     "value_at",
 ]
 
@@ -72,6 +76,8 @@ class StepState(NamedTuple):
         skipped: query pairs so far with a NaN or inf loss, or a NaN among their comparisons; they
             move nothing.
         residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
+        recent: differences of the last steps, the latest last, where a residual is made from them
+            rather than kept; else empty.
     """
 
     count: Int32[Array, ""]
@@ -81,6 +87,7 @@ class StepState(NamedTuple):
     differences: Float32[Array, " queries"]
     skipped: Int32[Array, ""]
     residual: tuple[Int32[Array, "..."], ...] = ()
+    recent: tuple[Float32[Array, "steps queries"], ...] = ()
 
 
 class Rules(NamedTuple):
@@ -90,18 +97,23 @@ class Rules(NamedTuple):
         describe: (key, array, count) -> the stencil to probe `array` with.
         weigh: (l+ - l-, u) -> what one query pair says, in the shape of u, to be summed over
             queries; a product of something of the first and something of the second.
-        move: (rows, array, sum over queries of `weigh`, count, residual) -> (codes to move,
-            residual); `rows` are where the bits of the move come from.
-        remember: array -> its first residual, or None for a method that keeps none.
-        hears_signs: whether of u nothing but its sign matters to `weigh`.
+        move: (rows, array, sum over queries of `weigh`, step, residual) -> (codes to move,
+            residual); `rows` are where the bits of the move come from, `step` is the state before
+            it, but with its differences.
+        remember: array -> its first residual, or None for a method that has none.
+        window: from how many steps back a residual is made anew in every step, rather than kept, or
+            None; `move` must make it without `rows`, and of the codes may use but their grid.
+        heard: the stencil that was probed -> one whose direction `weigh` is given in place of its
+            own: easier to draw, or rounded independently.
         compares: whether the sign of l+ - l- serves `weigh` as well.
     """
 
     describe: Callable[[Array, QuantizedArray, Array], Stencil]
     weigh: Callable[[Array, Array], Array]
-    move: Callable[[Rows, QuantizedArray, Array, Array, Any], tuple[Array, Any]]
+    move: Callable[[Rows, QuantizedArray, Array, StepState, Any], tuple[Array, Any]]
     remember: Callable[[QuantizedArray], Any] | None = None
-    hears_signs: bool = False
+    window: int | None = None
+    heard: Callable[[Stencil], Stencil] = lambda probed: probed
     compares: bool = False
 
 
@@ -149,52 +161,79 @@ def by_queries(
     together = min(query_batch or num_queries, num_queries)
 
     def init(params: PyTree) -> StepState:
-        arrays = _trained_leaves(params)
-        residual = tuple(map(rules.remember, arrays)) if rules.remember else ()
-        return initial_state(key, num_queries)._replace(residual=residual)
+        arrays = list(trained_leaves(params).values())
+        state = initial_state(key, num_queries)
+        if rules.window:
+            nothing = jnp.zeros((rules.window, num_queries), jnp.float32)
+            return state._replace(recent=(nothing,))
+        return state._replace(residual=tuple(map(rules.remember, arrays)) if rules.remember else ())
 
-    def keys(state: StepState, leaves: int) -> Key[Array, "queries_and_move leaves"]:
+    def keys(state: StepState, leaves: Array) -> Key[Array, "queries_and_move leaves"]:
         """A key for every direction and, in the last row, for every move."""
         step_key = jax.random.fold_in(state.key, state.count)
         by_query = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(num_queries + 1))
-        return jax.vmap(
-            lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(leaves))
-        )(by_query)
+        return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(leaves))(
+            by_query
+        )
 
     def probes(state: StepState, params: PyTree, query: Array | int = 0) -> list[Stencil]:
-        arrays = _trained_leaves(params)
-        of_query = keys(state, len(arrays))[query]
+        arrays = list(trained_leaves(params).values())
+        of_query = keys(state, jnp.arange(len(arrays)))[query]
         return [rules.describe(of_query[i], array, state.count) for i, array in enumerate(arrays)]
 
     def move(
-        after: StepState, keys: Array, pick: Pick, array: QuantizedArray, kept: Any
+        step: StepState, leaf: int, leaf_keys: Array, pick: Pick, array: QuantizedArray, kept: Any
     ) -> tuple[Array, Any]:
         """A leaf's new bytes, and what error feedback keeps, for the rows picked."""
         piece = on_rows(pick, array)
-        rows = draws.rows(keys[num_queries], array.shape[:-1])
+        rows = draws.rows(leaf_keys[num_queries], array.shape[:-1])
         rows = by_row(pick, rows)
-        steps, rest = [], []
+        moves, rest = [], []
         for i, part in enumerate(piece.parts):
-            total = said(after, keys, array, pick, i)
-            residual = None if kept is None else cut(pick(kept), i, array.per_byte)
-            step, residual = rules.move(draws.part(rows, i), part, total, after.count - 1, residual)
-            steps.append(step)
+            total = said(step, leaf_keys, array, pick, i)
+            rows_of_part = draws.part(rows, i)
+            if rules.window:
+                residual = left_over(step, leaf, rows_of_part, array, pick, i, part)
+            else:
+                residual = None if kept is None else cut(pick(kept), i, array.per_byte)
+            codes, residual = rules.move(rows_of_part, part, total, step, residual)
+            moves.append(codes)
             rest.append(residual)
         if kept is not None:
             kept = jnp.concatenate(rest, axis=-1) if len(rest) > 1 else rest[0]
-        return piece.stepped(steps).packed, kept
+        return piece.stepped(moves).packed, kept
 
-    def said(after: StepState, keys: Array, array: QuantizedArray, pick: Pick, part: int) -> Array:
+    def left_over(
+        step: StepState,
+        leaf: int,
+        rows: Rows,
+        array: QuantizedArray,
+        pick: Pick,
+        i: int,
+        part: QuantizedArray,
+    ) -> Any:
+        """The residual of a part of a leaf, from what the window's steps said."""
+        window, (recent,) = rules.window or 0, step.recent
+
+        def after(k: Array, residual: Any) -> Any:
+            count = jnp.maximum(step.count - window + k, 0)  # before the first, nothing was said
+            past = step._replace(count=count, differences=recent[k])
+            total = said(past, keys(past, jnp.array([leaf]))[:, 0], array, pick, i)
+            return rules.move(rows, part, total, past, residual)[1]
+
+        first = rules.remember(part) if rules.remember else None
+        return jax.lax.fori_loop(0, window, after, first)
+
+    def said(step: StepState, keys: Array, array: QuantizedArray, pick: Pick, part: int) -> Array:
         """What the step's queries said about a part of a leaf, for the rows picked."""
 
         def stencil(query: Array | int) -> tuple[Stencil, QuantizedArray]:
-            described = rules.describe(keys[query], array, after.count - 1)
-            described = described.one_code_long() if rules.hears_signs else described
+            described = rules.heard(rules.describe(keys[query], array, step.count))
             picked = on_rows(pick, PerturbedArray(array, described))
             return stencils.part(picked.stencil, picked.array, part)
 
         def one(query: Array | int) -> Array:
-            return rules.weigh(after.differences[query], stencils.draw(*stencil(query)))
+            return rules.weigh(step.differences[query], stencils.draw(*stencil(query)))
 
         if num_queries == 1:
             return one(0)
@@ -202,7 +241,7 @@ def by_queries(
         if not first.is_rank_one_signs:
             add = lambda query, total: total + one(query)  # noqa: E731
             return jax.lax.fori_loop(1, num_queries, add, one(0))
-        weights = jax.vmap(lambda d: rules.weigh(d, jnp.int16(1)))(after.differences)
+        weights = jax.vmap(lambda d: rules.weigh(d, jnp.int16(1)))(step.differences)
         directions = jax.vmap(lambda query: stencil(query)[0])(jnp.arange(num_queries))
         total = stencils.weighted_signs(directions, weights.astype(jnp.float32), piece)
         m = piece.spread(first.reach(piece))
@@ -237,18 +276,14 @@ def by_queries(
         **extra: Any,
     ) -> tuple[PyTree, StepState]:
         del updates, extra
-        arrays = _trained_leaves(params)
+        arrays = list(trained_leaves(params).values())
         if compare_fn is not None and value_fn is not None:
             raise ValueError("value_fn and compare_fn must not both be given.")
         if compare_fn is not None and not rules.compares:
             raise ValueError("compare_fn serves zoqo alone: this method needs losses, by value_fn.")
 
         if differences is not None:
-            if jnp.shape(differences) != (num_queries,):
-                shape = jnp.shape(differences)
-                raise ValueError(f"differences must have shape ({num_queries},), got {shape}.")
-            heard = jnp.asarray(differences, jnp.float32)
-            after = state._replace(count=state.count + 1, differences=heard)
+            after = replayed(state, differences)
         elif value_fn is not None:
             pairs = over_queries(
                 lambda query: queries.losses(
@@ -265,11 +300,12 @@ def by_queries(
 
         # What the update needs is made when the forward passes are over, and takes their place.
         wait = functools.partial(compiler.after, after.differences)
-        all_keys = keys(state._replace(count=wait(state.count)), len(arrays))
+        step = state._replace(differences=after.differences)
+        all_keys = keys(state._replace(count=wait(state.count)), jnp.arange(len(arrays)))
         deltas, residual = [], []
         for leaf, array in enumerate(arrays):
             kept = state.residual[leaf] if state.residual else None
-            change = functools.partial(move, after, all_keys[:, leaf])
+            change = functools.partial(move, step, leaf, all_keys[:, leaf])
             whole, most = (_WHOLE, _PIECE) if num_queries == 1 else (_PIECE_OF_SUM, _PIECE_OF_SUM)
             if array.ndim < 2 or array.size <= whole:
                 waiting = dataclasses.replace(array, scale=wait(array.scale))
@@ -282,6 +318,10 @@ def by_queries(
             residual.append(kept)
         if state.residual:
             after = after._replace(residual=tuple(residual))
+        if rules.window:
+            (recent,) = state.recent
+            latest = jnp.concatenate([recent[1:], after.differences[None]])
+            after = after._replace(recent=(latest,))
         return _fill(params, deltas), after
 
     tx = QueryTransformation(init, update)
@@ -327,6 +367,19 @@ def record_votes(
     )
 
 
+def replayed(state: StepState, differences: Any) -> StepState:
+    """The state after a step of which nothing but its differences is known.
+
+    Raises:
+        ValueError: they are not one for each query.
+    """
+    shape, expected = jnp.shape(differences), state.differences.shape
+    if shape != expected:
+        raise ValueError(f"differences must have shape {expected}, got {shape}.")
+    heard = jnp.asarray(differences, jnp.float32)
+    return state._replace(count=state.count + 1, differences=heard)
+
+
 def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:
     """The losses of each query, or what else is asked, `query_batch` at a time, stacked."""
     if num_queries == 1:
@@ -337,9 +390,25 @@ def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: in
     return jax.lax.map(losses, indices, batch_size=None if query_batch == 1 else query_batch)
 
 
+def rounded_at_random(rows: Rows, step: Float[Array, "..."]) -> Int32[Array, "..."]:
+    """A step in codes rounded up or down, unbiased, `rows` being where the bits come from."""
+    columns = step.shape[-1] if step.ndim else 1
+    return projection.stochastic(draws.words(rows, columns, 0).reshape(step.shape), step)
+
+
 def value_at(schedule: Schedule, count: Array) -> Float32[Array, ""]:
     """A number, or a schedule's value at a step, as float32."""
     return jnp.asarray(schedule(count) if callable(schedule) else schedule, jnp.float32)
+
+
+def inverse_at(schedule: Schedule, count: Array) -> Array | np.float32:
+    """One over a number, or over a schedule's value at a step, as float32.
+
+    A number's is made here, lest XLA, which knows it, multiply by an inverse where it says divide.
+    """
+    if callable(schedule):
+        return 1.0 / value_at(schedule, count)
+    return np.float32(1.0) / np.float32(schedule)
 
 
 def check_positive(name: str, value: Schedule) -> None:
@@ -354,12 +423,6 @@ def check_query_count(num_queries: int, query_batch: int | None) -> None:
         raise ValueError(f"num_queries must be at least 1, got {num_queries}.")
     if query_batch is not None and query_batch < 1:
         raise ValueError(f"query_batch must be at least 1 or None, got {query_batch}.")
-
-
-def _trained_leaves(params: PyTree | None) -> list[QuantizedArray]:
-    if params is None:
-        raise ValueError("params must be given: codes move from where they are.")
-    return list(trained_leaves(params).values())
 
 
 def _in_place(

@@ -19,7 +19,7 @@ from zoqo_jax.draws import Rows
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Law, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.stepping import Rules, Schedule, value_at
+from zoqo_jax.transforms.stepping import Rules, Schedule, StepState, value_at
 
 __all__ = ["zoqo"]
 
@@ -140,9 +140,9 @@ def zoqo(
         return difference * u.astype(jnp.float32)
 
     def move(
-        rows: Rows, array: QuantizedArray, votes: Array, count: Array, residual: Any
+        rows: Rows, array: QuantizedArray, votes: Array, step: StepState, residual: Any
     ) -> tuple[Array, Any]:
-        eta, s = value_at(learning_rate, count), array.step
+        eta, s = value_at(learning_rate, step.count), array.step
         g = jnp.sign(votes).astype(jnp.int16)
         if dithered:
             E = stencils.dithered_reach(rows, eta / s, array)
@@ -150,7 +150,8 @@ def zoqo(
             E = array.spread(stencils.reach(eta / s, array.grid))
         return -E * g, residual
 
-    rules = Rules(describe, weigh, move, hears_signs=hears_signs, compares=True)
+    rules = Rules(describe, weigh, move, compares=True)
+    rules = rules._replace(heard=Stencil.one_code_long) if hears_signs else rules
     return stepping.by_queries(
         rules, key, num_queries, query_batch, sides, axis_name, num_comparisons
     )

@@ -1,0 +1,64 @@
+"""Random directions for arrays of floats, which `spsa` trains, and `qzo` where they are scales.
+
+Nothing is stored: a direction is drawn again wherever it is needed, from the step's key, the number
+of the query and the place of the array in the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key
+
+from zoqo_jax import compiler, draws
+
+__all__ = ["Directions", "Noise", "both_sides"]
+
+Noise = Literal["rademacher", "gaussian"]
+
+
+class Directions(NamedTuple):
+    """The directions of one step.
+
+    Attributes:
+        key: the step's key.
+        num_queries: how many each array has.
+        noise: law of an entry: "rademacher" or standard "gaussian".
+    """
+
+    key: Key[Array, ""]
+    num_queries: int
+    noise: Noise
+
+    def draw(self, query: Array | int, index: int, like: Any) -> Float[Array, "..."]:
+        """A direction for the array at a place in the tree, in the shape and dtype of `like`."""
+        key = jax.random.fold_in(jax.random.fold_in(self.key, query), index)
+        rows = draws.rows(key, like.shape[:-1])
+        columns = like.shape[-1] if like.ndim else 1
+        if self.noise == "rademacher":
+            entries = draws.signs(rows, columns, 0)
+        else:
+            entries = draws.gaussian(draws.words(rows, columns, 0))
+        return entries.reshape(like.shape).astype(like.dtype)
+
+    def total(
+        self, weights: Float32[Array, " queries"], index: int, like: Any
+    ) -> Float32[Array, "..."]:
+        """The sum over queries of a weight times the direction."""
+
+        def add(query: Array | int, total: Array) -> Array:
+            direction = self.draw(query, index, like).astype(jnp.float32)
+            return total + compiler.unfused(weights[query] * direction)
+
+        total = jnp.zeros(like.shape, jnp.float32)
+        if self.num_queries == 1:
+            return add(0, total)
+        return jax.lax.fori_loop(0, self.num_queries, add, total)
+
+
+def both_sides(loss: Callable[[Array], Array]) -> Float32[Array, "2"]:
+    """The losses at the + side and at the - side, one copy of what is probed at a time."""
+    return jax.lax.map(loss, jnp.array([1.0, -1.0], jnp.float32))

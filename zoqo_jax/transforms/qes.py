@@ -1,0 +1,121 @@
+"""QES: error feedback in code space, without keeping the error.
+
+Yinggan Xu, Risto Miikkulainen and Xin Qiu, "Quantized Evolution Strategies: High-precision
+Fine-tuning of Quantized LLMs at Low-precision Cost", 2026, arXiv:2602.03120. What rounding left of
+a step is due later. Instead of a number for every code, the run remembers what it heard in its last
+steps, a few numbers each, and makes what is due from their directions again. The paper weighs a
+population by its normalised fitness; here, as everywhere in this library, queries come in pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from zoqo_jax import projection
+from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.draws import Rows
+from zoqo_jax.queries import Sides
+from zoqo_jax.stencils import Boundary, Structure
+from zoqo_jax.transforms import stepping
+from zoqo_jax.transforms.rounded import Noise, RoundedDescent, weigh
+from zoqo_jax.transforms.stepping import Rules, Schedule, StepState
+
+__all__ = ["qes"]
+
+
+def qes(
+    learning_rate: Schedule,
+    radius: Schedule = 1.0,
+    *,
+    key: PRNGKeyArray,
+    window: int | None = 50,
+    decay: float = 0.9,
+    num_queries: int = 1,
+    noise: Noise = "gaussian",
+    structure: Structure = "dense",
+    density: Schedule | Array = 1.0,
+    boundary: Boundary = "clamp",
+    query_batch: int | None = 1,
+    sides: Sides = "together",
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Descent along rounded directions, with what each step's rounding left over due later.
+
+    In code units, with Q a stochastic rounding, e the residual and gamma its decay, one step is
+
+    .. math::
+        u &\sim N(0, I), \quad n_\pm = n \pm Q(\mu u), \quad
+        g = \frac{\ell_+ - \ell_-}{2 \mu^2} Q(\mu u) \\
+        v &= \gamma e - \eta g, \quad n \leftarrow n + \mathrm{round}(v), \quad
+        e \leftarrow v - \mathrm{round}(v)
+
+    and with q queries g is their mean. What the grid's edge cuts off is not due later.
+
+    Args:
+        learning_rate: eta, codes for each unit of d loss / d code; a positive number or an optax
+            schedule.
+        radius: mu, codes; a positive number or an optax schedule.
+        key: all of the run's randomness.
+        window: how many steps back the residual is made from, starting at zero: the state holds
+            their differences, and an update draws that many steps' directions more. None keeps the
+            residual, 4 bytes a code of state. Up to the window's length both are the same bit for
+            bit, but for boundary="mask", where the codes as they are now stand for the past's.
+        decay: gamma, in (0, 1]; what is older than a window counts little where decay^window is
+            small.
+        num_queries: query pairs a step, q.
+        noise: law of an entry of u: standard "gaussian" or "rademacher".
+        structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
+        density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
+            1]; or an optax schedule of it that never exceeds its first value.
+        boundary: "clamp", "mask" or "reflect".
+        query_batch: query pairs evaluated at once, None for all; more is faster and takes more
+            memory.
+        sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
+            "in_turn", with one side's activations in memory; better where tokens are many.
+        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+
+    Returns:
+        A transformation; call `tx.update(None, state, params, value_fn=f)` and
+        `optax.apply_updates`. Its state is a `StepState`.
+
+    Raises:
+        ValueError: an argument outside what is said above, naming it and its value.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, zoqo_jax as zq
+        >>> params = zq.quantize({"w": jnp.zeros((2, 2))}, zq.Quantizer(bits=8, range=1.0))
+        >>> tx = zq.qes(learning_rate=5e2, radius=2.0, key=jax.random.key(0), window=10)
+        >>> loss = lambda params: jnp.sum((params["w"] - 0.5) ** 2)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     updates, state = tx.update(None, state, params, value_fn=loss)
+        ...     return optax.apply_updates(params, updates), state
+        >>> state = tx.init(params)
+        >>> for _ in range(100):
+        ...     params, state = step(params, state)
+        >>> loss(zq.dequantize(params)).item() < 0.05, state.recent[0].shape
+        (True, (10, 1))
+    """
+    descent = RoundedDescent(
+        learning_rate, radius, num_queries, noise, structure, density, boundary
+    )
+    descent.check()
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, got {window}.")
+    if not 0.0 < decay <= 1.0:
+        raise ValueError(f"decay must be in (0, 1], got {decay}.")
+
+    def move(
+        rows: Rows, array: QuantizedArray, total: Array, step: StepState, residual: Array
+    ) -> tuple[Array, Any]:
+        return projection.error_feedback(descent.length(step, total), residual, decay)
+
+    def remember(array: QuantizedArray) -> Array:
+        return jnp.zeros(array.shape, jnp.int32)
+
+    rules = Rules(descent.describe, weigh, move, remember, window)
+    return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)

@@ -1,0 +1,103 @@
+"""QuZO: quantized zeroth-order fine-tuning, unbiased by rounding one direction twice.
+
+Jiajun Zhou, Yifan Yang, Kai Zhen, Ziyue Liu, Yequan Zhao, Ershad Banijamali, Athanasios Mouchtaris,
+Ngai Wong and Zheng Zhang, "QuZO: Quantized Zeroth-Order Fine-Tuning for Large Language Models",
+2025, arXiv:2502.12346. A direction is rounded at random to whole codes to be probed. Were the
+update to go along that same rounded direction, the rounding's variance would lengthen the estimate;
+along an independent rounding of the same direction it is right on average.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.draws import Rows
+from zoqo_jax.queries import Sides
+from zoqo_jax.stencils import Boundary, Stencil, Structure
+from zoqo_jax.transforms import stepping
+from zoqo_jax.transforms.rounded import Noise, RoundedDescent, weigh
+from zoqo_jax.transforms.stepping import Rules, Schedule, StepState
+
+__all__ = ["quzo"]
+
+
+def quzo(
+    learning_rate: Schedule,
+    radius: Schedule = 1.0,
+    *,
+    key: PRNGKeyArray,
+    num_queries: int = 1,
+    noise: Noise = "gaussian",
+    structure: Structure = "dense",
+    density: Schedule | Array = 1.0,
+    boundary: Boundary = "clamp",
+    query_batch: int | None = 1,
+    sides: Sides = "together",
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Descent along real-valued directions rounded at random, two forward passes for each query.
+
+    In code units, with Q1 and Q2 two independent stochastic roundings, one step is
+
+    .. math::
+        u &\sim N(0, I), \quad n_\pm = n \pm Q_1(\mu u) \\
+        g &= \frac{\ell_+ - \ell_-}{2 \mu^2} Q_2(\mu u), \quad n \leftarrow Q(n - \eta g)
+
+    and with q queries g is their mean, rounded once. On a quadratic E[n] moves by exactly -eta
+    times the gradient, however small mu is, as long as no end point leaves the grid.
+
+    Args:
+        learning_rate: eta, codes for each unit of d loss / d code; a positive number or an optax
+            schedule.
+        radius: mu, codes; a positive number or an optax schedule.
+        key: all of the run's randomness.
+        num_queries: query pairs a step, q.
+        noise: law of an entry of u: standard "gaussian" or "rademacher".
+        structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
+        density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
+            1]; or an optax schedule of it that never exceeds its first value.
+        boundary: "clamp", "mask" or "reflect".
+        query_batch: query pairs evaluated at once, None for all; more is faster and takes more
+            memory.
+        sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
+            "in_turn", with one side's activations in memory; better where tokens are many.
+        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+
+    Returns:
+        A transformation; call `tx.update(None, state, params, value_fn=f)` and
+        `optax.apply_updates`. Its state is a `StepState`.
+
+    Raises:
+        ValueError: an argument outside what is said above, naming it and its value.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, zoqo_jax as zq
+        >>> params = zq.quantize({"w": jnp.zeros((2, 2))}, zq.Quantizer(bits=8, range=1.0))
+        >>> tx = zq.quzo(learning_rate=2e3, radius=2.0, key=jax.random.key(0))
+        >>> loss = lambda params: jnp.sum((params["w"] - 0.5) ** 2)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     updates, state = tx.update(None, state, params, value_fn=loss)
+        ...     return optax.apply_updates(params, updates), state
+        >>> state = tx.init(params)
+        >>> for _ in range(100):
+        ...     params, state = step(params, state)
+        >>> loss(zq.dequantize(params)).item() < 0.05, state.queries.item()
+        (True, 200)
+    """
+    descent = RoundedDescent(
+        learning_rate, radius, num_queries, noise, structure, density, boundary
+    )
+    descent.check()
+
+    def move(
+        rows: Rows, array: QuantizedArray, total: Array, step: StepState, residual: Any
+    ) -> tuple[Array, Any]:
+        return stepping.rounded_at_random(rows, descent.length(step, total)), residual
+
+    rules = Rules(descent.describe, weigh, move, heard=Stencil.rounded_again)
+    return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)
