@@ -148,6 +148,42 @@ def test_an_interrupted_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, ch
 
 
 @pytest.mark.slow
+def test_scales_are_trained_and_codes_left_alone(files, tmp_path):
+    chosen = config(files, tmp_path, method="qzo", train="scales", learning_rate=1e-4, steps=3)
+    outcome = run(chosen)
+    assert changed_by(tmp_path, files) == set()
+    base, trained = (gguf.load(path).tensors for path in (files[0], tmp_path / "model.gguf"))
+    name = "blk.1.ffn_up.weight"
+    assert (base[name].scale != trained[name].scale).any()
+    assert (base["token_embd.weight"].scale == trained["token_embd.weight"].scale).all()
+    assert_log_rebuilds(outcome, chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "caq_zo", "grid": "nf4", "query": "off_grid", "bits": 4},
+        {"method": "caq_zo", "grid": "nf4", "bits": 4},
+        {"method": "quzo", "bits": 4},
+        {"method": "qes", "bits": 4},
+        {"method": "zoqo", "bits": 2, "step_rule": "dithered"},
+    ],
+    ids=lambda changes: f"{changes['method']}-{changes.get('query', '')}",
+)
+def test_every_method_trains_adapters(files, tmp_path, changes):
+    chosen = config(files, tmp_path, train="lora", rank=2, steps=3, learning_rate=10.0, **changes)
+    outcome = run(chosen)
+    before = jax.tree.leaves(training.adapt(outcome.model, chosen))
+    moved = [
+        (one != other).any()
+        for one, other in zip(before, jax.tree.leaves(outcome.params), strict=True)
+    ]
+    assert any(moved)
+    assert_log_rebuilds(outcome, chosen)
+
+
+@pytest.mark.slow
 def test_a_run_that_is_killed_three_times_goes_on_bit_for_bit(files, tmp_path):
     def start(name):
         chosen = config(files, tmp_path / name, steps=300, eval_every=50)
@@ -227,6 +263,9 @@ def test_files_that_say_something_else_are_refused(tmp_path, name, content, mess
     ("changes", "message"),
     [
         ({"method": "adam"}, "needs train='lora'"),
+        ({"method": "qzo"}, "needs train='scales', got 'codes'"),
+        ({"train": "scales"}, "moves codes, not scales"),
+        ({"grid": "nf4", "train": "lora"}, "bits must be 4 with grid='nf4', got 8"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"bits": 9}, r"bits must be in \[2, 8\], got 9"),
         ({"targets": ("w",)}, "targets must be of"),

@@ -4,13 +4,17 @@ import dataclasses
 from typing import Literal
 
 from experiments import settings
+from zoqo_jax.transforms.caq_zo import Query
 
 __all__ = ["Config", "Method", "Train"]
 
-Method = Literal["zoqo", "caq_zo", "mezo", "zo_signsgd", "adam"]
-Train = Literal["codes", "lora"]
+Method = Literal["zoqo", "caq_zo", "quzo", "qes", "qzo", "mezo", "zo_signsgd", "adam"]
+Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
-_NAMES = {"zoqo": "ZOQO", "caq_zo": "CAQ-ZO", "mezo": "MeZO", "zo_signsgd": "ZO-SignSGD"}
+_NAMES = {
+    "zoqo": "ZOQO", "caq_zo": "CAQ-ZO", "quzo": "QuZO", "qes": "QES", "qzo": "QZO", "mezo": "MeZO",
+    "zo_signsgd": "ZO-SignSGD", "adam": "Adam",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,24 +26,28 @@ class Config:
         opt; 4-bit by bitsandbytes or floats), or "smollm2", the file that `make finetune` installs.
       data: "reviews" (bundled), "tfds:sst2", or a file or folder, see `data.load`.
       output: folder of all that the run writes; a run that was interrupted goes on there.
-      train: "codes", the file's own quantized matrices in place, or "lora", adapters beside them.
-      method: "zoqo" and "caq_zo" move codes; "mezo", "zo_signsgd" and "adam" (by back-propagation)
-        move float adapters.
+      train: "codes", the file's own quantized matrices in place; "lora", adapters beside them; or
+        "scales", what the codes of a GGUF file are multiplied by.
+      method: "zoqo", "caq_zo", "quzo" and "qes" move codes, "qzo" scales, "mezo", "zo_signsgd" and
+        "adam" (by back-propagation) float adapters.
       steps: of the optimizer.
       batch_size: examples a step.
       max_tokens: longer training examples are left out; at most the model's context.
-      learning_rate: eta; value units (zoqo, zo_signsgd, mezo, adam) or code units (caq_zo); 0: the
-        method's default.
-      radius: mu, value units (zoqo, mezo, zo_signsgd), or 0.
+      learning_rate: eta; value units (zoqo, zo_signsgd, mezo, adam), code units (caq_zo, quzo,
+        qes) or scale units (qzo); 0: the method's default.
+      radius: mu, in the same units, or 0; of caq_zo's off-grid queries a fraction of the range.
       decay: what is left of the learning rate, or of the density of sparse directions, at the end;
         it falls geometrically.
-      structure: of directions in codes, "dense", "rank_one" or "sparse".
+      structure: of directions in codes, "dense", "rank_one" or "sparse"; "auto" is sparse for codes
+        in place and dense for adapters.
+      query: caq_zo's, "aligned" or "off_grid".
       noise: law of zoqo's directions.
       step_rule: zoqo's, "floor" or "dithered".
       density: of sparse directions at the start.
       num_queries: directions a step.
       query_batch: of them evaluated at once.
-      bits: of an adapter's codes, 2 to 8 (zoqo, caq_zo).
+      bits: of an adapter's codes, 2 to 8.
+      grid: of an adapter's codes, "uniform" or "nf4" (4 bits).
       range: what an adapter's codes reach, value units.
       rank: of adapters.
       alpha: adapters are multiplied by alpha / rank.
@@ -74,13 +82,15 @@ class Config:
     learning_rate: float = 0.0
     radius: float = 0.0
     decay: float = 0.125
-    structure: str = "sparse"
+    structure: Literal["auto", "dense", "rank_one", "sparse"] = "auto"
+    query: Query = "aligned"
     noise: str = "rademacher"
     step_rule: str = "floor"
     density: float = 2.0**-10
     num_queries: int = 1
     query_batch: int = 1
     bits: int = 8
+    grid: Literal["uniform", "nf4"] = "uniform"
     range: float = 0.3
     rank: int = 8
     alpha: float = 16.0
@@ -106,8 +116,13 @@ class Config:
         }  # fmt: skip
         rates = ("learning_rate", "radius")
         settings.check(self, least=least, positive=("decay", "range", "alpha"), not_negative=rates)
-        if self.method in _FLOAT and self.train == "codes":
-            raise ValueError(f"method={self.method!r} moves floats: it needs train='lora'.")
+        moved = {"qzo": "scales", **dict.fromkeys(_FLOAT, "lora")}.get(self.method)
+        if moved is None and self.train == "scales":
+            raise ValueError(f"method={self.method!r} moves codes, not scales: use 'qzo'.")
+        if moved is not None and self.train != moved:
+            raise ValueError(f"method={self.method!r} needs train={moved!r}, got {self.train!r}.")
+        if self.grid == "nf4" and self.bits != 4:
+            raise ValueError(f"bits must be 4 with grid='nf4', got {self.bits}.")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits must be in [2, 8], got {self.bits}.")
         bad = [name for name in self.targets if name not in _MATRICES]
@@ -117,7 +132,12 @@ class Config:
     @property
     def matrices(self) -> tuple[str, ...]:
         """Names of the matrices that train."""
-        return self.targets or (_MATRICES if self.train == "codes" else ("q", "v"))
+        return self.targets or (("q", "v") if self.train == "lora" else _MATRICES)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether directions in codes are sparse."""
+        return self.structure == "sparse" or (self.structure == "auto" and self.train == "codes")
 
     @property
     def moves_floats(self) -> bool:
@@ -127,10 +147,10 @@ class Config:
     @property
     def name(self) -> str:
         """How tables call the run, e.g. "ZOQO, 8-bit LoRA"."""
-        what = "codes in place"
-        if self.train == "lora":
-            what = "float LoRA" if self.moves_floats else f"{self.bits}-bit LoRA"
-        return f"{_NAMES.get(self.method, 'Adam')}, {what}"
+        grid = "NF4" if self.grid == "nf4" else f"{self.bits}-bit"
+        adapters = "float LoRA" if self.moves_floats else f"{grid} LoRA"
+        what = {"codes": "codes in place", "scales": "scales", "lora": adapters}[self.train]
+        return f"{_NAMES[self.method]}, {what}"
 
 
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")

@@ -1,5 +1,6 @@
 """What a run leaves behind: the trained file, the log that rebuilds it, a report with curves."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
       The files, the most wanted first.
     """
     folder = Path(config.output)
-    if config.train == "codes":
-        trained = _write_codes(folder, outcome.model, outcome.params)
+    if config.train != "lora":
+        trained = _write_model(folder, outcome.model, outcome.params)
     else:
         trained = folder / "adapter"
         _write_adapter(trained, outcome.model, config, outcome.params)
@@ -44,16 +45,16 @@ def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
     return [*written, report]
 
 
-def _write_codes(folder: Path, checkpoint: Checkpoint, params: Any) -> Path:
-    """The same kind of checkpoint as the one that was read, with trained codes."""
+def _write_model(folder: Path, checkpoint: Checkpoint, params: Any) -> Path:
+    """The same kind of checkpoint as the one that was read, with trained codes or scales."""
     source = checkpoint.path
     if source.is_file():
         tensors = gguf.load(source, tokenizer=False).tensors
-        _put_codes(tensors, checkpoint, params)
+        _put_back(tensors, checkpoint, params)
         gguf.save(folder / "model.gguf", tensors, checkpoint.metadata)
         return folder / "model.gguf"
     tensors, companions = bitsandbytes.load(source)
-    _put_codes(tensors, checkpoint, params)
+    _put_back(tensors, checkpoint, params)
     trained = folder / "model"
     trained.mkdir(exist_ok=True)
     bitsandbytes.save(trained / "model.safetensors", tensors, companions)
@@ -63,15 +64,16 @@ def _write_codes(folder: Path, checkpoint: Checkpoint, params: Any) -> Path:
     return trained
 
 
-def _put_codes(tensors: dict[str, Any], checkpoint: Checkpoint, params: Any) -> None:
-    """Give a file's tensors the trained codes, by their names there."""
+def _put_back(tensors: dict[str, Any], checkpoint: Checkpoint, params: Any) -> None:
+    """Give a file's tensors the trained codes and scales, by their names there."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=zq.is_quantized):
         if not is_trained(leaf):
             continue
         name = checkpoint.names["/".join(str(key.key) for key in path)]
         for number, layer in zip(checkpoint.span, unstack(leaf), strict=True):
             place = name.format(number)
-            tensors[place] = tensors[place].moved(layer.codes)
+            moved = {"packed": layer.packed, "scale": layer.scale}
+            tensors[place] = dataclasses.replace(tensors[place], **moved)
 
 
 def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params: Any) -> None:

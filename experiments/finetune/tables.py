@@ -70,7 +70,6 @@ def _rows() -> Iterator[Row]:
         data="sst2",
         layers=10,
         train="lora",
-        structure="dense",
         steps=1_000,
         batch_size=16,
         eval_every=100,
@@ -95,7 +94,7 @@ def _rows() -> Iterator[Row]:
         yield row("sst2", name, 3, method="caq_zo", grid="nf4", bits=4, query=query)
     yield row("sst2", "QuZO, 4-bit LoRA", method="quzo", bits=4)
 
-    in_place = {"train": "codes", "structure": "sparse"}
+    in_place = {"train": "codes"}
     yield row("sst2", "ZOQO, 4-bit codes in place", 3, **in_place)
     yield row(
         "sst2", "ZOQO, 4-bit codes in place, 4 directions", num_queries=4, steps=250, **in_place

@@ -70,13 +70,17 @@ def adapt(checkpoint: Checkpoint, config: Config) -> Any:
         keys = [getattr(key, "key", None) for key in path]
         return keys[0] == "layers" and keys[1] in config.matrices and keys[-1] == "weight"
 
-    if config.train == "codes":
+    if config.train == "scales" and checkpoint.path.is_dir():
+        raise ValueError(f"train='scales' needs a GGUF file, got the folder {checkpoint.path}.")
+    if config.train != "lora":
         params = zq.freeze(params, lambda path, leaf: not is_chosen(path, leaf))
         if not any(map(is_trained, jax.tree.leaves(params, is_leaf=zq.is_quantized))):
             raise ValueError(f"model: {config.model} has no codes in {', '.join(config.matrices)}.")
         return params
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    quantizer = None if config.moves_floats else zq.Quantizer(config.bits, range=config.range)
+    grid = zq.companders.nf4() if config.grid == "nf4" else zq.companders.identity()
+    quantizer = zq.Quantizer(config.bits, compander=grid, range=config.range)
+    quantizer = None if config.moves_floats else quantizer
     settings = {"key": key, "where": is_chosen, "quantizer": quantizer}
     return zq.lora(params, config.rank, config.alpha, **settings)
 
@@ -89,9 +93,10 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
         return optax.exponential_decay(start, config.steps, config.decay)
 
     queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
-    sparse = config.structure == "sparse" and not config.moves_floats
+    sparse = config.is_sparse
+    structure = {"auto": "sparse" if sparse else "dense"}.get(config.structure, config.structure)
     density = {"density": falling(config.density)} if sparse else {}
-    shape = {"structure": config.structure, **density, **queries}
+    shape = {"structure": structure, **density, **queries}
     if config.method == "zoqo":
         # In place a step is one code, and the density is what falls.
         in_place = config.train == "codes"
@@ -104,7 +109,14 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
             **shape,
         )
     if config.method == "caq_zo":
-        return zq.caq_zo(falling(config.learning_rate or 1.0), boundary="clamp", **shape)
+        radius = (config.radius or 0.1) if config.query == "off_grid" else None
+        asked = {"query": config.query, "radius": radius, "boundary": "clamp"}
+        return zq.caq_zo(falling(config.learning_rate or 1.0), **asked, **shape)
+    if config.method in ("quzo", "qes"):
+        rule = zq.quzo if config.method == "quzo" else zq.qes
+        return rule(falling(config.learning_rate or 1.0), config.radius or 1.0, **shape)
+    if config.method == "qzo":
+        return zq.qzo(falling(config.learning_rate or 1e-7), config.radius or 1e-4, **queries)
     if config.method == "adam":
         return optax.with_extra_args_support(optax.adam(falling(config.learning_rate or 1e-3)))
     rate = falling(config.learning_rate or (1e-3 if config.method == "zo_signsgd" else 1e-2))
@@ -384,8 +396,10 @@ class _Parts(NamedTuple):
             return cls(shape, tuple(jax.tree.leaves(is_factor(params))))
         changes = []
         for leaf in jax.tree.leaves(params, is_leaf=zq.is_quantized):
-            packed = leaf.packed if is_trained(leaf) else None
-            changes += [array is packed for array in jax.tree.leaves(leaf)]
+            moved = None
+            if is_trained(leaf):
+                moved = leaf.scale if config.train == "scales" else leaf.packed
+            changes += [array is moved for array in jax.tree.leaves(leaf)]
         return cls(shape, tuple(changes))
 
     def split(self, params: Any) -> tuple[list[Any], list[Any]]:
