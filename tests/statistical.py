@@ -44,3 +44,9 @@ def random_words(function, *args, monkeypatch, rounds=1):
         patch.setattr(draws, "_threefry", jax.jit(draws._threefry))
         patch.setattr(compiler, "held", lambda make, *_: make())  # no loop but those that draw
         return count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def mean_and_error(samples):
+    """The mean of samples and its standard error."""
+    samples = np.asarray(samples, np.float64)
+    return samples.mean(axis=0), samples.std(axis=0) / np.sqrt(len(samples))

@@ -135,6 +135,26 @@ def directions(model, radius, law, structure="dense", density=1.0, dithered=Fals
     return every_step(draw)
 
 
+@functools.cache
+def both_roundings(model, radius, **structure):
+    """Q1(mu u) and Q2(mu u) of every step for each leaf, (steps, 3 queries, ...)."""
+    arrays = problem(model).arrays
+
+    def one(count, query, leaf):
+        key = leaf_key(count, query, leaf)
+        law = {"law": "gaussian", "rounded": True, **structure}
+        probed = stencils.describe(key, arrays[leaf], radius, **law)
+        return [
+            stencils.draw(stencil, arrays[leaf]) for stencil in (probed, probed.rounded_again())
+        ]
+
+    def draw(count):
+        of_query = lambda query: [one(count, query, leaf) for leaf in range(len(arrays))]  # noqa: E731
+        return jax.lax.map(of_query, jnp.arange(3))
+
+    return tuple(zip(*every_step(draw), strict=True))
+
+
 def run(model, tx):
     """Codes and differences of every step, and the last state, from one jitted scan."""
     start = problem(model)

@@ -300,8 +300,8 @@ def by_queries(
 
         # What the update needs is made when the forward passes are over, and takes their place.
         wait = functools.partial(compiler.after, after.differences)
-        step = state._replace(differences=after.differences)
-        all_keys = keys(state._replace(count=wait(state.count)), jnp.arange(len(arrays)))
+        step = state._replace(count=wait(state.count), differences=after.differences)
+        all_keys = keys(step, jnp.arange(len(arrays)))
         deltas, residual = [], []
         for leaf, array in enumerate(arrays):
             kept = state.residual[leaf] if state.residual else None
