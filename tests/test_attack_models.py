@@ -1,6 +1,5 @@
 """The attacked networks: their weights on disk, quantized and bundled, and their training."""
 
-import dataclasses
 import os
 import pickle
 
@@ -248,17 +247,6 @@ def test_a_network_with_batch_normalisation_is_trained_and_folded(tmp_path):
     assert isinstance(network(load_params(output)), ResNet)
     with pytest.raises(ValueError, match=r"data: cnn does not read images of \(32, 32, 3\)"):
         train(TrainConfig(str(tmp_path / "set"), str(output), batch_size=8))
-
-    # It is finished from where it was: steps of nothing change nothing.
-    finished = tmp_path / "finished.npz"
-    config = dataclasses.replace(config, network="resnet_finish", output=str(finished), epochs=1)
-    config = dataclasses.replace(config, start=str(output), learning_rate=1e-30)
-    train(config)
-    jax.tree.map(assert_array_equal, load_params(finished), load_params(output))
-    with pytest.raises(ValueError, match="start: mnist holds another network than resnet_finish"):
-        train(dataclasses.replace(config, start="mnist"))
-    with pytest.raises(ValueError, match="start: weights are kept without the normalisation"):
-        dataclasses.replace(config, network="resnet")
 
 
 def test_an_interrupted_training_goes_on_bit_for_bit(tiny_folder, tmp_path, monkeypatch):

@@ -9,8 +9,6 @@
 - "resnet", for CIFAR-10: stochastic gradient descent with Nesterov momentum, a learning rate that
   rises and falls along a line, weight decay, smoothed labels, and images shifted by up to four
   pixels and mirrored at random.
-- "resnet_finish" goes on with a "resnet" that was trained (`start`), its normalisation folded into
-  its weights: small steps, of images that are hardly shifted, and labels as they are.
 
     python -m experiments.attack.train --network=cnn --data=FOLDER_OR_tfds:mnist --output=mnist.npz
 
@@ -34,20 +32,12 @@ from tqdm import tqdm
 
 from experiments import settings
 from experiments.attack.data import load
-from experiments.attack.models import (
-    CNN,
-    LogitsFn,
-    ResNet,
-    fold,
-    load_classifier,
-    load_weights,
-    save_params,
-)
+from experiments.attack.models import CNN, LogitsFn, ResNet, fold, load_classifier, save_params
 from zoqo_jax.interop.files import replacing
 
 __all__ = ["TrainConfig", "accuracy", "train"]
 
-Network = Literal["cnn", "robust_cnn", "resnet", "resnet_finish"]
+Network = Literal["cnn", "robust_cnn", "resnet"]
 
 _ATTACK_STEPS = 7  # of projected gradient descent, on each batch
 
@@ -69,7 +59,6 @@ _RECIPES: dict[str, _Recipe] = {
     "cnn": _Recipe(CNN(), 10, 128, 2e-3, max_shift=2),
     "robust_cnn": _Recipe(CNN(), 16, 128, 1e-3, max_shift=2, epsilon=0.3),
     "resnet": _Recipe(ResNet(normalised=True), 36, 256, 0.2, 4, mirrored=True, smoothing=0.1),
-    "resnet_finish": _Recipe(ResNet(), 6, 256, 0.01, 1, mirrored=True),
 }
 
 
@@ -80,8 +69,7 @@ class TrainConfig:
     Attributes:
       data: what `data.load` takes, with a train and a test split.
       output: the `.npz` file to write; its folder is made if need be.
-      network: "cnn", "robust_cnn", "resnet" or "resnet_finish".
-      start: weights to begin with, a bundled network's name or an `.npz` file; empty: random ones.
+      network: "cnn", "robust_cnn" or "resnet".
       epochs: passes over the training images; 0 takes the network's default.
       batch_size: images per step; 0 takes the network's default. The rest of an epoch's last batch
         is left out.
@@ -101,7 +89,6 @@ class TrainConfig:
     data: str
     output: str
     network: Network = "cnn"
-    start: str = ""
     epochs: int = 0
     batch_size: int = 0
     learning_rate: float = 0.0
@@ -113,8 +100,6 @@ class TrainConfig:
             raise ValueError(f"output must name a file, got {self.output!r}.")
         least = {"epochs": 0, "batch_size": 0}
         settings.check(self, least=least, not_negative=["learning_rate"])
-        if self.start and self.network == "resnet":
-            raise ValueError("start: weights are kept without the normalisation that resnet has.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2**32 - 1], got {self.seed}.")
 
@@ -214,11 +199,6 @@ def _fit(
     steps = recipe.epochs * per_epoch
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     variables = jax.jit(recipe.module.init)(init_key, jnp.zeros((1, *images.shape[1:])))
-    if config.start:
-        params = load_weights(config.start)
-        if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, variables["params"]):
-            raise ValueError(f"start: {config.start} holds another network than {config.network}.")
-        variables = {"params": params}
     training = _Training(variables, _optimizer(recipe, steps).init(variables["params"]))
     first, training = _resume(config, training)
     rng, losses = np.random.default_rng(config.seed), []
