@@ -25,8 +25,7 @@ attack-tables: $(STAMP)  ## attack thousands of images for docs/attacks.md, hour
 	@$(RUN) -m experiments.attack.tables $(if $(CIFAR10),--cifar10=$(CIFAR10))
 
 cifar-model: $(STAMP)  ## train the CIFAR-10 network, 90 minutes; CIFAR10=tfds:cifar10 or a folder
-	@$(RUN) -m experiments.attack.train --network=resnet --data=$(or $(CIFAR10),tfds:cifar10) --output=results/cifar10/resnet.npz
-	@$(RUN) -m experiments.attack.train --network=resnet_finish --start=results/cifar10/resnet.npz --data=$(or $(CIFAR10),tfds:cifar10) --output=experiments/attack/assets/cifar10.npz
+	@$(RUN) -m experiments.attack.train --network=resnet --data=$(or $(CIFAR10),tfds:cifar10) --output=experiments/attack/assets/cifar10.npz
 
 finetune-tables: $(SMOLLM2)  ## fine-tune by every method for docs/finetune.md, hours; SST2=folder or tfds:sst2
 	@$(RUN) -m experiments.finetune.tables $(if $(SST2),--sst2=$(SST2))
