@@ -62,6 +62,7 @@ def make(
       density: share of the coordinates in a direction; below 1 it is sparse. Floats have all.
 
     Example:
+      >>> import jax
       >>> tx = make("QuZO", lambda t: 1.0, key=jax.random.key(0), spacing=0.1, trace=2.0)
     """
     if method == FLOATS:

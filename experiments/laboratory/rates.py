@@ -78,7 +78,7 @@ def _measure(config: Config, cell: Cell) -> dict[str, Any]:
     best = int(means[:, :, -1].mean(axis=1).argmin())
     points = _points(config.steps)
     plateaus = squares[best]
-    found = {
+    return {
         "rate": _RATES[best],
         "steps": points,
         "curve": means[best].mean(axis=0),
@@ -86,7 +86,6 @@ def _measure(config: Config, cell: Cell) -> dict[str, Any]:
         "plateau": plateaus,
         "floor": floors,
     }
-    return found
 
 
 def _curves(config: Config, cell: Cell, keys: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,7 +142,7 @@ def exponent(steps: np.ndarray, means: np.ndarray, plateau: float) -> float | No
 
     Example:
       >>> steps = np.geomspace(1, 1000, 20)
-      >>> exponent(steps, 8 / steps**0.5 + 1e-9, 0.0).round(6)
+      >>> round(exponent(steps, 8 / steps**0.5, 0.0), 6)
       -0.5
     """
     inside = (means <= means[0] / 2) & (means >= _NEAR * plateau)
