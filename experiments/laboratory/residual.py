@@ -195,18 +195,15 @@ def _residuals(
     return jax.lax.map(of_seed, keys)
 
 
-def slope(radii: np.ndarray, residuals: np.ndarray) -> float | None:
-    """Of log residual over log radius, from one to four steps of the grid; None where one is 0.
+def slope(radii: np.ndarray, residuals: np.ndarray) -> float:
+    """Of log residual over log radius, from one to four steps of the grid.
 
     Example:
       >>> radii = np.geomspace(1 / 8, 8, 13)
       >>> round(slope(radii, 3.0 / radii**2), 6)
       -2.0
     """
-    radii, residuals = radii[_FITTED], residuals[_FITTED]
-    if not (residuals > 0).all():
-        return None
-    return float(np.polyfit(np.log(radii), np.log(residuals), 1)[0])
+    return float(np.polyfit(np.log(radii[_FITTED]), np.log(residuals[_FITTED]), 1)[0])
 
 
 def _problem(config: Config, loss: str, key: Array) -> problems.Problem:
@@ -298,7 +295,7 @@ def _draw(found: list[Measurement], fig: Any) -> None:
         name = f"{one['grid']}, {one['bits']} bit"
         left.loglog(one["radii"], one["z"], "o-", ms=3, color=f"C{color}", label=name)
         left.loglog(one["radii"], one["weights"], ":", color=f"C{color}")
-    left.loglog(_RADII, 1 / (12 * _RADII**2), color="black", lw=0.8, label="$1/12\\mu^2$")
+    left.loglog(_RADII, 1 / (12 * _RADII**2), color="black", lw=0.8, label="$1 / (12 \\mu^2)$")
     left.set_xlabel("radius $\\mu$, grid steps (dotted: of the weights)")
     left.set_ylabel("squared residual / squared estimate")
     left.legend(fontsize=7)
@@ -309,7 +306,6 @@ def _draw(found: list[Measurement], fig: Any) -> None:
         names = ("collapsed", "one-sided", "aligned", "over-spanning")
         middle.stackplot(one["radii"], shares, labels=names, alpha=0.8)
         middle.set_title(f"{one['grid']}, {one['bits']} bit", fontsize=10)
-    middle.set_xscale("log")
     middle.set_xlabel("radius in weights, mean grid steps")
     middle.set_ylabel("share of the codes, %")
     middle.legend(fontsize=7, loc="upper left")
@@ -321,6 +317,8 @@ def _draw(found: list[Measurement], fig: Any) -> None:
     right.tick_params(axis="x", rotation=60, labelsize=8)
     right.set_ylabel("excess loss / that of the rounded optimum")
     right.legend(fontsize=7)
+    for axis in (left, middle):
+        axis.set_xscale("log", base=2)
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
 
