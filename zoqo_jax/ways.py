@@ -243,6 +243,7 @@ def direct(
 def _one_by_one(fn: Any, size: int, batched: PyTree, operands: PyTree) -> tuple[Array, bool]:
     """A batching rule that has one decoded matrix at a time, or one for all where that will do."""
     batched = tuple(batched)
+    operands = jax.tree.map(jnp.asarray, operands)  # constants come as a NumPy type of JAX's own
     in_array, *in_direction, _ = batched
     if any(jax.tree.leaves(in_array)) or not any(jax.tree.leaves(in_direction)):
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
