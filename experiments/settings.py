@@ -65,7 +65,7 @@ def define(kind: type, leave_out: Collection[str] = ()) -> Callable[[], dict[str
     """Define a flag for each setting, which without a default must be given.
 
     Args:
-      kind: a dataclass of bools, numbers, strings, choices and tuples of strings.
+      kind: a dataclass of bools, numbers, strings, choices, and tuples of strings or whole numbers.
       leave_out: settings that get none.
 
     Returns:
@@ -92,7 +92,14 @@ def define(kind: type, leave_out: Collection[str] = ()) -> Callable[[], dict[str
 
     def given() -> dict[str, Any]:
         values = {name: getattr(flags.FLAGS, name) for name in names}
-        return {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        return {name: items(name, x) if isinstance(x, list) else x for name, x in values.items()}
+
+    def items(name: str, given: list[str]) -> tuple[Any, ...]:
+        if typing.get_args(hints[name])[0] is str:
+            return tuple(given)
+        if bad := [one for one in given if not one.strip().isdigit()]:
+            raise ValueError(f"{name} must be whole numbers, got {bad[0]!r}.")
+        return tuple(map(int, given))
 
     return given
 
@@ -103,14 +110,14 @@ def arguments(config: Any) -> list[str]:
     Example:
       >>> @dataclasses.dataclass(frozen=True)
       ... class Config:
-      ...   loss: str = "margin"
       ...   layers: tuple[str, ...] = ("q", "v")
+      ...   bits: tuple[int, ...] = (4, 8)
       >>> arguments(Config())
-      ['--loss=margin', '--layers=q,v']
+      ['--layers=q,v', '--bits=4,8']
     """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return [
-        f"--{name}={','.join(value) if isinstance(value, tuple) else value}"
+        f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
         for name, value in values.items()
     ]
 
