@@ -93,10 +93,10 @@ def measure(config: Config, cell: Cell) -> dict[str, Any]:
     method, width = METHODS[cell["method"]], cell["width"]
     step, arrays = problem(method, width, config.batch_size, config.noise)
     compiled = step.lower(*arrays).compile()
-    found = {
-        "counted": counted(method, width, config.batch_size),
-        "program": footprint.of_program(compiled),
-    }
+    program = footprint.of_program(compiled)
+    if program is None:
+        raise RuntimeError("this backend does not say what a program needs.")
+    found = {"counted": counted(method, width, config.batch_size), "program": program}
     if total(found, "program") + _MARGIN > footprint.available():
         return {**found, "process": None, "empty": None}
     with tempfile.TemporaryDirectory() as folder:
@@ -188,13 +188,22 @@ def _straight_through(w: jax.Array) -> jax.Array:
 
 def _child(program: str, arrays: list[Any], steps: int) -> dict[str, Any]:
     """Peak resident bytes of this process after some steps, and before it had an array."""
-    step = serialize_executable.deserialize_and_load(*pickle.loads(Path(program).read_bytes()))
+    stored = pickle.loads(Path(program).read_bytes())
+    one = jax.devices()[:1]
+    step = serialize_executable.deserialize_and_load(*stored, execution_devices=one)
     jnp.array(np.zeros(1)).block_until_ready()
-    empty = footprint.resident()["now"]
-    changed, batch = ([_filled(*one) for one in some] for some in arrays)
+    empty = _taken("now")
+    changed, batch = ([_filled(*shape) for shape in some] for some in arrays)
     for _ in range(steps):
         changed = jax.block_until_ready(step(changed, batch))
-    return {"process": footprint.resident()["peak"], "empty": empty}
+    return {"process": _taken("peak"), "empty": empty}
+
+
+def _taken(when: str) -> int | None:
+    """Bytes of an accelerator, where there is one, or of the process."""
+    resident = footprint.resident()
+    on_device = resident["device_peak"]
+    return resident[when] if on_device is None else on_device
 
 
 def _filled(shape: list[int], dtype: str) -> jax.Array:
@@ -211,29 +220,36 @@ def total(one: Measurement, how: str) -> float | None:
         return sum(one["counted"].values())
     if how == "program":
         program = one["program"]
-        return program["argument"] + program["output"] - program["alias"] + program["temp"]
+        return program["argument"] + program["temp"] + program["output"] - program["alias"]
     return None if one["process"] is None else one["process"] - one["empty"]
 
 
 def table(found: list[Measurement]) -> str:
     """Megabytes of each cell."""
-    parts = ("weights", "gradients", "state", "working", "activations")
-    sums = ("counted", "program", "process")
+    counts = ("weights", "gradients", "state", "working", "activations")
+    parts = ("argument", "output", "temp")
     adam = {one["width"]: total(one, "process") for one in found if one["method"] == "adam"}
     rows = []
     for one in found:
         process, beside = total(one, "process"), adam[one["width"]]
+        figures = [
+            *(one["counted"][part] for part in counts),
+            total(one, "counted"),
+            *(one["program"][part] for part in parts),
+            total(one, "program"),
+            process,
+        ]
         rows.append(
             [
                 METHODS[one["method"]].label,
                 f"{one['width']:,}",
-                *(_megabytes(one["counted"][part]) for part in parts),
-                *(_megabytes(total(one, how)) for how in sums),
+                *map(_megabytes, figures),
                 f"{process / beside:.1%}" if process and beside else "–",
                 _megabytes(one["empty"]),
             ]
         )
-    head = ["method", "width", *parts, *sums, "of Adam's", "empty process"]
+    head = ["method", "width", *counts, "counted", "arguments", "outputs", "temporary", "program"]
+    head += ["process", "of Adam's", "empty process"]
     return f"{markdown.table(head, rows)}\n\nIn MB, 10^6 bytes."
 
 
