@@ -119,6 +119,9 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
+_accuracy = jax.jit(zq.quaxify(digits.accuracy))
+
+
 def measure(config: Config, cell: Cell) -> dict[str, Any]:
     """Where a run starts and ends, and how many queries of how many images it took."""
     loaded, seed = digits.load(config.data), cell["seed"]
@@ -127,11 +130,10 @@ def measure(config: Config, cell: Cell) -> dict[str, Any]:
     train, test = ((jnp.asarray(x), jnp.asarray(y)) for x, y in (loaded[:2], loaded[2:]))
     found = _run(config, cell["variant"], codes, train, jax.random.key(seed))
     params = found.pop("params")
-    accuracy = jax.jit(zq.quaxify(digits.accuracy))
     return {
-        "floats": accuracy(start, *test),
-        "start": accuracy(codes, *test),
-        "accuracy": accuracy(params, *test),
+        "floats": _accuracy(start, *test),
+        "start": _accuracy(codes, *test),
+        "accuracy": _accuracy(params, *test),
         **found,
     }
 

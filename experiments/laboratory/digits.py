@@ -89,20 +89,36 @@ def pretrained(
     source: str, sizes: tuple[int, ...], steps: int, batch_size: int, seed: int
 ) -> Params:
     """A network trained by back-propagation in floats: Adam at a learning rate of 0.001."""
-    digits, key = load(source), jax.random.key(seed)
-    images, labels = jnp.asarray(digits.images), jnp.asarray(digits.labels)
+    digits = load(source)
+    return _trained(
+        jax.random.key(seed),
+        jnp.asarray(digits.images),
+        jnp.asarray(digits.labels),
+        sizes=sizes,
+        steps=steps,
+        batch_size=batch_size,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "steps", "batch_size"))
+def _trained(
+    key: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    sizes: tuple[int, ...],
+    steps: int,
+    batch_size: int,
+) -> Params:
     tx = optax.adam(1e-3)
 
-    @jax.jit
-    def train(params: Params, key: jax.Array) -> Params:
-        def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
-            params, state = carry
-            rows = jax.random.randint(key, (batch_size,), 0, len(labels))
-            gradient = jax.grad(loss)(params, images[rows], labels[rows])
-            updates, state = tx.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), None
+    def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        rows = jax.random.randint(key, (batch_size,), 0, len(labels))
+        gradient = jax.grad(loss)(params, images[rows], labels[rows])
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), None
 
-        keys = jax.random.split(key, steps)
-        return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]
-
-    return train(initial(jax.random.fold_in(key, 0), sizes), jax.random.fold_in(key, 1))
+    params = initial(jax.random.fold_in(key, 0), sizes)
+    keys = jax.random.split(jax.random.fold_in(key, 1), steps)
+    return jax.lax.scan(step, (params, tx.init(params)), keys)[0][0]

@@ -122,7 +122,7 @@ def measure(config: Config, cell: Cell) -> dict[str, Any]:
         "reached": found["queries"] if reached else None,
         "queries": found["queries"],
         "accuracy": found["accuracy"],
-        "error": found["error"] / found["looks"],
+        "error": float(found["error"]) / int(found["looks"]),
         "predicted": cell["votes"] * found["differences"] / found["lean"],
     }
 
@@ -268,7 +268,8 @@ def draw(found: list[Measurement], fig: Any) -> None:
     right.axline((1, 1), (10, 10), color="0.6")
     left.set(yscale="log", xlabel="wrong answers, %", ylabel="queries to the target")
     right.set(xscale="log", yscale="log", xlabel="predicted cost", ylabel="cost, of two losses'")
-    left.legend(fontsize=6)
+    if rows:
+        left.legend(fontsize=6)
     for ax in (left, right):
         ax.grid(alpha=0.3)
 
