@@ -86,7 +86,7 @@ def define(kind: type, leave_out: Collection[str] = ()) -> Callable[[], dict[str
         if name in choices:
             flags.DEFINE_enum(name, default, choices[name], text, required=required)
         elif typing.get_origin(hints[name]) is tuple:
-            flags.DEFINE_list(name, list(default or ()), text, required=required)
+            flags.DEFINE_list(name, list(map(str, default or ())), text, required=required)
         else:
             makers[hints[name]](name, default, text, required=required)
 

@@ -89,7 +89,7 @@ def test_costs_are_shown_beside_predictions(tmp_path):
     assert len(found) == 2 * (1 + 1 + 2 * 2)
     assert all(0 < one["error"] < 0.5 for one in found if one["kind"] == "bradley_terry")
     text = document.read_text()
-    assert "| errs in 20 %" in text and "| Bradley-Terry, k = 500 |" in text and "2 of 2" in text
+    assert "| errs in 20 %" in text and "| Bradley-Terry, k = 500 |" in text and "| 1.00" in text
 
 
 def test_an_exact_judge_is_asked_once():

@@ -141,7 +141,7 @@ def _run(
     of_start, of_tx, of_batches = jax.random.split(key, 3)
     params = zq.quantize(digits.initial(of_start, (784, config.hidden, 10)), zq.Quantizer(8))
     asked = None if kind == "losses" else votes
-    tx = zq.zoqo(1e-9, 1e-9, key=of_tx, num_comparisons=asked)  # one code
+    tx: Any = zq.zoqo(1e-9, 1e-9, key=of_tx, num_comparisons=asked)  # one code
     accuracy = zq.quaxify(digits.accuracy)
 
     def loss_of(step: jax.Array) -> Any:
@@ -185,9 +185,7 @@ def _run(
     return jax.lax.while_loop(goes_on, look, (params, tx.init(params), {**sums, **counts}))[2]
 
 
-def compare(
-    kind: Kind, level: Any, loss: Any, a: Any, b: Any, key: jax.Array | None = None
-) -> jax.Array:
+def compare(kind: Kind, level: Any, loss: Any, a: Any, b: Any, key: jax.Array) -> jax.Array:
     """A judge's verdict: -1 where it prefers `a`, 1 where `b`, and 0 where they are the same.
 
     Args:
@@ -213,7 +211,7 @@ def chance_of_error(kind: Kind, level: Any, difference: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(-jnp.asarray(level, jnp.float32) * difference)
 
 
-def lean(error: jax.Array, votes: int) -> jax.Array:
+def lean(error: jax.Array, votes: int) -> Any:
     """Chance that the majority of an odd number of votes is right, less that it is wrong.
 
     Example:
@@ -249,27 +247,24 @@ def table(found: list[Measurement]) -> str:
 def draw(found: list[Measurement], fig: Any) -> None:
     """Queries against how often a judge errs, and what that costs beside what was predicted."""
     left, right = fig.subplots(1, 2)
-    rows = [one for one in _rows(found) if one.queries]
-    for i, votes in enumerate(sorted({one.votes for one in rows})):
-        for kind, marker in (("losses", "*"), ("errs", "o"), ("bradley_terry", "s")):
-            mine = [one for one in rows if (one.kind, one.votes) == (kind, votes)]
-            style = {"marker": marker, "color": f"C{i}", "linestyle": "none"}
-            name = f"{_KINDS[kind][0].split(',')[0]}, {votes} votes" if mine else None
-            errors, costs, predicted, queries = (
-                [np.mean(getattr(one, name)) for one in mine if one.costs]
-                for name in ("errors", "costs", "predicted", "queries")
-            )
-            left.plot(errors, queries, label=name, **style)
-            right.plot(predicted, costs, **style)
-        errors = jnp.linspace(0, 0.46, 50)
-        for one in rows[:1] if rows and rows[0].kind == "losses" else []:
-            theory = np.mean(one.queries) * votes / np.asarray(lean(errors, votes))
-            left.plot(100 * errors, theory, color=f"C{i}", label=f"predicted, {votes} votes")
+    rows = [one for one in _rows(found) if one.costs]
+    markers = {"losses": "*", "errs": "o", "bradley_terry": "s"}
+    colors = {votes: f"C{i}" for i, votes in enumerate(sorted({one.votes for one in rows}))}
+    for one in rows:
+        style = {"marker": markers[one.kind], "color": colors[one.votes]}
+        left.plot(np.mean(one.errors), np.mean(one.queries), **style)
+        right.plot(np.mean(one.predicted), np.mean(one.costs), **style)
+    errors = jnp.linspace(0, 0.46, 50)
+    for votes, color in colors.items():
+        cost = np.mean(rows[0].queries) / np.mean(rows[0].costs)
+        theory = cost * votes / np.asarray(lean(errors, votes))
+        left.plot(100 * errors, theory, color=color, label=f"{votes} votes, predicted")
+    for kind, marker in markers.items():
+        left.plot([], [], marker, color="0.4", label=_KINDS[kind][0].split(" in")[0].split(",")[0])
     right.axline((1, 1), (10, 10), color="0.6")
     left.set(yscale="log", xlabel="wrong answers, %", ylabel="queries to the target")
-    right.set(xscale="log", yscale="log", xlabel="predicted cost", ylabel="cost, of two losses'")
-    if rows:
-        left.legend(fontsize=6)
+    right.set(xscale="log", yscale="log", xlabel="predicted cost", ylabel="cost")
+    left.legend(fontsize=7)
     for ax in (left, right):
         ax.grid(alpha=0.3)
 

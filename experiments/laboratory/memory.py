@@ -154,7 +154,7 @@ def problem(
     They are lists: of all arrays that a step changes, and of inputs and targets.
     """
     if method.structure is None:
-        tx = optax.with_extra_args_support(optax.adam(1e-3))
+        tx: Any = optax.with_extra_args_support(optax.adam(1e-3))
     else:  # steps are one code long, the least that there is
         tx = zq.zoqo(1e-9, 1e-9, key=jax.random.key(0), structure=method.structure, noise=noise)
 
@@ -209,7 +209,7 @@ def _taken(when: str) -> int | None:
 def _filled(shape: list[int], dtype: str) -> jax.Array:
     """An array; what it holds makes no difference to memory, but codes must be legal."""
     if dtype.startswith("key"):
-        return jax.random.wrap_key_data(np.zeros(2, np.uint32))
+        return jax.random.wrap_key_data(jnp.array(np.zeros(2, np.uint32)))
     value = {"uint8": 0x88, "float32": 0.01}.get(dtype, 0)  # codes 136, or 8 and 8
     return jnp.array(np.full(shape, value, dtype))
 
