@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,10 +27,10 @@ from absl import flags
 import zoqo_jax as zq
 from benchmarks import baselines, models, results, timing
 from benchmarks.step import forward, stepper
+from experiments import footprint
 
 __all__ = ["Growth", "Process", "measure"]
 
-_CHILD = "ZOQO_BENCHMARK_CHILD"
 _STEPS = 5
 _ROLES = ("inference", *models.STRUCTURES)
 
@@ -130,27 +127,19 @@ def _processes(cell: Process) -> dict[str, Any]:
 def _start(cell: Process, role: str, folder: Path) -> dict[str, Any]:
     """Run one process and return what it said; the second finds its program compiled."""
     job = {**dataclasses.asdict(cell), "role": role, "folder": str(folder)}
-    environment = {
-        **os.environ,
-        _CHILD: json.dumps(job),
+    cache = {
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled" / role),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # or an accelerator's memory is all taken at once
     }
-    command = [sys.executable, "-m", "benchmarks.memory"]
-    where = results.ROOT.parent
-    out = subprocess.run(
-        command, env=environment, cwd=where, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return json.loads(out.stdout.splitlines()[-1])
+    return footprint.child("benchmarks.memory", job, cache)
 
 
 def _child(model: str, storage: str, role: str, tokens: int, folder: str, **_: Any) -> None:
     """The process that is measured."""
     shape = _shape(model)
     jnp.zeros(1).block_until_ready()
-    empty = timing.resident()["now"]
+    empty = footprint.resident()["now"]
     batch = shape.batch(tokens)
     if role in ("mezo", "adam"):
         floats = shape.params(jax.random.key(0))
@@ -165,11 +154,11 @@ def _child(model: str, storage: str, role: str, tokens: int, folder: str, **_: A
         del params
     for _step in range(_STEPS):
         program()
-    peaks = timing.resident()
-    timing.give_back()
+    peaks = footprint.resident()
+    footprint.give_back()
     said = {
         "empty": empty,
-        "settled": timing.resident()["now"],
+        "settled": footprint.resident()["now"],
         **peaks,
         "program": program.memory,
         "compile_seconds": program.compile_seconds,
@@ -193,8 +182,8 @@ def _shape(model: str) -> models.Shape:
 
 
 if __name__ == "__main__":
-    if _CHILD in os.environ:
-        _child(**json.loads(os.environ[_CHILD]))
+    if (job := footprint.job()) is not None:
+        _child(**job)
     else:
         flags.adopt_module_key_flags(results)
         results.run("memory", cells, measure)

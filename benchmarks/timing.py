@@ -7,20 +7,17 @@ turns; it is the ratio of the medians, and beside it stands the ratio of the sho
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import gc
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Effort", "Program", "give_back", "interleaved", "report_of", "resident", "temporary"]
+from experiments import footprint
+
+__all__ = ["Effort", "Program", "interleaved", "report_of", "temporary"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Program:
     ) -> None:
         self._call = jax.jit(fn, donate_argnums=tuple(range(len(carried))), keep_unused=True)
         start = time.perf_counter()
-        self.memory = _memory(self._call.lower(*carried, *fixed).compile())
+        self.memory = footprint.of_program(self._call.lower(*carried, *fixed).compile())
         self.compile_seconds = time.perf_counter() - start
         self._carried = jax.tree.map(jnp.copy, carried) if copy else carried
         self._fixed = fixed
@@ -106,34 +103,6 @@ def report_of(programs: Mapping[str, Program], effort: Effort) -> dict[str, Any]
 def temporary(fn: Callable[..., Any], carried: tuple[Any, ...], fixed: tuple[Any, ...] = ()) -> Any:
     """Bytes that a program would need, arguments being shapes; nothing is run."""
     donated = tuple(range(len(carried)))
-    return _memory(jax.jit(fn, donate_argnums=donated).lower(*carried, *fixed).compile())
-
-
-def resident() -> dict[str, int | None]:
-    """Bytes of memory of this process, now and at most, and of the accelerator at most."""
-    device = jax.local_devices()[0].memory_stats() or {}
-    now = peak = None
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"now": now, "peak": peak, "device_peak": device.get("peak_bytes_in_use")}
-
-
-def give_back() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc)."""
-    gc.collect()
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-
-
-def _memory(compiled: Any) -> dict[str, int] | None:
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return None
-    names = ("temp", "argument", "output", "alias")
-    return {name: getattr(analysis, f"{name}_size_in_bytes") for name in names}
+    return footprint.of_program(
+        jax.jit(fn, donate_argnums=donated).lower(*carried, *fixed).compile()
+    )

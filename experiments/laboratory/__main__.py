@@ -57,7 +57,7 @@ def main() -> None:
         except KeyboardInterrupt:
             print(f"interrupted; what was measured is in {results.value}", file=sys.stderr)
             sys.exit(130)
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
             sys.exit(f"error: {error}")
         print(f"table and figure of {name}: {document.value}")
 
