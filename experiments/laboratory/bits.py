@@ -58,16 +58,18 @@ class Config:
     words: str = "reviews"
     bits: tuple[str, ...] = ("2", "3", "4", "6", "8")
     range: str = "mse"
-    pretraining: int = 400
-    queries: int = 2_000
+    pretraining: int = 1_000
+    queries: int = 1_600
     num_queries: int = 4
     radius: float = 0.01
-    batch_size: int = 64
+    batch_size: int = 32
     seeds: int = 3
 
     def __post_init__(self) -> None:
-        least = {"pretraining": 1, "num_queries": 1, "batch_size": 1, "seeds": 1}
+        least = {"pretraining": 1, "num_queries": 1, "batch_size": 1}
         settings.check(self, least=least, positive=("radius",))
+        if not 1 <= self.seeds <= 5:
+            raise ValueError(f"seeds must be in [1, 5], got {self.seeds}.")
         bad = [x for x in self.bits if not x.isdecimal() or not 2 <= int(x) <= 8]
         if bad or not self.bits:
             raise ValueError(f"bits must be whole numbers in [2, 8], got {self.bits}.")

@@ -52,12 +52,14 @@ class Config:
     bits: int = 8
     radii: tuple[str, ...] = ("1", "4", "16", "64")
     density: float = 0.0625
-    directions: int = 8192
+    directions: int = 16_384
     batch_size: int = 128
     seeds: int = 3
 
     def __post_init__(self) -> None:
-        settings.check(self, least={"steps": 1, "batch_size": 1, "seeds": 1})
+        settings.check(self, least={"steps": 1, "batch_size": 1})
+        if not 1 <= self.seeds <= 5:
+            raise ValueError(f"seeds must be in [1, 5], got {self.seeds}.")
         if self.directions < 2 * _TOGETHER or self.directions % (2 * _TOGETHER):
             raise ValueError(
                 f"directions must be a multiple of {2 * _TOGETHER}, got {self.directions}."
@@ -255,7 +257,8 @@ def _draw(found: list[Measurement], fig: Any) -> None:
                     linestyle=_LINES[structure],
                     marker=".",
                 )
-        axis.set(title=title, xlabel="radius, codes", xscale="log")
+        axis.set(title=title, xlabel="radius, codes")
+        axis.set_xscale("log", base=2)
     axes[-1].axhline(2 / np.pi, color="grey", linewidth=0.8)  # Rademacher, linear
     names = [Line2D([], [], color=color, label=law) for law, color in _COLORS.items()]
     names += [

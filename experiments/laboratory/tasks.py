@@ -24,7 +24,7 @@ Params = list[Any]
 """The matrices of a model, in floats or quantized."""
 
 _LEAST_SEEN = 4  # a word that fewer training sentences hold has no number
-_LONGEST = 24  # words of a sentence that the transformer reads
+_LONGEST = 16  # words of a sentence that the transformer reads
 _PICTURES = {"train": 9_000, "test": 4_000}  # how many are looked at; they cost a forward pass each
 _VALIDATION = 1_000
 _WIDTH, _HEADS = 32, 4  # of the transformer
