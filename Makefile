@@ -13,10 +13,10 @@ TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal
 BENCHMARKS := dequantization step baselines scaling memory report
 
 .DEFAULT_GOAL := help
-.PHONY: help demo attack-tables cifar-model finetune test test-slow bench lint style notebook wheel clean
+.PHONY: help demo attack-tables cifar-model finetune finetune-tables test test-slow bench lint style notebook wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s  %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## attack a bundled model with ZOQO and report
 	@$(RUN) -m experiments.attack
@@ -24,8 +24,11 @@ demo: $(STAMP)  ## attack a bundled model with ZOQO and report
 attack-tables: $(STAMP)  ## attack thousands of images for docs/attacks.md, hours; CIFAR10=tfds:cifar10 for those rows
 	@$(RUN) -m experiments.attack.tables $(if $(CIFAR10),--cifar10=$(CIFAR10))
 
-cifar-model: $(STAMP)  ## train the CIFAR-10 network, half an hour; CIFAR10=tfds:cifar10 or a folder
+cifar-model: $(STAMP)  ## train the CIFAR-10 network, 90 minutes; CIFAR10=tfds:cifar10 or a folder
 	@$(RUN) -m experiments.attack.train --network=resnet --data=$(or $(CIFAR10),tfds:cifar10) --output=experiments/attack/assets/cifar10.npz
+
+finetune-tables: $(SMOLLM2)  ## fine-tune by every method for docs/finetune.md, hours; SST2=folder or tfds:sst2
+	@$(RUN) -m experiments.finetune.tables $(if $(SST2),--sst2=$(SST2))
 
 finetune: $(SMOLLM2)  ## train the codes of a 4-bit language model in place on film reviews, some 10 minutes
 	@$(RUN) -m experiments.finetune --model=smollm2 --output=results/finetune

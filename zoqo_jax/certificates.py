@@ -31,7 +31,8 @@ from zoqo_jax.floors import loss_floor as loss_floor
 from zoqo_jax.implicit import PerturbedArray, sum_over_rows
 from zoqo_jax.rules import quaxify
 from zoqo_jax.stencils import Stencil
-from zoqo_jax.transforms.stepping import as_typed, over_queries
+from zoqo_jax.transforms.state import as_typed
+from zoqo_jax.transforms.stepping import over_queries
 
 __all__ = [
     "Audit",

@@ -41,7 +41,7 @@ __all__ = [
 Params = dict[str, Any]
 LogitsFn = Callable[[jax.Array], jax.Array]
 
-BUNDLED = ("mnist", "mnist_robust")
+BUNDLED = ("cifar10", "mnist", "mnist_robust")
 """Names of the weights that lie beside this file."""
 
 
@@ -84,8 +84,9 @@ class ResNet(nn.Module):
     """Eight 3 x 3 convolutions, four of them in two residual blocks, for CIFAR-10.
 
     Maps images, float32 of shape (n, 32, 32, 3) in [0, 1], to logits, float32 of shape
-    (n, num_classes). The default width has 412,394 parameters. It is trained with batch
-    normalisation (Ioffe and Szegedy, 2015, arXiv 1502.03167), of which `fold` makes biases.
+    (n, num_classes), the means of an image's and its mirror image's. The default width has 412,394
+    parameters. It is trained with batch normalisation (Ioffe and Szegedy, 2015, arXiv 1502.03167),
+    of which `fold` makes biases.
 
     Attributes:
       width: channels of the first convolution; the last has eight times as many.
@@ -107,7 +108,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits of the images; `train` normalises by the batch at hand."""
+        """Logits of the images; `train` normalises by the batch at hand, and reads no mirror."""
 
         def conv(x: jax.Array, channels: int) -> jax.Array:
             x = nn.Conv(channels, (3, 3), use_bias=not self.normalised)(x)
@@ -116,13 +117,15 @@ class ResNet(nn.Module):
             return nn.relu(x)
 
         width = self.width
-        x = conv(4.0 * images - 2.0, width)
+        x = images if train else jnp.concatenate([images, images[:, :, ::-1]])
+        x = conv(4.0 * x - 2.0, width)
         x = _halved(conv(x, 2 * width))
         x = x + conv(conv(x, 2 * width), 2 * width)
         x = _halved(conv(x, 4 * width))
         x = _halved(conv(x, 8 * width))
         x = x + conv(conv(x, 8 * width), 8 * width)
-        return nn.Dense(self.num_classes)(x.max(axis=(1, 2))) / 8.0
+        x = nn.Dense(self.num_classes)(x.max(axis=(1, 2))) / 8.0
+        return x if train else (x[: len(images)] + x[len(images) :]) / 2.0
 
 
 def _halved(x: jax.Array) -> jax.Array:

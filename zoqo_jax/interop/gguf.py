@@ -14,27 +14,23 @@ anything is made of it. Format: github.com/ggml-org/ggml/blob/master/docs/gguf.m
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from zoqo_jax.arrays import Grid, QuantizedArray
-from zoqo_jax.interop import tokenizing
+from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.interop import ggml, tokenizing
 from zoqo_jax.interop.files import replacing
 
 __all__ = ["File", "load", "save"]
 
-_MAGIC, _VERSION, _ALIGNMENT, _MOST_AXES = b"GGUF", 3, 32, 4
-_BLOCK = 32
+_MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {
     number: np.dtype(kind)
@@ -43,43 +39,6 @@ _NUMBERS = {
         10: "<u8", 11: "<i8", 12: "<f8",
     }.items()
 }  # fmt: skip
-_PLAIN = {
-    0: np.dtype("<f4"), 1: np.dtype("<f2"), 24: np.dtype("<i1"), 25: np.dtype("<i2"),
-    26: np.dtype("<i4"), 30: np.dtype(ml_dtypes.bfloat16),
-}  # fmt: skip
-
-
-class _Format(NamedTuple):
-    """How a block of 32 codes lies in bytes: scale, minimum, fifth bits, the rest of the codes."""
-
-    name: str
-    bits: int
-    zero: int  # the code whose level is 0
-    has_minimum: bool
-
-    @property
-    def grid(self) -> Grid:
-        levels = tuple(float(n - self.zero) for n in range(2**self.bits))
-        return Grid(levels, 0, 2**self.bits - 1)
-
-    @property
-    def head(self) -> int:
-        """Bytes of scale and minimum."""
-        return 4 if self.has_minimum else 2
-
-    @property
-    def size(self) -> int:
-        """Bytes of a block."""
-        return self.head + _BLOCK * self.bits // 8
-
-
-_FORMATS = {
-    2: _Format("Q4_0", 4, 8, False),
-    3: _Format("Q4_1", 4, 0, True),
-    6: _Format("Q5_0", 5, 16, False),
-    7: _Format("Q5_1", 5, 0, True),
-    8: _Format("Q8_0", 8, 128, False),
-}
 
 
 class File(NamedTuple):
@@ -121,7 +80,7 @@ def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
         UserWarning: tensors were decoded to floats.
 
     Examples:
-        >>> import tempfile
+        >>> import tempfile, jax.numpy as jnp
         >>> from zoqo_jax import Quantizer
         >>> codes = Quantizer(4, block=32, scale_dtype=jnp.float16)(jnp.ones((2, 64)))
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +102,7 @@ def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
         words = tokenizing.from_gguf(metadata) if tokenizer else None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    decoded = [_type_name(i.kind) for i in infos if i.kind not in {*_FORMATS, *_PLAIN}]
+    decoded = [ggml.type_name(i.kind) for i in infos if not ggml.is_exact(i.kind)]
     if decoded:
         warnings.warn(
             f"{path}: {len(decoded)} tensors of type {', '.join(sorted(set(decoded)))} were "
@@ -172,7 +131,7 @@ def save(
         ValueError: a tensor or a value that no GGUF type holds, named.
 
     Examples:
-        >>> import tempfile
+        >>> import tempfile, jax.numpy as jnp
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(f"{folder}/a.gguf", {"norm": jnp.ones(3)}, {"general.alignment": 64})
         ...     load(f"{folder}/a.gguf").tensors["norm"].tolist()
@@ -180,7 +139,7 @@ def save(
     """
     alignment = int(metadata.get("general.alignment", _ALIGNMENT))
     _check_alignment(alignment)
-    kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
+    kinds = {name: _named(name, ggml.kind_of, tensor) for name, tensor in tensors.items()}
     header = bytearray(struct.pack("<4sIQQ", _MAGIC, _VERSION, len(tensors), len(metadata)))
     for key, value in metadata.items():
         header += _string_bytes(key) + _value_bytes(key, value)
@@ -189,11 +148,11 @@ def save(
         shape = tuple(reversed(tensor.shape))
         header += _string_bytes(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
         header += struct.pack("<IQ", kinds[name], offset)
-        offset += _padded(_bytes_of(kinds[name], tuple(tensor.shape)), alignment)
+        offset += _padded(ggml.bytes_of(kinds[name], tuple(tensor.shape)), alignment)
     with replacing(path) as file:
         _write(file, header, alignment)
         for name, tensor in tensors.items():
-            _write(file, _tensor_bytes(name, tensor, kinds[name]), alignment)
+            _write(file, _named(name, ggml.encode, tensor, kinds[name]), alignment)
 
 
 class _Cursor:
@@ -292,14 +251,14 @@ def _header(cursor: _Cursor) -> tuple[dict[str, Any], list[_Info], int]:
 def _info(cursor: _Cursor) -> _Info:
     name = cursor.name()
     axes = int(cursor.number("<u4"))
-    if not 1 <= axes <= _MOST_AXES:
-        raise ValueError(f"tensor {name!r} must have 1 to {_MOST_AXES} axes, got {axes}.")
+    if not 1 <= axes <= ggml.MOST_AXES:
+        raise ValueError(f"tensor {name!r} must have 1 to {ggml.MOST_AXES} axes, got {axes}.")
     shape = tuple(int(cursor.number("<u8")) for _ in range(axes))[::-1]
     if not all(shape):
         raise ValueError(f"tensor {name!r} must not be empty, got the shape {shape}.")
     kind, offset = int(cursor.number("<u4")), int(cursor.number("<u8"))
     try:
-        _bytes_of(kind, shape)
+        ggml.bytes_of(kind, shape)
     except ValueError as error:
         raise ValueError(f"tensor {name!r}: {error}") from error
     return _Info(name, shape, kind, offset)
@@ -313,7 +272,7 @@ def _check_places(infos: list[_Info], room: int) -> None:
     for info in sorted(infos, key=lambda info: info.offset):
         if info.offset < end:
             raise ValueError(f"tensor {info.name!r} overlaps another.")
-        end = info.offset + _bytes_of(info.kind, info.shape)
+        end = info.offset + ggml.bytes_of(info.kind, info.shape)
         if end > room:
             raise ValueError(
                 f"the file ends too early: tensor {info.name!r} of shape {info.shape} wants bytes "
@@ -326,153 +285,23 @@ def _check_alignment(alignment: int) -> None:
         raise ValueError(f"general.alignment must be a power of two from 8 on, got {alignment}.")
 
 
+def _tensor(info: _Info, data: np.ndarray) -> QuantizedArray | jax.Array:
+    try:
+        return ggml.decode(info.kind, info.shape, data[: ggml.bytes_of(info.kind, info.shape)])
+    except ValueError as error:
+        raise ValueError(f"tensor {info.name!r}: {error}") from error
+
+
+def _named(name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function says of a tensor, with the tensor's name in its errors."""
+    try:
+        return fn(*arguments)
+    except ValueError as error:
+        raise ValueError(f"tensors: {name!r}: {error}") from error
+
+
 def _padded(count: int, alignment: int) -> int:
     return -(-count // alignment) * alignment
-
-
-def _bytes_of(kind: int, shape: tuple[int, ...]) -> int:
-    """How many bytes a tensor takes."""
-    block, size = _layout(kind)
-    if shape[-1] % block:
-        raise ValueError(
-            f"the last axis must be a multiple of {block} in {_type_name(kind)}, got {shape}."
-        )
-    return math.prod(shape) // block * size
-
-
-def _layout(kind: int) -> tuple[int, int]:
-    """Elements and bytes of a block."""
-    if kind in _PLAIN:
-        return 1, _PLAIN[kind].itemsize
-    if kind in _FORMATS:
-        return _BLOCK, _FORMATS[kind].size
-    package = _package()
-    try:
-        return package.GGML_QUANT_SIZES[package.GGMLQuantizationType(kind)]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"there is no tensor type {kind}.") from error
-
-
-def _type_name(kind: int) -> str:
-    if kind in _FORMATS:
-        return _FORMATS[kind].name
-    return _package().GGMLQuantizationType(kind).name
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            "tensors of this type are decoded by the gguf package: pip install 'zoqo_jax[interop]'."
-        ) from error
-    return gguf
-
-
-def _tensor(info: _Info, data: np.ndarray) -> QuantizedArray | jax.Array:
-    raw = data[: _bytes_of(info.kind, info.shape)]
-    if info.kind in _PLAIN:
-        return jnp.asarray(np.array(raw).view(_PLAIN[info.kind]).reshape(info.shape))
-    if info.kind in _FORMATS:
-        return _codes(info, np.asarray(raw))
-    package = _package()
-    kind = package.GGMLQuantizationType(info.kind)
-    try:
-        rows = np.array(raw).reshape(math.prod(info.shape[:-1]), -1)
-        values = package.quants.dequantize(rows, kind)
-    except (NotImplementedError, KeyError) as error:
-        raise ValueError(f"tensor {info.name!r}: {kind.name} cannot be decoded.") from error
-    return jnp.asarray(values.reshape(info.shape), jnp.float32)
-
-
-def _codes(info: _Info, raw: np.ndarray) -> QuantizedArray:
-    form = _FORMATS[info.kind]
-    blocks = raw.reshape(*info.shape[:-1], info.shape[-1] // _BLOCK, form.size)
-    heads = np.ascontiguousarray(blocks[..., : form.head]).view("<f2")
-    if not np.isfinite(heads).all():
-        raise ValueError(f"tensor {info.name!r}: a scale is NaN or infinite.")
-    rest = blocks[..., form.head :]
-    if form.bits == 8:
-        codes = rest + np.uint8(form.zero)  # signed bytes, modulo 256
-    else:
-        nibbles = rest[..., -_BLOCK // 2 :]
-        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
-    if form.bits == 5:
-        codes |= np.unpackbits(rest[..., :4], axis=-1, bitorder="little") << 4
-    minimum = jnp.asarray(heads[..., 1]) if form.has_minimum else None
-    return QuantizedArray.from_codes(
-        jnp.asarray(codes.reshape(info.shape)),
-        jnp.asarray(heads[..., 0]),
-        minimum,
-        form.grid,
-        block=(-1, _BLOCK),
-    )
-
-
-def _kind(name: str, tensor: Any) -> int:
-    """The GGUF type that holds a tensor as it is."""
-    if not 1 <= tensor.ndim <= _MOST_AXES or not tensor.size:
-        raise ValueError(
-            f"tensors: {name!r} must have 1 to {_MOST_AXES} axes, none empty, got {tensor.shape}."
-        )
-    if not isinstance(tensor, QuantizedArray):
-        for kind, dtype in _PLAIN.items():
-            if tensor.dtype == dtype:
-                return kind
-        raise ValueError(f"tensors: {name!r} has a dtype without GGUF type, {tensor.dtype}.")
-    for kind, form in _FORMATS.items():
-        same = tensor.grid.levels == form.grid.levels
-        if same and form.has_minimum == (tensor.offset is not None):
-            if tensor.shape[-1] % _BLOCK:
-                raise ValueError(
-                    f"tensors: {name!r}: the last axis must be a multiple of {_BLOCK}, "
-                    f"got {tensor.shape}."
-                )
-            return kind
-    raise ValueError(
-        f"tensors: {name!r} has a grid that no GGUF type has, {tensor.grid} "
-        f"{'without' if tensor.offset is None else 'with'} offset."
-    )
-
-
-def _tensor_bytes(name: str, tensor: Any, kind: int) -> bytes:
-    if kind in _PLAIN:
-        return np.asarray(tensor).astype(_PLAIN[kind], copy=False).tobytes()
-    form = _FORMATS[kind]
-    blocks = (*tensor.shape[:-1], tensor.shape[-1] // _BLOCK)
-    head = [_per_block(name, tensor, tensor.scale)]
-    if form.has_minimum:
-        head.append(_per_block(name, tensor, tensor.offset))
-    parts: list[np.ndarray] = [np.stack(head, axis=-1).view(np.uint8)]
-    codes = np.asarray(tensor.codes).reshape(*blocks, _BLOCK)
-    if form.bits == 8:
-        parts.append(codes - np.uint8(form.zero))
-    else:
-        if form.bits == 5:
-            parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
-        low, high = np.split(codes & 15, 2, axis=-1)
-        parts.append(low | high << 4)
-    return np.concatenate(parts, axis=-1).tobytes()
-
-
-def _per_block(name: str, tensor: QuantizedArray, numbers: Any) -> np.ndarray:
-    """A scale or offset for every 32 codes, float16 (*rows, blocks)."""
-    numbers = np.asarray(numbers)
-    if tensor.block == (-1, _BLOCK) and numbers.shape[-1] * _BLOCK == tensor.shape[-1]:
-        blocks = np.broadcast_to(numbers, (*tensor.shape[:-1], numbers.shape[-1]))
-    else:
-        spread = np.broadcast_to(np.asarray(tensor.spread(jnp.asarray(numbers))), tensor.shape)
-        each = spread.reshape(*tensor.shape[:-1], -1, _BLOCK)
-        if (each != each[..., :1]).any():
-            raise ValueError(f"tensors: {name!r}: {_BLOCK} neighbours must share a scale.")
-        blocks = each[..., 0]
-    halves = blocks.astype("<f2")
-    if (halves.astype(np.float64) != blocks.astype(np.float64)).any():
-        raise ValueError(
-            f"tensors: {name!r} has scales that float16 does not hold: quantize it with "
-            "scale_dtype=jnp.float16."
-        )
-    return np.ascontiguousarray(halves)
 
 
 def _string_bytes(text: str | bytes) -> bytes:

@@ -6,7 +6,7 @@ from zoqo_jax.transforms.quzo import quzo as quzo
 from zoqo_jax.transforms.qzo import qzo as qzo
 from zoqo_jax.transforms.replaying import replay as replay
 from zoqo_jax.transforms.spsa import spsa as spsa
-from zoqo_jax.transforms.stepping import StepState as StepState
+from zoqo_jax.transforms.state import StepState as StepState
 from zoqo_jax.transforms.zoqo import zoqo as zoqo
 
 __all__ = ["StepState", "caq_zo", "qes", "quzo", "qzo", "replay", "spsa", "zoqo"]

@@ -23,7 +23,9 @@ from zoqo_jax.projection import Rounding
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.stepping import Rules, Schedule, StepState, inverse_at, value_at
+from zoqo_jax.transforms.schedules import Schedule, check_positive, inverse_at, value_at
+from zoqo_jax.transforms.state import StepState
+from zoqo_jax.transforms.stepping import Rules
 
 __all__ = ["caq_zo"]
 
@@ -109,19 +111,19 @@ def caq_zo(
         >>> loss(zq.dequantize(params)).item() < 1.0  # from 4
         True
     """
-    stepping.check_positive("learning_rate", learning_rate)
+    check_positive("learning_rate", learning_rate)
     stencils.check_choice("query", query, get_args(Query))
     if (radius is None) != (query == "aligned"):
         raise ValueError(
             f"radius={radius} is not for query={query!r}: give it for 'off_grid' only."
         )
     if radius is not None:
-        stepping.check_positive("radius", radius)
+        check_positive("radius", radius)
     stencils.check("rademacher", structure, boundary, density)
     stencils.check_choice("rounding", rounding, get_args(Rounding))
     usual = 2.0 if rounding == "significant" else 0.5
     least = usual if threshold is None else threshold
-    stepping.check_positive("threshold", least)
+    check_positive("threshold", least)
     if rounding == "significant":
         if structure == "sparse":
             raise ValueError(f"rounding={rounding!r} is not for structure={structure!r}.")

@@ -22,7 +22,9 @@ from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Structure
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent, weigh
-from zoqo_jax.transforms.stepping import Rules, Schedule, StepState
+from zoqo_jax.transforms.schedules import Schedule
+from zoqo_jax.transforms.state import StepState
+from zoqo_jax.transforms.stepping import Rules
 
 __all__ = ["qes"]
 

@@ -23,7 +23,8 @@ from zoqo_jax.arrays import is_quantized, is_trained, trained_leaves
 from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
-from zoqo_jax.transforms.stepping import Schedule, StepState, inverse_at, value_at
+from zoqo_jax.transforms.schedules import Schedule, check_positive, inverse_at, value_at
+from zoqo_jax.transforms.state import StepState, initial_state, record, replayed
 
 __all__ = ["qzo"]
 
@@ -89,17 +90,17 @@ def qzo(
         >>> bool((trained["w"].codes == params["w"].codes).all())
         True
     """
-    stepping.check_positive("learning_rate", learning_rate)
-    stepping.check_positive("radius", radius)
+    check_positive("learning_rate", learning_rate)
+    check_positive("radius", radius)
     if clip is not None:
-        stepping.check_positive("clip", clip)
+        check_positive("clip", clip)
     stencils.check_choice("noise", noise, get_args(Noise))
     stepping.check_query_count(num_queries, query_batch)
     mean = float(np.float32(1 / num_queries))
 
     def init(params: PyTree) -> StepState:
         trained_leaves(params)
-        return stepping.initial_state(key, num_queries)
+        return initial_state(key, num_queries)
 
     def update(
         updates: Any,
@@ -133,12 +134,12 @@ def qzo(
             return both_sides(loss)
 
         if differences is not None:
-            after = stepping.replayed(state, differences)
+            after = replayed(state, differences)
         elif value_fn is not None:
             losses = functools.partial(query_losses, value_fn)
             pairs = stepping.over_queries(losses, num_queries, query_batch)
             pairs = pairs if axis_name is None else jax.lax.pmean(pairs, axis_name)
-            after = stepping.record(state, pairs)
+            after = record(state, pairs)
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 from zoqo_jax import stencils
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.stencils import Boundary, Stencil, Structure
-from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.stepping import Schedule, StepState, inverse_at, value_at
+from zoqo_jax.transforms.schedules import Schedule, check_positive, inverse_at, value_at
+from zoqo_jax.transforms.state import StepState
 
 __all__ = ["Noise", "RoundedDescent", "weigh"]
 
@@ -32,8 +32,8 @@ class RoundedDescent(NamedTuple):
 
     def check(self) -> None:
         """Refuse arguments that no such method can have."""
-        stepping.check_positive("learning_rate", self.learning_rate)
-        stepping.check_positive("radius", self.radius)
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("radius", self.radius)
         stencils.check_choice("noise", self.noise, get_args(Noise))
         stencils.check(self.noise, self.structure, self.boundary, self.density)
 

@@ -20,7 +20,8 @@ from zoqo_jax.arrays import is_quantized
 from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
-from zoqo_jax.transforms.stepping import Schedule, StepState, value_at
+from zoqo_jax.transforms.schedules import Schedule, check_positive, value_at
+from zoqo_jax.transforms.state import StepState, initial_state, record
 
 __all__ = ["spsa"]
 
@@ -66,14 +67,14 @@ def spsa(
         >>> loss(params).item() < 0.1
         True
     """
-    stepping.check_positive("radius", radius)
+    check_positive("radius", radius)
     stencils.check_choice("noise", noise, get_args(Noise))
     stepping.check_query_count(num_queries, query_batch)
     mean_over_2 = float(np.float32(0.5 / num_queries))
 
     def init(params: PyTree) -> StepState:
         del params
-        return stepping.initial_state(key, num_queries)
+        return initial_state(key, num_queries)
 
     def update(
         updates: Any,
@@ -112,7 +113,7 @@ def spsa(
         pairs = stepping.over_queries(query_losses, num_queries, query_batch)
         if axis_name is not None:
             pairs = jax.lax.pmean(pairs, axis_name)
-        state = stepping.record(state, pairs)
+        state = record(state, pairs)
 
         def gradient(index: int) -> Array:
             total = directions.total(state.differences, index, leaves[index])

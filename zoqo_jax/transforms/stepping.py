@@ -22,9 +22,8 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array, Float, Float32, Int32, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int32, Key, PRNGKeyArray, PyTree
 
 from zoqo_jax import compiler, draws, projection, queries, stencils
 from zoqo_jax.arrays import QuantizedArray, cut, is_quantized, is_trained, trained_leaves
@@ -32,62 +31,21 @@ from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
 from zoqo_jax.pieces import Pick, in_place
 from zoqo_jax.stencils import Stencil
+from zoqo_jax.transforms.state import StepState, initial_state, record, record_votes, replayed
 
 __all__ = [
     "QueryTransformation",
     "Rules",
-    "Schedule",
-    "StepState",
-    "as_typed",
     "by_queries",
-    "check_positive",
     "check_query_count",
-    "initial_state",
-    "inverse_at",
     "over_queries",
-    "record",
-    "record_votes",
-    "replayed",
     "rounded_at_random",
-    "value_at",
 ]
-
-Schedule = float | int | Callable[[Any], Any]
 
 # Codes of a leaf that an update treats as a whole, and, of larger leaves, in a piece. One query's
 # direction is never made: beside the codes there is a random bit for each.
 _WHOLE, _PIECE = 2**24, 2**21
 _PIECE_OF_SUM = 2**17  # both, where it sums over queries, in floats
-
-
-class StepState(NamedTuple):
-    """State of the zeroth-order transformations.
-
-    Attributes:
-        count: steps taken.
-        key: the run's key, never changed; `state._replace(key=...)` gives vmapped problems their
-            own.
-        queries: evaluations of the objective so far.
-        losses: the last step's (l+, l-) for each query; inf before the first, and after a step by
-            comparisons, which has none.
-        differences: the last step's l+ - l-, 16 significant bits of the largest, 0 where a loss
-            was not finite; or the votes of its comparisons, -1, 0 or 1. These, `key` and `count`
-            determine the step: keep them, and `replay` can rebuild the run.
-        skipped: query pairs so far with a NaN or inf loss, or a NaN among their comparisons; they
-            move nothing.
-        residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
-        recent: differences of the last steps, the latest last, where a residual is made from them
-            rather than kept; else empty.
-    """
-
-    count: Int32[Array, ""]
-    key: Key[Array, ""]
-    queries: Int32[Array, ""]
-    losses: Float32[Array, "queries 2"]
-    differences: Float32[Array, " queries"]
-    skipped: Int32[Array, ""]
-    residual: tuple[Int32[Array, "..."], ...] = ()
-    recent: tuple[Float32[Array, "steps queries"], ...] = ()
 
 
 class Rules(NamedTuple):
@@ -329,57 +287,6 @@ def by_queries(
     return tx
 
 
-def initial_state(key: PRNGKeyArray, num_queries: int) -> StepState:
-    """The state before the first step."""
-    return StepState(
-        count=jnp.zeros((), jnp.int32),
-        key=jnp.copy(as_typed(key)),  # the caller keeps his when a state is donated
-        queries=jnp.zeros((), jnp.int32),
-        losses=jnp.full((num_queries, 2), jnp.inf, jnp.float32),
-        differences=jnp.zeros((num_queries,), jnp.float32),
-        skipped=jnp.zeros((), jnp.int32),
-    )
-
-
-def record(state: StepState, pairs: Float32[Array, "queries 2"]) -> StepState:
-    """The state after a step's losses came in."""
-    bad = ~jnp.isfinite(pairs).all(axis=-1)
-    return state._replace(
-        count=state.count + 1,
-        queries=state.queries + pairs.size,
-        losses=pairs,
-        differences=queries.differences(pairs),
-        skipped=state.skipped + bad.sum(dtype=jnp.int32),
-    )
-
-
-def record_votes(
-    state: StepState, votes: Float32[Array, " queries"], evaluations: int
-) -> StepState:
-    """The state after a step's comparisons came in, their verdicts summed for each query."""
-    bad = jnp.isnan(votes)
-    return state._replace(
-        count=state.count + 1,
-        queries=state.queries + evaluations,
-        losses=jnp.full_like(state.losses, jnp.inf),
-        differences=jnp.where(bad, 0.0, jnp.sign(votes)),
-        skipped=state.skipped + bad.sum(dtype=jnp.int32),
-    )
-
-
-def replayed(state: StepState, differences: Any) -> StepState:
-    """The state after a step of which nothing but its differences is known.
-
-    Raises:
-        ValueError: they are not one for each query.
-    """
-    shape, expected = jnp.shape(differences), state.differences.shape
-    if shape != expected:
-        raise ValueError(f"differences must have shape {expected}, got {shape}.")
-    heard = jnp.asarray(differences, jnp.float32)
-    return state._replace(count=state.count + 1, differences=heard)
-
-
 def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:
     """The losses of each query, or what else is asked, `query_batch` at a time, stacked."""
     if num_queries == 1:
@@ -394,27 +301,6 @@ def rounded_at_random(rows: Rows, step: Float[Array, "..."]) -> Int32[Array, "..
     """A step in codes rounded up or down, unbiased, `rows` being where the bits come from."""
     columns = step.shape[-1] if step.ndim else 1
     return projection.stochastic(draws.words(rows, columns, 0).reshape(step.shape), step)
-
-
-def value_at(schedule: Schedule, count: Array) -> Float32[Array, ""]:
-    """A number, or a schedule's value at a step, as float32."""
-    return jnp.asarray(schedule(count) if callable(schedule) else schedule, jnp.float32)
-
-
-def inverse_at(schedule: Schedule, count: Array) -> Array | np.float32:
-    """One over a number, or over a schedule's value at a step, as float32.
-
-    A number's is made here, lest XLA, which knows it, multiply by an inverse where it says divide.
-    """
-    if callable(schedule):
-        return 1.0 / value_at(schedule, count)
-    return np.float32(1.0) / np.float32(schedule)
-
-
-def check_positive(name: str, value: Schedule) -> None:
-    """Refuse numbers that are not positive and finite; schedules are trusted."""
-    if not callable(value) and not 0.0 < value < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {value}.")
 
 
 def check_query_count(num_queries: int, query_batch: int | None) -> None:
@@ -453,10 +339,3 @@ def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
         return dataclasses.replace(zeros, packed=next(remaining)) if is_trained(leaf) else zeros
 
     return jax.tree.map(one, params, is_leaf=is_quantized)
-
-
-def as_typed(key: Any) -> Array:
-    """A typed key; old uint32 keys are wrapped."""
-    if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.wrap_key_data(key)

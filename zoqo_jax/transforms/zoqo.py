@@ -19,7 +19,9 @@ from zoqo_jax.draws import Rows
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Law, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.stepping import Rules, Schedule, StepState, value_at
+from zoqo_jax.transforms.schedules import Schedule, check_positive, value_at
+from zoqo_jax.transforms.state import StepState
+from zoqo_jax.transforms.stepping import Rules
 
 __all__ = ["zoqo"]
 
@@ -112,8 +114,8 @@ def zoqo(
         >>> state.differences.item() in (-1.0, 0.0, 1.0), state.queries.item()
         (True, 202)
     """
-    stepping.check_positive("learning_rate", learning_rate)
-    stepping.check_positive("radius", radius)
+    check_positive("learning_rate", learning_rate)
+    check_positive("radius", radius)
     stencils.check(noise, structure, boundary, density)
     stencils.check_choice("vote", vote, get_args(Vote))
     stencils.check_choice("step", step, get_args(StepRule))
