@@ -66,7 +66,7 @@ def test_digits_are_means_of_four_pixels_and_no_digit_is_in_two_splits():
     images = np.concatenate([x.inputs for x in splits])
     pixels, _ = tasks.images.load("mnist")
     first = pixels[:1, :, :, 0]
-    quarter = (first[:, ::2, ::2] + first[:, 1::2, ::2] + first[:, ::2, 1::2] + first[:, 1::2, 1::2])
+    quarter = first[:, ::2, ::2] + first[:, 1::2, ::2] + first[:, ::2, 1::2] + first[:, 1::2, 1::2]
     same = np.abs(images - quarter.reshape(1, -1) / 4).max(1) < 1e-6
     assert same.sum() == 1 and len(images) == 10_000
     sums = np.sort(images.sum(1))
@@ -92,18 +92,18 @@ def test_words_that_share_sentences_have_like_vectors_and_labels_are_not_asked(t
     assert "once" not in numbers and sorted(numbers.values()) == list(range(1, 8))
     bags = tasks._bags([*tokens, ["unknown", "film", "film"]], numbers)
     assert bags[-1].sum() == 1 and bags[-1, numbers["film"] - 1] == 1
-    vectors = tasks._vectors(bags, 3)
+    vectors = tasks._vectors(bags, 7)
 
     often, together = bags.sum(0), bags.T @ bags
     chances = together / len(bags) / np.outer(often / len(bags), often / len(bags))
     information = np.log(np.maximum(chances, 1.0))
-    values, basis = np.linalg.eigh(information)
-    rows = information @ basis[:, np.argsort(-np.abs(values))[:3]]
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    np.testing.assert_allclose(vectors @ vectors.T, rows @ rows.T, atol=0.02)
-    alike = vectors @ vectors.T
+    rows = information / np.maximum(np.linalg.norm(information, axis=1, keepdims=True), 1e-6)
+    alike = vectors @ vectors.T  # all components: angles are those of the rows themselves
+    np.testing.assert_allclose(alike, rows @ rows.T, atol=1e-4)
     place = {word: i - 1 for word, i in numbers.items()}
-    assert alike[place["warm"], place["kind"]] > 0.9 > alike[place["warm"], place["cold"]]
+    assert alike[place["warm"], place["kind"]] > 0.5 > alike[place["warm"], place["cold"]]
+    few = tasks._vectors(bags, 2)
+    assert few.shape == (7, 2) and (few[place["film"]] == 0).all()  # which is in all sentences
 
 
 def test_sentences_and_words_come_from_the_same_splits(tmp_path):
@@ -112,9 +112,11 @@ def test_sentences_and_words_come_from_the_same_splits(tmp_path):
     np.testing.assert_allclose(task.train.inputs.mean(0), 0.0, atol=1e-4)
     weights, *_ = np.linalg.lstsq(task.train.inputs, 2.0 * task.train.labels - 1, rcond=None)
     assert ((task.test.inputs @ weights > 0) == task.test.labels).all()
-    read = tasks.words(str(tmp_path))
-    assert read.train.inputs.shape == (40, 16, 32) and (read.train.inputs[0, 3:] == 0).all()
-    assert [x.shape for x in read.init(jax.random.key(0))][-1] == (33, 2)
+    read = tasks.words(str(tmp_path), width=4)
+    assert read.train.inputs.shape == (40, 16, 4) and (read.train.inputs[0, 3:] == 0).all()
+    assert [x.shape for x in read.init(jax.random.key(0))][-1] == (5, 2)
+    with pytest.raises(ValueError, match="7 words that occur 4 times are too few for vectors of 8"):
+        tasks.words(str(tmp_path), width=8)
     (tmp_path / "other.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
     with pytest.raises(ValueError, match=r"other.jsonl' holds no praise"):
         tasks.words(str(tmp_path / "other.jsonl"))
@@ -158,6 +160,7 @@ def plane(count=200):
     return Task(linear, lambda key: [jax.random.normal(key, (2, 2)) * 0.1], *splits)
 
 
+@jax.numpy_dtype_promotion("standard")  # which optax.adam needs
 def test_the_best_rate_is_the_validation_splits_and_the_test_split_is_read():
     task = plane()
     lanes = training.by_backpropagation(task, jax.random.split(jax.random.key(0), 3), steps=1)
@@ -217,10 +220,10 @@ def test_a_rate_along_slopes_means_the_same_to_all_methods(name):
         (tx,) = make(params, key, lambda count: jnp.float32(rate))
         loss = lambda params: jnp.sum(params[0] * slope)  # noqa: E731
         updates, _ = tx.update(None, tx.init(params), params, value_fn=loss)
-        after = optax.apply_updates(params, updates)
-        return jnp.sum((zq.dequantize(after)[0] - zq.dequantize(params)[0]) * slope)
+        return zq.dequantize(optax.apply_updates(params, updates))[0]
 
-    found = np.asarray(moved(jax.random.split(jax.random.key(6), 4_096)))
+    after = np.asarray(moved(jax.random.split(jax.random.key(6), 4_096)))
+    found = ((after - np.asarray(zq.dequantize(params)[0])) * slope).sum((1, 2))
     error = found.std() / np.sqrt(found.size)
     # Blocks differ in their steps, and a mean step serves all; a masked or clipped code is lost.
     assert abs(found.mean() / rate - expected) < 5 * error / rate + 0.15 * abs(expected)
@@ -237,8 +240,9 @@ def test_signs_step_by_a_rate_over_the_root_of_how_many_numbers_train():
         after = zq.dequantize(optax.apply_updates(params, updates))[0]
         long = rate / d**0.5
         whole = long if name in methods.FLOATS else np.floor(long * 127.5) / 127.5
-        sizes = np.unique(np.abs(np.asarray(after)).round(5))
-        assert set(sizes) <= {0.0, round(whole, 5)} and sizes.max() > 0
+        sizes = np.abs(np.asarray(after))
+        np.testing.assert_allclose(sizes[sizes > 0], whole, rtol=1e-5)
+        assert sizes.max() > 0
 
 
 def test_below_a_code_a_dithered_step_moves_what_it_probes_by_one():
@@ -249,9 +253,10 @@ def test_below_a_code_a_dithered_step_moves_what_it_probes_by_one():
     )
     loss = lambda params: jnp.sum(params[0])  # noqa: E731
     updates, _ = tx.update(None, tx.init(params), params, value_fn=loss)
-    moved = optax.apply_updates(params, updates)[0].codes.astype(jnp.int32) - params[0].codes
+    after = optax.apply_updates(params, updates)[0].codes.astype(jnp.int32)
+    moved = after - params[0].codes.astype(jnp.int32)
     assert set(np.unique(moved)) == {-1, 0, 1}
-    assert abs(float(jnp.abs(moved).mean()) - 0.1) < 0.02
+    assert abs(float(jnp.abs(moved).mean()) - 0.1 * 2 / 3) < 0.01  # a third of the law is zero
 
 
 def test_units_are_means_over_matrices():

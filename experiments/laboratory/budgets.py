@@ -41,7 +41,8 @@ class Config:
       cifar10: for the same, "tfds:cifar10", or a folder or tar file of pictures.
       weights: of the ResNet whose features are read, a bundled name or a file of
         `experiments.attack.train`.
-      sentences: for `experiments.finetune.data.load`: "tfds:sst2", a folder, or "reviews" (bundled).
+      sentences: for `experiments.finetune.data.load`: "tfds:sst2", a folder, or the bundled
+        "reviews".
       block: weights that share a scale.
       few: examples that models have seen before they are rounded.
       pretraining: steps of back-propagation on these.

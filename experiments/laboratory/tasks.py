@@ -5,6 +5,7 @@ the matrix reads), so that every number of it may lie on a grid, and three split
 """
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ _LEAST_SEEN = 4  # a word that fewer training sentences hold has no number
 _LONGEST = 16  # words of a sentence that the transformer reads
 _PICTURES = {"train": 9_000, "test": 4_000}  # how many are looked at; they cost a forward pass each
 _VALIDATION = 1_000
-_WIDTH, _HEADS = 32, 4  # of the transformer
+_HEADS = 4
 
 
 class Examples(NamedTuple):
@@ -134,24 +135,25 @@ def sentences(source: str, width: int = 64) -> Task:
 
 
 @functools.cache
-def words(source: str) -> Task:
+def words(source: str, width: int = 32) -> Task:
     """Sentences, praise or blame, as sequences of word vectors, for a transformer of one layer.
 
     Args:
       source: what `experiments.finetune.data.load` takes.
+      width: numbers of a word's vector, see `_vectors`, and of the transformer's.
     """
     splits = [_held(source, split) for split in ("train", "dev", "test")]
     number = _numbers(splits[0][0])
-    vectors = _vectors(_bags(splits[0][0], number), _WIDTH) * _WIDTH**0.5
+    vectors = _vectors(_bags(splits[0][0], number), width) * width**0.5
 
     def read(tokens: Sequence[list[str]], labels: np.ndarray) -> Examples:
-        sequences = np.zeros((len(tokens), _LONGEST, _WIDTH), np.float32)
+        sequences = np.zeros((len(tokens), _LONGEST, width), np.float32)
         for sequence, sentence in zip(sequences, tokens, strict=True):
             known = [number[word] - 1 for word in sentence if word in number][:_LONGEST]
             sequence[: len(known)] = vectors[known]
         return Examples(sequences, labels)
 
-    d = _WIDTH
+    d = width
     shapes = [(d, 3 * d), (d, d), (d, 2 * d), (2 * d, d), (d + 1, 2)]
     return Task(transformer, _start(shapes), *(read(*split) for split in splits))
 
@@ -189,7 +191,7 @@ def _task(train: Examples, test: Examples, sizes: tuple[int, ...]) -> Task:
 def _perceptron_task(
     train: Examples, validation: Examples, test: Examples, sizes: tuple[int, ...]
 ) -> Task:
-    shapes = [(n + 1, m) for n, m in zip(sizes, sizes[1:], strict=False)]
+    shapes = [(n + 1, m) for n, m in itertools.pairwise(sizes)]
     return Task(perceptron, _start(shapes), train, validation, test)
 
 
@@ -258,8 +260,14 @@ def _vectors(bags: np.ndarray, width: int) -> np.ndarray:
 
     They are the leading components of the positive pointwise mutual information of two words to be
     in one sentence (Bullinaria and Levy, 2007; Levy and Goldberg, 2014), found by subspace
-    iteration from a random start (Halko, Martinsson and Tropp, 2011).
+    iteration from a random start (Halko, Martinsson and Tropp, 2011). A word that tells nothing of
+    others has zeros.
     """
+    if bags.shape[1] < width:
+        raise ValueError(
+            f"sentences: {bags.shape[1]} words that occur {_LEAST_SEEN} times are too few for "
+            f"vectors of {width} numbers."
+        )
     often = bags.sum(0)
     together = (bags.T @ bags) * (len(bags) / np.outer(often, often))
     information = np.log(np.maximum(together, 1.0))

@@ -208,19 +208,21 @@ def _by_queries(
         txs = make(params, jax.random.fold_in(key, 0), _falling(rate, steps))
         data_key = jax.random.fold_in(key, 1)
 
-        def step(now: Any, i: jax.Array) -> tuple[Any, None]:
+        def turn(which: int, i: jax.Array, now: Any) -> Any:
             params, states = now
-            after = []
-            for turn, (tx, state) in enumerate(zip(txs, states, strict=True)):
-                batch = _batch(train, jax.random.fold_in(data_key, i * len(txs) + turn), batch_size)
-                loss = functools.partial(cross_entropy, logits, batch=batch)
-                updates, state = tx.update(None, state, params, value_fn=loss)
-                params = optax.apply_updates(params, updates)
-                after.append(state)
-            return (params, tuple(after)), None
+            batch = _batch(train, jax.random.fold_in(data_key, i), batch_size)
+            loss = functools.partial(cross_entropy, logits, batch=batch)
+            updates, state = txs[which].update(None, states[which], params, value_fn=loss)
+            states = (*states[:which], state, *states[which + 1 :])
+            return optax.apply_updates(params, updates), states
 
+        turns = [functools.partial(turn, which) for which in range(len(txs))]
         first = (params, tuple(tx.init(params) for tx in txs))
-        (params, states), _ = jax.lax.scan(step, first, jnp.arange(steps))
+        (params, states), _ = jax.lax.scan(
+            lambda now, i: (jax.lax.switch(i % len(txs), turns, i, now), None),
+            first,
+            jnp.arange(steps * len(txs)),
+        )
         return params, sum(optax.tree.get(state, "queries") for state in states)
 
     return jax.lax.map(lane, (lanes, keys, rates))
