@@ -32,9 +32,8 @@ def test_lloyd_max_rounds_best_and_each_grid_has_its_levels(width):
     assert bits.quantizer("nf4", 4, "mse", samples).grid == zq.nf4().grid
 
 
-CONFIG = bits.Config(
-    bits=("2", "4"), pretraining=2, queries=8, num_queries=1, batch_size=4, seeds=2
-)
+SMALL = {"pretraining": 2, "queries": 8, "num_queries": 1, "batch_size": 4}
+CONFIG = bits.Config(bits=("2", "4"), seeds=2, **SMALL)
 REAL = [
     {"model": "digits", "bits": 2, "grid": "lloyd_max", "trained": trained}
     for trained in ("as rounded", "caq_zo, scales by qzo in turn")
@@ -77,10 +76,8 @@ def test_a_tiny_run_and_its_page(tmp_path):
 @pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")
 def test_every_way_to_train(tmp_path):
-    small = bits.Config(bits=("4",), pretraining=2, queries=8, num_queries=1, batch_size=4, seeds=1)
-    found = check(
-        bits.CLAIM, small, results=tmp_path, document=tmp_path / "page.md", progress=False
-    )
+    small, page = bits.Config(bits=("4",), seeds=1, **SMALL), tmp_path / "page.md"
+    found = check(bits.CLAIM, small, results=tmp_path, document=page, progress=False)
     assert len(found) == 2 * 5 * 4
     assert all(one["queries"] == 8 for one in found if one["trained"] != "as rounded")
 

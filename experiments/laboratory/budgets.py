@@ -62,7 +62,7 @@ class Config:
     weights: str = "cifar10"
     sentences: str = "tfds:sst2"
     block: int = 32
-    few: int = 200
+    few: int = 100
     pretraining: int = 200
     queries: int = 8_000
     num_queries: int = 4
