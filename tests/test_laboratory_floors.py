@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from experiments.laboratory import floors, methods, problems
+from experiments.laboratory import descents, floors, problems
 from experiments.laboratory.claim import check
 from zoqo_jax import projection
 
@@ -52,19 +52,19 @@ def test_without_feedback_a_residual_never_counts():
     random = np.random.default_rng(3)
     step = jnp.asarray(random.normal(size=1000), jnp.float32)
     residual = jnp.asarray(random.integers(-(2**21), 2**21, 1000), jnp.int32)
-    moved, _ = projection.error_feedback(step, residual, methods._NO_FEEDBACK)
+    moved, _ = projection.error_feedback(step, residual, descents._NO_FEEDBACK)
     np.testing.assert_array_equal(moved, projection.nearest(step))
 
 
-@pytest.mark.parametrize("method", ["CAQ-ZO, nearest", methods.FLOATS])
+@pytest.mark.parametrize("method", ["CAQ-ZO, nearest", descents.FLOATS])
 def test_a_rate_of_one_is_a_gradient_step_of_one_over_the_trace(method):
     """On l = x . g, of which estimates along signs or Gaussians have the mean g."""
     g, spacing = jnp.array([0.3, -0.2]), 0.01
     start = jnp.zeros(2)
-    params = start if method == methods.FLOATS else zq.Quantizer(8, range=1.275)(start)
+    params = start if method == descents.FLOATS else zq.Quantizer(8, range=1.275)(start)
 
     def moved(key):
-        tx = methods.make(method, lambda _: 1.0, key=key, spacing=spacing, trace=2.0)
+        tx = descents.make(method, lambda _: 1.0, key=key, spacing=spacing, trace=2.0)
         updates, _ = tx.update(None, tx.init(params), params, value_fn=lambda x: x @ g)
         return zq.dequantize(optax.apply_updates(params, updates))
 

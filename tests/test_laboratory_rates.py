@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from experiments.laboratory import methods, problems, rates
+from experiments.laboratory import descents, problems, rates
 from experiments.laboratory.claim import check
 
 
@@ -67,7 +67,7 @@ def test_a_tiny_run_has_its_table_and_figure(tmp_path, monkeypatch):
     document = tmp_path / "page.md"
     document.write_text("<!-- table: rates -->\n<!-- end -->")
     found = check(rates.CLAIM, config, results=tmp_path, document=document, progress=False)
-    assert [one["method"] for one in found] == ["CAQ-ZO, stochastic", methods.FLOATS] * 2
+    assert [one["method"] for one in found] == ["CAQ-ZO, stochastic", descents.FLOATS] * 2
     assert all(one["curve"][-1] < one["curve"][0] for one in found)
     text = document.read_text()
     assert "| logistic, ZO-SGD, floats" in text and "plateau / floor, 8 bit" in text

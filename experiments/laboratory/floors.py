@@ -18,7 +18,7 @@ import zoqo_jax as zq
 from experiments import markdown, settings
 from experiments.laboratory import problems
 from experiments.laboratory.claim import Cell, Claim, Measurement
-from experiments.laboratory.methods import METHODS, make
+from experiments.laboratory.descents import METHODS, make
 from zoqo_jax.certificates import gradient_floor, loss_floor
 
 __all__ = ["CLAIM", "Config", "swings"]

@@ -21,7 +21,7 @@ from experiments import markdown, settings
 from experiments.attack import data
 from experiments.laboratory import problems
 from experiments.laboratory.claim import Cell, Claim, Measurement
-from experiments.laboratory.methods import FLOATS, METHODS, make
+from experiments.laboratory.descents import FLOATS, METHODS, make
 from zoqo_jax.certificates import gradient_floor
 
 __all__ = ["CLAIM", "Config", "digits", "exponent"]

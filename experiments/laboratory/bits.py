@@ -1,0 +1,204 @@
+"""Which grid wins at which bit width, before and after training by queries.
+
+CAQ-ZO (Shu & Zhu, "Compander-Aligned Query Geometry for Quantized Zeroth-Order Optimization", 2026,
+arXiv:2605.10673) works on any companded grid and leaves adaptive ones open: quantiles, Lloyd-Max,
+scales that are learned. Here a perceptron and a transformer, trained in floats, are rounded to each
+grid and then trained on it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import zoqo_jax as zq
+from experiments import markdown, settings
+from experiments.laboratory import methods, tasks, training
+from experiments.laboratory.claim import Cell, Claim, Measurement
+from experiments.laboratory.tasks import Params, Task
+
+__all__ = ["CLAIM", "Config", "codebook_samples", "quantizer"]
+
+_GRIDS = ("uniform", "mu_law", "nf4", "quantile", "lloyd_max")
+_MODELS = {"digits": "perceptron, digits", "words": "transformer, film reviews"}
+_TRAINED = {
+    "as rounded": (),
+    "zoqo": ("zoqo dithered",),
+    "caq_zo": ("caq_zo",),
+    "caq_zo, scales by qzo in turn": ("caq_zo", "qzo"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings.
+
+    Attributes:
+      digits: MNIST for `experiments.attack.data.load`: "mnist" (bundled), "tfds:mnist" or a folder.
+      words: sentences for `experiments.finetune.data.load`: "reviews" (bundled), "tfds:sst2" or a
+        folder.
+      bits: widths to compare, in [2, 8].
+      range: what uniform and mu-law grids reach to, the largest weight of a channel ("absmax") or
+        the range of least squared error ("mse"); codebooks reach to the largest weight.
+      pretraining: steps of back-propagation in floats, before rounding.
+      queries: evaluations of a batch that training on the grid may cost.
+      num_queries: pairs a step.
+      radius: of probes of scales, in values.
+      batch_size: examples a query is made on.
+      seeds: float models, and runs on each; a further model serves to choose learning rates.
+
+    Raises:
+      ValueError: a setting outside what is said above, naming it and its value.
+    """
+
+    digits: str = "mnist"
+    words: str = "reviews"
+    bits: tuple[str, ...] = ("2", "3", "4", "6", "8")
+    range: str = "mse"
+    pretraining: int = 1_000
+    queries: int = 1_600
+    num_queries: int = 4
+    radius: float = 0.01
+    batch_size: int = 32
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        least = {"pretraining": 1, "num_queries": 1, "batch_size": 1}
+        settings.check(self, least=least, positive=("radius",))
+        if not 1 <= self.seeds <= 5:
+            raise ValueError(f"seeds must be in [1, 5], got {self.seeds}.")
+        bad = [x for x in self.bits if not x.isdecimal() or not 2 <= int(x) <= 8]
+        if bad or not self.bits:
+            raise ValueError(f"bits must be whole numbers in [2, 8], got {self.bits}.")
+        if self.range not in ("absmax", "mse"):
+            raise ValueError(f"range must be 'absmax' or 'mse', got {self.range!r}.")
+        if self.queries < 1 or self.queries % (4 * self.num_queries):  # for two that take turns
+            raise ValueError(
+                f"queries must be a multiple of {4 * self.num_queries}, got {self.queries}."
+            )
+
+
+def codebook_samples(lanes: Params) -> np.ndarray:
+    """All weights, each as a fraction of the largest of its channel."""
+    fractions = [x / jnp.abs(x).max(-2, keepdims=True) for x in lanes]
+    return np.concatenate([np.ravel(x) for x in fractions])
+
+
+def quantizer(grid: str, bits: int, value_range: str, samples: np.ndarray) -> zq.Quantizer:
+    """A grid of so many bits, with a scale for each output channel.
+
+    Args:
+      grid: "uniform", "mu_law", "nf4" (of 4 bits), "quantile" or "lloyd_max".
+      bits: 2 to 8.
+      value_range: of the first two, see `Config`.
+      samples: that the last two are fitted to: `codebook_samples`.
+    """
+    if grid in ("uniform", "mu_law"):
+        compander = zq.companders.identity() if grid == "uniform" else zq.companders.mu_law()
+        return zq.Quantizer(bits, compander, range=value_range, axis=-1)
+    if grid == "nf4":
+        return zq.Quantizer(bits, zq.companders.nf4(), axis=-1)
+    fit = {"quantile": zq.companders.quantile, "lloyd_max": zq.companders.lloyd_max}[grid]
+    return zq.Quantizer(bits, fit(samples, bits), axis=-1)
+
+
+def _cells(config: Config) -> list[Cell]:
+    return [
+        {"model": model, "bits": int(bits), "grid": grid, "trained": trained}
+        for model in _MODELS
+        for bits in config.bits
+        for grid in _GRIDS
+        for trained in _TRAINED
+        if grid != "nf4" or bits == "4"
+    ]
+
+
+def _measure(config: Config, cell: Cell) -> dict[str, Any]:
+    task, floats = _task(config, cell["model"]), _floats(config, cell["model"])
+    found = {"floats": training.scores(task, _but_last(floats), task.test).accuracy}
+    rule = quantizer(cell["grid"], cell["bits"], config.range, codebook_samples(floats))
+    lanes = jax.vmap(lambda params: zq.quantize(params, rule))(floats)
+    names = _TRAINED[cell["trained"]]
+    if not names:
+        return {**found, **training.shown(training.scores(task, _but_last(lanes), task.test))}
+    best = training.at_best_rate(
+        task,
+        methods.in_turn(names, config.num_queries, config.radius),
+        lanes,
+        jax.random.key(1),
+        methods.RATES[names[0]],
+        steps=config.queries // (2 * config.num_queries * len(names)),
+        batch_size=config.batch_size,
+    )
+    return {**found, **best}
+
+
+def _task(config: Config, model: str) -> Task:
+    return tasks.digits(config.digits) if model == "digits" else tasks.words(config.words)
+
+
+@functools.cache
+def _floats(config: Config, model: str) -> Params:
+    """Models trained by back-propagation, a lane for each seed and a further one."""
+    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds + 1))
+    return training.by_backpropagation(_task(config, model), keys, steps=config.pretraining)
+
+
+def _but_last(lanes: Params) -> Params:
+    return jax.tree.map(lambda x: x[:-1], lanes)
+
+
+def _groups(found: list[Measurement]) -> dict[tuple[str, int], dict[str, dict[str, Measurement]]]:
+    """Measurements by model and bits, then by grid, then by how it was trained."""
+    groups: dict[Any, Any] = {}
+    for one in found:
+        by_grid = groups.setdefault((one["model"], one["bits"]), {})
+        by_grid.setdefault(one["grid"], {})[one["trained"]] = one
+    return groups
+
+
+def _table(found: list[Measurement]) -> str:
+    rows = []
+    for (model, bits), by_grid in _groups(found).items():
+        best = {x: max(np.mean(one[x]["accuracy"]) for one in by_grid.values()) for x in _TRAINED}
+        for grid, by_training in by_grid.items():
+            cells = []
+            for trained, one in by_training.items():
+                text = markdown.interval([100 * x for x in one["accuracy"]], 1)
+                is_best = np.mean(one["accuracy"]) == best[trained]
+                edge = "*" if one.get("at_edge") else ""
+                cells.append(f"**{text}**{edge}" if is_best else f"{text}{edge}")
+            floats = markdown.interval([100 * x for x in one["floats"]], 1)
+            rows.append([f"{_MODELS[model]}, {bits} bits, {grid}", *cells, floats])
+    return markdown.table(["accuracy, %", *_TRAINED, "in floats"], rows)
+
+
+def _draw(found: list[Measurement], fig: Any) -> None:
+    fig.set_size_inches(11.0, 6.0)
+    axes = fig.subplots(len(_MODELS), len(_TRAINED), sharex=True, sharey="row", squeeze=False)
+    for row, model in zip(axes, _MODELS, strict=True):
+        for axis, trained in zip(row, _TRAINED, strict=True):
+            here = [x for x in found if (x["model"], x["trained"]) == (model, trained)]
+            for grid in _GRIDS:
+                line = [one for one in here if one["grid"] == grid]
+                axis.errorbar(
+                    [one["bits"] for one in line],
+                    [100 * np.mean(one["accuracy"]) for one in line],
+                    [100 * np.std(one["accuracy"]) for one in line],
+                    marker="." if len(line) > 1 else "d",
+                    label=grid,
+                )
+            axis.axhline(100 * np.mean(here[0]["floats"]), color="grey", linewidth=0.8)
+        row[0].set_ylabel(f"{_MODELS[model]}\naccuracy, %")
+    for axis, trained in zip(axes[0], _TRAINED, strict=True):
+        axis.set_title(trained, fontsize="medium")
+    for axis in axes[-1]:
+        axis.set_xlabel("bits")
+    names = axes[0][0].get_legend_handles_labels()
+    fig.legend(*names, loc="outside lower center", ncols=len(_GRIDS), frameon=False)
+
+
+CLAIM = Claim("bits", Config, _cells, _measure, _table, _draw)
