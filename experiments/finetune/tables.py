@@ -11,11 +11,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, logging
 
 from experiments import settings
 from experiments.finetune import pages
@@ -25,18 +25,27 @@ from zoqo_jax.interop.files import replacing
 __all__ = ["ROWS", "Row", "found"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_RESULTS = flags.DEFINE_string(
-    "results", str(Path(__file__).resolve().parent / "results"), "folder of what runs came to"
-)
-_WORK = flags.DEFINE_string(
-    "work", "results/finetune-tables", "folder for the runs themselves, checkpoints and all"
-)
-_DOCUMENT = flags.DEFINE_string(
-    "document", str(_ROOT / "docs" / "finetune.md"), "what to write the tables into"
-)
-_SST2 = flags.DEFINE_string("sst2", "tfds:sst2", "a folder of train.tsv, dev.tsv and test.tsv")
-_ONLY = flags.DEFINE_multi_string("only", [], "run only rows whose name holds one of these")
-_RENDER = flags.DEFINE_bool("render", False, "only write the tables from what was found before")
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where things are, and which rows are wanted.
+
+    Attributes:
+      results: folder of what runs came to.
+      work: folder for the runs themselves, checkpoints and all.
+      document: what to write the tables into.
+      sst2: "tfds:sst2", or a folder of train.tsv, dev.tsv and test.tsv.
+      only: run only rows whose name holds one of these.
+      render: only write the tables from what was found before.
+    """
+
+    results: str = str(Path(__file__).resolve().parent / "results")
+    work: str = "results/finetune-tables"
+    document: str = str(_ROOT / "docs" / "finetune.md")
+    sst2: str = "tfds:sst2"
+    only: tuple[str, ...] = ()
+    render: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,18 +131,16 @@ def found(folder: Path, row: Row) -> list[dict[str, Any]]:
     return outcomes
 
 
-def main(argv: Sequence[str]) -> None:
+def main(places: Places) -> None:
     """Run what is left, and write the tables."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
-    folder, document = Path(_RESULTS.value), Path(_DOCUMENT.value)
-    chosen = [row for row in ROWS if _is_chosen(row)]
+    folder, document = Path(places.results), Path(places.document)
+    chosen = [row for row in ROWS if _is_chosen(row, places)]
     try:
-        for row in [] if _RENDER.value else chosen:
+        for row in [] if places.render else chosen:
             for seed in range(row.seeds):
                 if not (folder / f"{row.stem(seed)}.json").is_file():
-                    _run(folder, row, seed)
+                    _run(places, row, seed)
                     pages.write(document, [(row, found(folder, row)) for row in ROWS])
     except KeyboardInterrupt:
         print(f"interrupted; what was found is in {folder}", file=sys.stderr)
@@ -142,9 +149,9 @@ def main(argv: Sequence[str]) -> None:
     print(f"tables and figures: {document}")
 
 
-def _is_chosen(row: Row) -> bool:
+def _is_chosen(row: Row, places: Places) -> bool:
     name = f"{row.table} {row.name}"
-    return not _ONLY.value or any(text in name for text in _ONLY.value)
+    return not places.only or any(text in name for text in places.only)
 
 
 def _settings(row: Row, seed: int) -> dict[str, Any]:
@@ -154,12 +161,12 @@ def _settings(row: Row, seed: int) -> dict[str, Any]:
     return json.loads(json.dumps(kept))  # tuples are lists there
 
 
-def _run(folder: Path, row: Row, seed: int) -> None:
+def _run(places: Places, row: Row, seed: int) -> None:
     """Run a row in a process of its own, and keep what it came to."""
-    work = Path(_WORK.value)
+    folder, work = Path(places.results), Path(places.work)
     output, cache = work / row.stem(seed), work / "states"
     config = dataclasses.replace(
-        row.config, data=_SST2.value, output=str(output), cache=str(cache), seed=seed
+        row.config, data=places.sst2, output=str(output), cache=str(cache), seed=seed
     )
     print(f"{row.table}: {row.name}, seed {seed}", file=sys.stderr)
     command = [sys.executable, "-m", "experiments.finetune", *settings.arguments(config)]
@@ -179,4 +186,4 @@ def _run(folder: Path, row: Row, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=settings.parser(Places))
