@@ -59,7 +59,7 @@ class Config:
     bits: tuple[str, ...] = ("2", "3", "4", "6", "8")
     range: str = "mse"
     pretraining: int = 1_000
-    queries: int = 1_600
+    queries: int = 800
     num_queries: int = 4
     radius: float = 0.01
     batch_size: int = 32
