@@ -641,6 +641,23 @@ def test_every_step_from_every_code_survives_apply_updates(bits):
             assert_identical(moved.scale, start.scale)
 
 
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sum_of_bytes_wraps_where_its_values_are_reduced_at_once(bits, dtype):
+    """XLA's CPU backend fuses the sum with what reads it, and would not wrap bytes made floats."""
+    values = jnp.asarray(normal(1000, 32), dtype)
+    start, end = Quantizer(bits, range="minmax")(values), Quantizer(bits, range="minmax")(-values)
+    zeros = jax.tree.map(jnp.zeros_like, start)
+    delta = dataclasses.replace(zeros, packed=end.packed - start.packed)
+    end = dataclasses.replace(start, packed=end.packed)
+
+    def total(array):
+        return array.materialise().astype(jnp.float32).sum(1)
+
+    sums = jax.jit(lambda array, delta: total(optax.apply_updates(array, delta)))(start, delta)
+    np.testing.assert_allclose(sums, jax.jit(total)(end), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_move_between_any_two_codes_is_a_step(bits):
     codes = np.arange(2**bits)

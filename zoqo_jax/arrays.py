@@ -85,7 +85,9 @@ class Grid:
     def at(self, codes: Array) -> Float[Array, "..."]:
         """The levels of legal codes, float32."""
         if self.is_uniform:
-            return codes.astype(jnp.float32) + self.levels[0]
+            # By way of int32: XLA's CPU backend (jax 0.10.2) may fuse an update's sum of bytes with
+            # their conversion and a reduction, and then the sum does not wrap.
+            return codes.astype(jnp.int32).astype(jnp.float32) + self.levels[0]
         levels = np.asarray(self.levels, np.float32)
         if len(levels) <= 16:
             return _select(levels, codes)

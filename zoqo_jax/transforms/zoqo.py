@@ -70,8 +70,9 @@ def zoqo(
         vote: for q > 1, g is the sign of the mean of (l+ - l-) u ("mean") or of the sum of the
             single queries' signs ("majority").
         step: "floor", the paper's E, or "dithered": E = floor(eta / s + U) with U uniform in [0, 1)
-            for each coordinate, so that the expected move is eta even below one code; where mu < s
-            an entry of u is then zero with probability 1 - mu / s.
+            for each coordinate, so that one that was probed moves eta on average even below one
+            code. Where mu < s an entry of u is then zero with probability 1 - mu / s, and zeros
+            do not move: eta = mu < s moves (eta / s)^2 of the codes, eta = s moves mu / s of them.
         boundary: "clamp" (the paper's), "mask" or "reflect".
         query_batch: query pairs evaluated at once, None for all; more is faster and takes more
             memory.
