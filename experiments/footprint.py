@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["available", "child", "give_back", "job", "of_program", "resident"]
+__all__ = ["available", "child", "give_back", "job", "of_program", "peak", "resident"]
 
 _JOB = "ZOQO_JOB"
 _ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +55,11 @@ def resident() -> dict[str, int | None]:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"now": now, "peak": peak, "device_peak": device.get("peak_bytes_in_use")}
+
+
+def peak() -> float:
+    """MiB of memory that this process had at most."""
+    return (resident()["peak"] or 0) / 2**20
 
 
 def available() -> int:

@@ -22,14 +22,16 @@ def check(
     config: Any,
     *,
     least: dict[str, float] | None = None,
+    within: dict[str, tuple[float, float]] | None = None,
     positive: Collection[str] = (),
     not_negative: Collection[str] = (),
 ) -> None:
-    """Refuse settings that are out of range.
+    """Refuse settings that are out of range, or of which one is: those of a tuple are each checked.
 
     Args:
       config: a dataclass; its settings of a `Literal` type must be one of the choices.
       least: the least that settings may be, by name.
+      within: the least and the most, by name.
       positive: names of numbers that must be positive and finite.
       not_negative: names of numbers that must be finite, and zero or more.
 
@@ -40,25 +42,29 @@ def check(
       >>> @dataclasses.dataclass(frozen=True)
       ... class Config:
       ...   loss: Literal["margin", "cross_entropy"] = "margin"
-      ...   steps: int = 10
-      >>> check(Config(steps=0), least={"steps": 1})
+      ...   bits: tuple[int, ...] = (4, 8)
+      >>> check(Config(bits=(4, 9)), within={"bits": (2, 8)})
       Traceback (most recent call last):
-      ValueError: steps must be at least 1, got 0.
+      ValueError: bits must be in [2, 8], got 9.
     """
     for name, allowed in _choices(type(config)).items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}.")
-    for name, bound in (least or {}).items():
-        if getattr(config, name) < bound:
-            raise ValueError(f"{name} must be at least {bound}, got {getattr(config, name)}.")
+
+    def refuse(name: str, what: str, allows: Callable[[float], bool]) -> None:
+        values = getattr(config, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if not allows(value):
+                raise ValueError(f"{name} must be {what}, got {value}.")
+
+    for name, low in (least or {}).items():
+        refuse(name, f"at least {low}", lambda x, low=low: x >= low)
+    for name, (low, high) in (within or {}).items():
+        refuse(name, f"in [{low}, {high}]", lambda x, low=low, high=high: low <= x <= high)
     for name in positive:
-        if not 0 < getattr(config, name) < math.inf:
-            value = getattr(config, name)
-            raise ValueError(f"{name} must be positive and finite, got {value}.")
+        refuse(name, "positive and finite", lambda x: 0 < x < math.inf)
     for name in not_negative:
-        if not 0 <= getattr(config, name) < math.inf:
-            value = getattr(config, name)
-            raise ValueError(f"{name} must be finite and not negative, got {value}.")
+        refuse(name, "finite and not negative", lambda x: 0 <= x < math.inf)
 
 
 def define(kind: type, leave_out: Collection[str] = ()) -> Callable[[], dict[str, Any]]:

@@ -13,9 +13,10 @@ import tiny_model
 
 import zoqo_jax as zq
 from experiments import settings
-from experiments.finetune import data, objective, outputs, training
+from experiments.finetune import data, objective, outputs, replay, seed_log, training
 from experiments.finetune.config import Config
 from experiments.finetune.models import loading
+from experiments.finetune.parts import adapt
 from zoqo_jax.interop import gguf, safetensors
 
 
@@ -64,9 +65,9 @@ def changed_by(folder, files):
 
 
 def assert_log_rebuilds(outcome, chosen):
-    log = np.load(f"{chosen.output}/replay.npz")["log"]
-    start = training.adapt(outcome.model, chosen)
-    again = zq.replay(start, log, training.transformation(chosen))
+    folder = Path(chosen.output)
+    settings, model, again = seed_log.rebuild(folder / "replay.npz", chosen.model)
+    assert (settings.method, model.span) == (chosen.method, outcome.model.span)
     for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(outcome.params), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -174,7 +175,7 @@ def test_scales_are_trained_and_codes_left_alone(files, tmp_path):
 def test_every_method_trains_adapters(files, tmp_path, changes):
     chosen = config(files, tmp_path, train="lora", rank=2, steps=3, learning_rate=10.0, **changes)
     outcome = run(chosen)
-    before = jax.tree.leaves(training.adapt(outcome.model, chosen))
+    before = jax.tree.leaves(adapt(outcome.model, chosen))
     moved = [
         (one != other).any()
         for one, other in zip(before, jax.tree.leaves(outcome.params), strict=True)
@@ -225,6 +226,23 @@ def test_adapters_are_written_as_peft_reads_them(files, tmp_path, changes):
     v = outcome.params["layers"]["v"]["weight"]
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     np.testing.assert_array_equal(found[name], zq.dequantize(v.b)[1])
+
+
+@pytest.mark.parametrize("train", ["codes", "lora"])
+def test_the_log_makes_the_same_file_again(files, tmp_path, train):
+    chosen = config(files, tmp_path / "run", train=train, layers=1, steps=2, eval_every=2)
+    outcome = run(chosen)
+    assert outcome.best_step == 2
+    log, again = tmp_path / "run" / "replay.npz", tmp_path / "again"
+    replay.main(replay.Places(str(log), files[0], str(again)))
+    name = "model.gguf" if train == "codes" else "adapter/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    other = tiny_model.write_model(tmp_path / "other.gguf", seed=1)
+    with pytest.raises(SystemExit, match=r"model: .*other.gguf has digest"):
+        replay.main(replay.Places(str(log), str(other), str(again)))
+    log.write_bytes(log.read_bytes()[:100])
+    with pytest.raises(SystemExit, match=r"log: .* is no seed log"):
+        replay.main(replay.Places(str(log), files[0], str(again)))
 
 
 def test_a_folder_of_another_run_is_left_alone(files, tmp_path):
@@ -284,8 +302,8 @@ def test_what_does_not_fit_the_model_is_refused(files, tmp_path):
         ({"max_tokens": 65}, "max_tokens must be at most 64"),
         ({"batch_size": 1000}, "batch_size must be at most"),
         ({"max_tokens": 1}, "batch_size must be at most 0"),
-        ({"layers": 3}, "layers must be below 2, the model's, got 3"),
+        ({"layers": 3}, "layers must be at most 2, the model's, got 3"),
     ):
-        chosen = config(files, tmp_path / next(iter(changes)), **changes)
+        chosen = config(files, tmp_path, **changes)
         with pytest.raises(ValueError, match=message):
             training.train(checkpoint, chosen, progress=False)

@@ -76,15 +76,12 @@ class Config:
         settings.check(
             self,
             least={"num_images": 0, "budget": 2, "batch_size": 1, "model_batch": 1},
+            within={"bits": (2, 8), "density": (0, 1)},
             positive=("epsilon",),
             not_negative=("learning_rate", "decay_steps", "radius", "num_queries"),
         )
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be in [2, 8], got {self.bits}.")
         if not (2 <= self.weight_bits <= 8 or self.weight_bits == 32):
             raise ValueError(f"weight_bits must be in [2, 8] or 32, got {self.weight_bits}.")
-        if not 0 <= self.density <= 1:
-            raise ValueError(f"density must be in [0, 1], got {self.density}.")
 
     @property
     def name(self) -> str:

@@ -17,33 +17,42 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, logging
 from tqdm import tqdm
 
+from experiments import settings
 from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
 from experiments.attack.data import NUM_CLASSES
 from experiments.attack.run import Case, load_case
 from zoqo_jax.interop.files import replacing
 
-__all__ = ["ROWS", "Row", "Runs", "load"]
+__all__ = ["ROWS", "Places", "Row", "Runs", "load"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_RESULTS = flags.DEFINE_string(
-    "results", str(Path(__file__).resolve().parent / "results"), "folder of what was found"
-)
-_DOCUMENT = flags.DEFINE_string(
-    "document", str(_ROOT / "docs" / "attacks.md"), "what to write the tables into"
-)
-_CIFAR = flags.DEFINE_string(
-    "cifar10", "", "tfds:cifar10, a folder or a tar file of pictures; empty: leave its rows out"
-)
-_ONLY = flags.DEFINE_multi_string("only", [], "attack only rows whose name holds one of these")
-_RENDER = flags.DEFINE_bool("render", False, "only write the tables from what was found before")
-_PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
-
 _CHUNK = 1_000
 _SEEN = ("ZOQO, 8 bit, coarse to fine", "ZOQO, 2 bit, dense", "SignHunter", "Square Attack")
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where things are, and which rows are wanted.
+
+    Attributes:
+      results: folder of what was found.
+      document: what to write the tables into.
+      cifar10: "tfds:cifar10", a folder or a tar file of pictures; empty: leave its rows out.
+      only: attack only rows whose name, after that of the table, holds this.
+      render: only write the tables from what was found before.
+      progress: show a progress bar.
+    """
+
+    results: str = str(Path(__file__).resolve().parent / "results")
+    document: str = str(_ROOT / "docs" / "attacks.md")
+    cifar10: str = ""
+    only: str = ""
+    render: bool = False
+    progress: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,22 +173,20 @@ def load(folder: Path, row: Row) -> Runs:
     return runs
 
 
-def main(argv: Sequence[str]) -> None:
+def main(places: Places) -> None:
     """Attack what is left, and write the tables."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
-    folder, document = Path(_RESULTS.value), Path(_DOCUMENT.value)
-    chosen = [row for row in ROWS if _chosen(row)]
+    folder, document = Path(places.results), Path(places.document)
+    chosen = [row for row in ROWS if _is_chosen(row, places)]
     try:
-        for row in [] if _RENDER.value else chosen:
+        for row in [] if places.render else chosen:
             for seed in range(row.seeds):
-                _attack(folder, row, seed)
+                _attack(places, row, seed)
             jax.clear_caches()  # or compiled programs pile up
             pages.write(document, [load(folder, row) for row in ROWS])
         pages.write(document, [load(folder, row) for row in ROWS])
-        for table in () if _RENDER.value else sorted({row.table for row in chosen}):
-            _draw(table, document.parent / document.stem / f"examples_{table}.png")
+        for table in () if places.render else sorted({row.table for row in chosen}):
+            _draw(table, places, document.parent / document.stem / f"examples_{table}.png")
     except KeyboardInterrupt:
         print(f"interrupted; what was found is in {folder}", file=sys.stderr)
         sys.exit(130)
@@ -188,31 +195,30 @@ def main(argv: Sequence[str]) -> None:
     print(f"tables and figures: {document}")
 
 
-def _chosen(row: Row) -> bool:
+def _is_chosen(row: Row, places: Places) -> bool:
     if row.config.weights not in models.BUNDLED:
         return False  # not trained yet
-    if row.config.dataset == "cifar10" and not _CIFAR.value:
+    if row.config.dataset == "cifar10" and not places.cifar10:
         return False
-    name = f"{row.table} {row.name}"
-    return not _ONLY.value or any(text in name for text in _ONLY.value)
+    return places.only in f"{row.table} {row.name}"
 
 
-def _with_data(config: Config) -> Config:
-    """The configuration with the data set that was named on the command line."""
-    if config.dataset != "cifar10":
-        return config
-    return dataclasses.replace(config, dataset=_CIFAR.value)
+def _case(config: Config, places: Places) -> Case:
+    """The images of a configuration, from the data set that was named on the command line."""
+    if config.dataset == "cifar10":
+        config = dataclasses.replace(config, dataset=places.cifar10)
+    return load_case(config)
 
 
-def _attack(folder: Path, row: Row, seed: int) -> None:
+def _attack(places: Places, row: Row, seed: int) -> None:
     """Attack the images of a run that were not attacked before."""
-    config = _with_data(dataclasses.replace(row.config, seed=seed))
-    case = load_case(config)
+    folder, config = Path(places.results), dataclasses.replace(row.config, seed=seed)
+    case = _case(config, places)
     total = len(case.images)
     queries, seconds = _read(folder, row, seed)
     title = f"{row.table}: {row.name}, seed {seed}"
     with tqdm(
-        total=total, initial=len(queries), desc=title, unit="image", disable=not _PROGRESS.value
+        total=total, initial=len(queries), desc=title, unit="image", disable=not places.progress
     ) as bar:
         while len(queries) < total:
             part = case.take(slice(len(queries), len(queries) + _CHUNK))
@@ -235,14 +241,14 @@ def _one(part: Case, config: Config, bar: Any, before: int) -> tuple[np.ndarray,
     return queries, time.perf_counter() - start
 
 
-def _draw(table: str, path: Path) -> None:
+def _draw(table: str, places: Places, path: Path) -> None:
     """Attack an image of each class by the methods worth seeing, and draw what became of them."""
     rows = [row for row in ROWS if row.table == table and row.name in _SEEN]
     if not rows:
         return
-    case = load_case(_with_data(rows[0].config))
-    places = [int(np.argmax(case.labels == label)) for label in range(NUM_CLASSES)]
-    _, images, labels, _ = case.take(places)
+    case = _case(rows[0].config, places)
+    first = [int(np.argmax(case.labels == label)) for label in range(NUM_CLASSES)]
+    _, images, labels, _ = case.take(first)
     drawn = [pages.Example("the image", images, [str(label) for label in labels])]
     for row in rows:
         outcome = attack.attack(case.logits_fn, images, labels, row.config)
@@ -288,4 +294,4 @@ def _write(folder: Path, row: Row, seed: int, queries: np.ndarray, seconds: floa
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=settings.parser(Places))

@@ -30,7 +30,7 @@ class Config:
         "scales", what the codes of a GGUF file are multiplied by.
       method: "zoqo", "caq_zo", "quzo" and "qes" move codes, "qzo" scales, "mezo", "zo_signsgd" and
         "adam" (by back-propagation) float adapters.
-      steps: of the optimizer.
+      steps: of the optimizer; with 0 the test examples are read, and nothing is trained.
       batch_size: examples a step.
       max_tokens: longer training examples are left out; at most the model's context.
       learning_rate: eta; value units (zoqo, zo_signsgd, mezo, adam), code units (caq_zo, quzo,
@@ -110,12 +110,14 @@ class Config:
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty.")
         least = {
-            "steps": 1, "batch_size": 1, "max_tokens": 1, "num_queries": 1, "query_batch": 1,
+            "steps": 0, "batch_size": 1, "max_tokens": 1, "num_queries": 1, "query_batch": 1,
             "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0, "test_examples": 0,
             "patience": 0, "checkpoint_every": 1, "seed": 0,
         }  # fmt: skip
         rates = ("learning_rate", "radius")
-        settings.check(self, least=least, positive=("decay", "range", "alpha"), not_negative=rates)
+        positive = ("decay", "range", "alpha")
+        bits = {"bits": (2, 8)}
+        settings.check(self, least=least, within=bits, positive=positive, not_negative=rates)
         moved = {"qzo": "scales", **dict.fromkeys(_FLOAT, "lora")}.get(self.method)
         if moved is None and self.train == "scales":
             raise ValueError(f"method={self.method!r} moves codes, not scales: use 'qzo'.")
@@ -123,8 +125,6 @@ class Config:
             raise ValueError(f"method={self.method!r} needs train={moved!r}, got {self.train!r}.")
         if self.grid == "nf4" and self.bits != 4:
             raise ValueError(f"bits must be 4 with grid='nf4', got {self.bits}.")
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be in [2, 8], got {self.bits}.")
         bad = [name for name in self.targets if name not in _MATRICES]
         if bad:
             raise ValueError(f"targets must be of {_MATRICES}, got {bad[0]!r}.")

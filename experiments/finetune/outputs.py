@@ -11,7 +11,9 @@ import jax
 import numpy as np
 
 import zoqo_jax as zq
-from experiments import markdown
+from experiments import footprint, markdown
+from experiments.files import write_json
+from experiments.finetune import seed_log
 from experiments.finetune.config import Config
 from experiments.finetune.models.loading import MODULES, Checkpoint, unstack
 from experiments.finetune.training import Outcome
@@ -19,7 +21,7 @@ from zoqo_jax.arrays import is_trained
 from zoqo_jax.interop import bitsandbytes, gguf, safetensors
 from zoqo_jax.lora import is_lora
 
-__all__ = ["write"]
+__all__ = ["write", "write_trained"]
 
 
 def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
@@ -29,20 +31,35 @@ def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
       The files, the most wanted first.
     """
     folder = Path(config.output)
-    if config.train != "lora":
-        trained = _write_model(folder, outcome.model, outcome.params)
-    else:
-        trained = folder / "adapter"
-        _write_adapter(trained, outcome.model, config, outcome.params)
+    trained = write_trained(folder, config, outcome.model, outcome.params)
     written = [trained]
     if not config.moves_floats:
-        np.savez_compressed(folder / "replay.npz", log=outcome.log)
+        seed_log.save(folder / "replay.npz", config, outcome.model, outcome.log)
         written.append(folder / "replay.npz")
     _draw(outcome, folder / "curves.png")
-    (folder / "outcome.json").write_text(json.dumps(_in_figures(outcome, seconds), indent=1))
+    write_json(folder / "outcome.json", _in_figures(outcome, seconds))
     report = folder / "report.md"
     report.write_text(_report(config, outcome, seconds, trained.name))
     return [*written, report]
+
+
+def write_trained(folder: Path, config: Config, model: Checkpoint, params: Any) -> Path:
+    """Write trained parameters as other programs read them.
+
+    Args:
+      folder: where to.
+      config: the run's settings.
+      model: what was trained, the whole model or its last layers.
+      params: its trained parameters.
+
+    Returns:
+      A GGUF file or a folder, as the model was one; or that of an adapter.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.train != "lora":
+        return _write_model(folder, model, params)
+    _write_adapter(folder / "adapter", model, config, params)
+    return folder / "adapter"
 
 
 def _write_model(folder: Path, checkpoint: Checkpoint, params: Any) -> Path:
@@ -100,7 +117,7 @@ def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params:
         "bias": "none",
         "target_modules": sorted(MODULES[name].split(".")[1] for name in config.matrices),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+    write_json(folder / "adapter_config.json", settings)
 
 
 def _half_split(layer: np.ndarray, name: str, kind: str, checkpoint: Checkpoint) -> np.ndarray:
@@ -118,7 +135,6 @@ def _report(config: Config, outcome: Outcome, seconds: float, trained: str) -> s
         for when, scores in (("before", outcome.before), ("after", outcome.after))
     ]
     table = markdown.table(["test examples", "accuracy", "loss"], rows)
-    last = outcome.history[-1] if outcome.history else {}
     looks = markdown.table(
         ["step", "forward passes", "loss", "dev loss", "dev accuracy"],
         [
@@ -139,7 +155,7 @@ def _report(config: Config, outcome: Outcome, seconds: float, trained: str) -> s
 
 The best step by dev accuracy was {outcome.best_step}; `{trained}` is what it left.
 {_examples(outcome)}
-{seconds:.0f} seconds in all, {last.get("resident_mb", 0):.0f} MiB resident at most.
+{seconds:.0f} seconds in all, {footprint.peak():.0f} MiB resident at most.
 
 ![loss and dev accuracy](curves.png)
 
@@ -157,7 +173,8 @@ def _in_figures(outcome: Outcome, seconds: float) -> dict[str, Any]:
         when: {"accuracy": one.accuracy, "loss": one.loss}
         for when, one in (("before", outcome.before), ("after", outcome.after))
     }
-    found = {**scores, "best_step": outcome.best_step, "seconds": seconds}
+    spent = {"forward_passes": outcome.forward_passes, "seconds": seconds}
+    found = {**scores, "best_step": outcome.best_step, **spent, "resident_mib": footprint.peak()}
     return {**found, "history": outcome.history}
 
 

@@ -25,13 +25,15 @@ def write(document: Path, all_found: Sequence[Found]) -> None:
     some = [(row, outcomes) for row, outcomes in all_found if outcomes]
     folder = document.parent / document.stem
     folder.mkdir(parents=True, exist_ok=True)
-    for name in {row.table for row, _ in some}:
+    for name in {row.table for row, _ in some if row.table != "memory"}:
         _draw([one for one in some if one[0].table == name], folder / f"{name}.png")
 
     def body(name: str) -> str:
         lines = [one for one in some if one[0].table == name]
         if not lines:
             return "*not run yet*"
+        if name == "memory":
+            return _memory(lines)
         return table(_HEAD, [_before(lines), *map(_cells, lines)])
 
     if document.is_file():
@@ -47,16 +49,22 @@ def _before(found: Sequence[Found]) -> list[str]:
 
 def _cells(found: Found) -> list[str]:
     row, outcomes = found
-    last = [outcome["history"][-1] for outcome in outcomes]
     return [
         row.name,
         str(len(outcomes)),
-        f"{last[0]['forward_passes']:,}",
+        f"{outcomes[0]['forward_passes']:,}",
         interval([100 * outcome["after"]["accuracy"] for outcome in outcomes], 1),
         interval([outcome["after"]["loss"] for outcome in outcomes], 3),
         f"{np.mean([outcome['seconds'] for outcome in outcomes]) / 60:.1f}",
-        f"{max(line['resident_mb'] for line in last):,.0f}",
+        f"{max(outcome['resident_mib'] for outcome in outcomes):,.0f}",
     ]
+
+
+def _memory(found: Sequence[Found]) -> str:
+    """Memory beside that of the first row, inference."""
+    peaks = [(row.name, max(one["resident_mib"] for one in outcomes)) for row, outcomes in found]
+    lines = [[name, f"{peak:,.0f}", f"{peak / peaks[0][1]:.2f}"] for name, peak in peaks]
+    return table(["process", "peak, MiB", "of inference"], lines)
 
 
 def _draw(found: Sequence[Found], path: Path) -> None:

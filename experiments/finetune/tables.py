@@ -18,9 +18,9 @@ from typing import Any
 from absl import app, logging
 
 from experiments import settings
+from experiments.files import write_json
 from experiments.finetune import pages
 from experiments.finetune.config import Config
-from zoqo_jax.interop.files import replacing
 
 __all__ = ["ROWS", "Row", "found"]
 
@@ -36,7 +36,7 @@ class Places:
       work: folder for the runs themselves, checkpoints and all.
       document: what to write the tables into.
       sst2: "tfds:sst2", or a folder of train.tsv, dev.tsv and test.tsv.
-      only: run only rows whose name holds one of these.
+      only: run only rows whose name holds this.
       render: only write the tables from what was found before.
     """
 
@@ -44,7 +44,7 @@ class Places:
     work: str = "results/finetune-tables"
     document: str = str(_ROOT / "docs" / "finetune.md")
     sst2: str = "tfds:sst2"
-    only: tuple[str, ...] = ()
+    only: str = ""
     render: bool = False
 
 
@@ -111,6 +111,16 @@ def _rows() -> Iterator[Row]:
     yield row("sst2", "CAQ-ZO, 4-bit codes in place", method="caq_zo", **in_place)
     yield row("sst2", "QZO, scales of the 4-bit file", method="qzo", train="scales")
 
+    # Each in a process of its own, the first one trains nothing.
+    short = {"layers": 0, "steps": 4, "eval_every": 4, "dev_examples": 64, "test_examples": 64}
+    yield row("memory", "inference", **{**short, "steps": 0}, **in_place)
+    yield row("memory", "ZOQO, codes in place, sparse", **short, **in_place)
+    yield row("memory", "ZOQO, codes in place, rank-one", structure="rank_one", **short, **in_place)
+    yield row("memory", "CAQ-ZO, codes in place", method="caq_zo", **short, **in_place)
+    yield row("memory", "ZOQO, 8-bit LoRA", **short)
+    yield row("memory", "MeZO, float LoRA", method="mezo", **short)
+    yield row("memory", "Adam, float LoRA, back-propagation", method="adam", **short)
+
 
 ROWS = tuple(_rows())
 
@@ -122,24 +132,19 @@ def found(folder: Path, row: Row) -> list[dict[str, Any]]:
       >>> found(Path("/nowhere"), ROWS[0])
       []
     """
-    outcomes = []
-    for seed in range(row.seeds):
-        path = folder / f"{row.stem(seed)}.json"
-        outcome = json.loads(path.read_text()) if path.is_file() else {}
-        if outcome.get("settings") == _settings(row, seed):
-            outcomes.append(outcome)
-    return outcomes
+    outcomes = (_found(folder, row, seed) for seed in range(row.seeds))
+    return [outcome for outcome in outcomes if outcome]
 
 
 def main(places: Places) -> None:
     """Run what is left, and write the tables."""
     logging.set_verbosity(logging.WARNING)
     folder, document = Path(places.results), Path(places.document)
-    chosen = [row for row in ROWS if _is_chosen(row, places)]
+    chosen = [row for row in ROWS if places.only in f"{row.table} {row.name}"]
     try:
         for row in [] if places.render else chosen:
             for seed in range(row.seeds):
-                if not (folder / f"{row.stem(seed)}.json").is_file():
+                if not _found(folder, row, seed):
                     _run(places, row, seed)
                     pages.write(document, [(row, found(folder, row)) for row in ROWS])
     except KeyboardInterrupt:
@@ -149,9 +154,11 @@ def main(places: Places) -> None:
     print(f"tables and figures: {document}")
 
 
-def _is_chosen(row: Row, places: Places) -> bool:
-    name = f"{row.table} {row.name}"
-    return not places.only or any(text in name for text in places.only)
+def _found(folder: Path, row: Row, seed: int) -> dict[str, Any]:
+    """What a run came to; nothing where it is not finished, or was another with this name."""
+    path = folder / f"{row.stem(seed)}.json"
+    outcome = json.loads(path.read_text()) if path.is_file() else {}
+    return outcome if outcome.get("settings") == _settings(row, seed) else {}
 
 
 def _settings(row: Row, seed: int) -> dict[str, Any]:
@@ -179,10 +186,8 @@ def _run(places: Places, row: Row, seed: int) -> None:
     if code:
         sys.exit(f"error: {row.name}, seed {seed}, ended with status {code}")
     outcome = json.loads((output / "outcome.json").read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{row.stem(seed)}.json") as file:
-        text = json.dumps({"settings": _settings(row, seed), **outcome}, indent=1)
-        file.write(text.encode())
+    content = {"settings": _settings(row, seed), **outcome}
+    write_json(folder / f"{row.stem(seed)}.json", content)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import markdown
-from zoqo_jax.interop.files import replacing
+from experiments.files import write_json
 
 __all__ = ["Cell", "Claim", "Measurement", "check"]
 
@@ -98,9 +98,7 @@ class _Kept:
         self.content["cells"].append({"cell": cell, "found": found})
         self.content["seconds"] += seconds
         self.content["versions"] = _versions()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self._path) as file:
-            file.write(json.dumps(self.content, indent=1).encode())
+        write_json(self._path, self.content)
 
 
 def _words(kept: _Kept, cells: int) -> str:

@@ -133,15 +133,17 @@ def load(path: str | Path) -> Checkpoint:
     return load_hugging_face(path) if path.is_dir() else load_gguf(path)
 
 
-def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint, Checkpoint]:
-    """The layers below, and the last `count` of them.
+def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint | None, Checkpoint]:
+    """The layers below, if there are any, and the last `count` of them; 0: all.
 
     Raises:
       ValueError: there are not so many.
     """
     depth = checkpoint.architecture.depth
-    if not 0 < count < depth:
-        raise ValueError(f"layers must be below {depth}, the model's, got {count}.")
+    if count > depth:
+        raise ValueError(f"layers must be at most {depth}, the model's, got {count}.")
+    if count in (0, depth):
+        return None, checkpoint
 
     def part(span: range) -> Checkpoint:
         layers = jax.tree.map(lambda x: x[span.start : span.stop], checkpoint.params["layers"])

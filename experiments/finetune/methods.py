@@ -1,0 +1,51 @@
+"""The optimizer of a run, by the name of its method."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+import zoqo_jax as zq
+from experiments.finetune.config import Config
+
+__all__ = ["transformation"]
+
+
+def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run."""
+    key = jax.random.key(config.seed)
+
+    def falling(start: float) -> Callable[[Any], jax.Array]:
+        return optax.exponential_decay(start, max(config.steps, 1), config.decay)
+
+    queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
+    sparse = config.is_sparse
+    structure = {"auto": "sparse" if sparse else "dense"}.get(config.structure, config.structure)
+    density = {"density": falling(config.density)} if sparse else {}
+    shape = {"structure": structure, **density, **queries}
+    if config.method == "zoqo":
+        # In place a step is one code, and the density is what falls.
+        in_place = config.train == "codes"
+        rate = config.learning_rate or (1e-9 if in_place else 2e-3)
+        return zq.zoqo(
+            rate if sparse else falling(rate),
+            config.radius or (1e-9 if in_place else 2e-3),
+            noise=config.noise,
+            step=config.step_rule,
+            **shape,
+        )
+    if config.method == "caq_zo":
+        radius = (config.radius or 0.1) if config.query == "off_grid" else None
+        asked = {"query": config.query, "radius": radius, "boundary": "clamp"}
+        return zq.caq_zo(falling(config.learning_rate or 1.0), **asked, **shape)
+    if config.method in ("quzo", "qes"):
+        rule = zq.quzo if config.method == "quzo" else zq.qes
+        return rule(falling(config.learning_rate or 1.0), config.radius or 1.0, **shape)
+    if config.method == "qzo":
+        return zq.qzo(falling(config.learning_rate or 1e-7), config.radius or 1e-4, **queries)
+    if config.method == "adam":
+        return optax.with_extra_args_support(optax.adam(falling(config.learning_rate or 1e-3)))
+    rate = falling(config.learning_rate or (1e-3 if config.method == "zo_signsgd" else 1e-2))
+    rule = optax.sign_sgd if config.method == "zo_signsgd" else optax.sgd
+    return optax.chain(zq.spsa(config.radius or 2e-3, **queries), rule(rate))

@@ -1,0 +1,81 @@
+"""The tables of attacks: rows go on where they were stopped, and are written into a document."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments.attack import tables
+from experiments.attack.config import Config
+from experiments.attack.tables import Places, Row
+
+_CONFIG = Config(method="square", num_images=5, budget=30)
+_ROW = Row("mnist", "Square Attack", _CONFIG, seeds=2)
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", (_ROW,))
+    monkeypatch.setattr(tables, "_CHUNK", 2)
+    document = tmp_path / "attacks.md"
+    document.write_text("# Attacks\n\n<!-- table: mnist -->\n<!-- end -->\n")
+    results = str(tmp_path / "results")
+    return Places(results=results, document=str(document), progress=False)
+
+
+def found(places, row=_ROW):
+    return tables.load(tables.Path(places.results), row).queries
+
+
+def test_a_row_goes_on_where_it_was_stopped(places, monkeypatch, capsys):
+    one, calls = tables._one, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return one(*args)
+
+    monkeypatch.setattr(tables, "_one", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        tables.main(places)
+    assert "what was found is in" in capsys.readouterr().err
+    assert [len(queries) for queries in found(places)] == [2]
+    tables.main(places)
+    assert len(calls) == 2 + 2 + 3  # chunks: one kept and one stopped, two, and three of seed 1
+    parts = found(places)
+
+    monkeypatch.setattr(tables, "_CHUNK", 1_000)
+    tables.main(dataclasses.replace(places, results=places.results + " whole"))
+    whole = found(dataclasses.replace(places, results=places.results + " whole"))
+    for some, all_at_once in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(some, all_at_once)
+
+    text = tables.Path(places.document).read_text()
+    assert "| Square Attack |      5 |     2 |" in text
+    folder = tables.Path(places.document).with_suffix("")
+    assert {path.name for path in folder.iterdir()} == {
+        "mnist.csv", "failures.png", "examples_mnist.png",
+    }  # fmt: skip
+
+
+def test_a_row_of_other_settings_is_attacked_anew(places):
+    tables.main(places)
+    other = dataclasses.replace(_ROW, config=dataclasses.replace(_CONFIG, budget=31))
+    assert len(found(places)) == 2
+    assert found(places, other) == []
+
+
+def test_rows_are_chosen_by_their_names(places):
+    tables.main(dataclasses.replace(places, only="SignHunter"))
+    assert found(places) == []
+    tables.main(dataclasses.replace(places, render=True))
+    assert "*not attacked yet*" in tables.Path(places.document).read_text()
+
+
+def test_a_data_set_that_is_not_there_is_named(places, monkeypatch):
+    config = dataclasses.replace(_CONFIG, dataset="cifar10", weights="cifar10")
+    monkeypatch.setattr(tables, "ROWS", (Row("cifar10", "Square Attack", config),))
+    tables.main(places)  # without --cifar10 its rows are left out
+    with pytest.raises(SystemExit, match="/nowhere"):
+        tables.main(dataclasses.replace(places, cifar10="/nowhere"))
