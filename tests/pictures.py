@@ -48,17 +48,17 @@ def write_folder(folder, *, split="test", zipped=False, images=None, labels=None
 
 
 def write_pictures(folder, *, split="test", size=(32, 32), mode="RGB", count=3):
-    """Pictures of two classes, boats and fewer cats; their pixels and classes, in order."""
+    """Pictures of two classes, boats and fewer cats; their pixels and classes, by turns."""
     rng = np.random.default_rng(0)
-    pixels, labels = [], []
+    written = []
     for label, name in enumerate(("boat", "cat")):
         (folder / split / name).mkdir(parents=True)
         for i in range(count // 2 if label else count - count // 2):
             shape = (*size, 3) if mode == "RGB" else size
             image = rng.integers(0, 256, shape).astype(np.uint8)
             Image.fromarray(image).save(folder / split / name / f"{i:02d}.png")
-            pixels.append(image.reshape(*size, -1))
-            labels.append(label)
+            written.append((i, label, image.reshape(*size, -1)))
+    _, labels, pixels = zip(*sorted(written, key=lambda one: one[:2]), strict=True)
     return np.stack(pixels), np.array(labels)
 
 

@@ -202,7 +202,8 @@ def test_an_unknown_split():
 
 @pytest.mark.parametrize(("size", "mode"), [((32, 32), "RGB"), ((28, 28), "L")])
 def test_pictures_come_from_a_folder_or_a_tar_file(tmp_path, size, mode):
-    pixels, labels = write_pictures(tmp_path / "set", size=size, mode=mode)
+    pixels, labels = write_pictures(tmp_path / "set", size=size, mode=mode, count=5)
+    assert labels.tolist() == [0, 1, 0, 1, 0]
     (tmp_path / "set" / "test" / "cat" / "notes.txt").write_text("no picture")
     tar = packed(tmp_path / "set", tmp_path / "set.tar")
     zipped = packed(tmp_path / "set", tmp_path / "set.tar.gz", "w:gz")

@@ -10,6 +10,7 @@ import io
 import math
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -42,7 +43,8 @@ def load(dataset: str, *, split: str = "test") -> tuple[np.ndarray, np.ndarray]:
         - a folder of IDX files under their usual names (`train-images-idx3-ubyte`,
           `t10k-labels-idx1-ubyte`, ...), with or without `.gz`;
         - a folder or a tar file of pictures, `train/CLASS/*.jpg` and `test/CLASS/*.jpg` (or .png),
-          classes in the order of their names.
+          classes in the order of their names; the first pictures of all classes come first, then
+          the second ones.
       split: "test" or "train".
 
     Returns:
@@ -173,11 +175,21 @@ def _read_pictures(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     if not by_name:
         raise FileNotFoundError(f"dataset: {path} has no pictures {split}/CLASS/*.jpg or *.png.")
     classes = sorted({name.parent.name for name in by_name})
-    names = sorted(by_name)
+    names = _dealt(sorted(by_name))
     images = [_decoded(by_name[name], f"{path}: {name}") for name in names]
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"{path}: all pictures of {split} must have one size.")
     return np.stack(images), np.asarray([classes.index(name.parent.name) for name in names])
+
+
+def _dealt(names: list[PurePosixPath]) -> list[PurePosixPath]:
+    """One of each class after another, so that the first few are a sample of all."""
+    seen: Counter[str] = Counter()
+    rounds = []
+    for name in names:
+        rounds.append((seen[name.parent.name], name))
+        seen[name.parent.name] += 1
+    return [name for _, name in sorted(rounds)]
 
 
 def _pictures(path: Path, split: str) -> Iterator[tuple[PurePosixPath, bytes]]:

@@ -23,7 +23,6 @@ from tqdm import tqdm
 from experiments import settings
 from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
-from experiments.attack.data import NUM_CLASSES
 from experiments.attack.run import Case, load_case
 from zoqo_jax.interop.files import replacing
 
@@ -252,7 +251,7 @@ def _draw(table: str, places: Places, path: Path) -> None:
     if not rows:
         return
     case = _case(rows[0].config, places)
-    first = [int(np.argmax(case.labels == label)) for label in range(NUM_CLASSES)]
+    _, first = np.unique(case.labels, return_index=True)
     _, images, labels, _ = case.take(first)
     drawn = [pages.Example("the image", images, [str(label) for label in labels])]
     for row in rows:
