@@ -61,9 +61,10 @@ def _cells(found: Found) -> list[str]:
 
 
 def _memory(found: Sequence[Found]) -> str:
-    """Memory beside that of the first row, inference."""
-    peaks = [(row.name, max(one["resident_mib"] for one in outcomes)) for row, outcomes in found]
-    lines = [[name, f"{peak:,.0f}", f"{peak / peaks[0][1]:.2f}"] for name, peak in peaks]
+    """Memory of processes, beside that of inference."""
+    peaks = {row.name: max(one["resident_mib"] for one in outcomes) for row, outcomes in found}
+    least = peaks.get("inference", np.nan)
+    lines = [[name, f"{peak:,.0f}", f"{peak / least:.2f}"] for name, peak in peaks.items()]
     return table(["process", "peak, MiB", "of inference"], lines)
 
 
