@@ -68,7 +68,7 @@ def losses(
             has one side's activations in memory.
 
     Returns:
-        Float32 losses at +u, -u and, with `center`, at the present codes: two or three forward
+        Float32 losses at +u, -u and, with `center`, at the present codes; two or three forward
         passes.
 
     Raises:

@@ -206,7 +206,7 @@ def describe(
             rounded to the nearest code instead of being codes.
 
     Returns:
-        The stencil: about twelve bytes a row, which a compiled program never stores.
+        The stencil, about twelve bytes a row, which a compiled program never stores.
 
     Examples:
         >>> from zoqo_jax import Quantizer
