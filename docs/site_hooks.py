@@ -33,7 +33,7 @@ _REFINEMENTS = [
             r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>',
         ),
         (
-            r"(<mo[^>]*>(?:&#x00028;|&#x0007B;|&#x0005B;|&#x0002C;|&#x0003D;)</mo>)"
+            r"(<mo[^>]*>(?:&#x00028;|&#x0007B;|\[|&#x0002C;|&#x0003D;)</mo>)"
             r"<mo>(&#x02212;|&#x000B1;)</mo>",
             r'\1<mo form="prefix">\2</mo>',
         ),
