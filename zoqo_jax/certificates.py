@@ -94,6 +94,14 @@ class Audit(NamedTuple):
         decrease: f(x) less the lowest loss found; negative where all were higher.
         queries: evaluations of the objective.
         bound: on the chance of success, with the confidence asked for.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> w = zq.Quantizer(bits=4, range=1.5)(jnp.full(1, 0.8))  # s = .2: .6 is better
+        >>> look = lambda w, key: audit(lambda w: w.sum() ** 2, w, key, support=1, gamma=1e-3)
+        >>> found = jax.jit(look)(w, jax.random.key(0))
+        >>> found.successes.item(), found.trials.item(), found.decrease.round(2).item()
+        (15, 15, 0.28)
     """
 
     successes: Int32[Array, ""]
@@ -184,6 +192,14 @@ class GateState(NamedTuple):
         successes: so far.
         queries: evaluations of the objective so far.
         side: the end at which the last direction succeeded, 1 or -1; 0 where it failed.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> w = zq.Quantizer()(jnp.ones(8))
+        >>> flat = gate(key=jax.random.key(0), support=8, gamma=1e-3)
+        >>> stop, state = flat.update(flat.init(w), lambda w: 1.0, w)
+        >>> state.failures.item(), state.successes.item(), state.queries.item()
+        (1, 0, 3)
     """
 
     count: Int32[Array, ""]
@@ -203,6 +219,15 @@ class Gate(NamedTuple):
         update: (state, value_fn, params) -> (whether to stop, state).
         accept: (state, params) -> params, moved to where the last direction succeeded; to be called
             with the params of the last `update`.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> w = zq.Quantizer(bits=4, range=1.5)(jnp.full(1, 0.8))  # s = .2
+        >>> look = gate(key=jax.random.key(0), support=1, gamma=1e-3)
+        >>> update = jax.jit(lambda state: look.update(state, lambda w: w.sum() ** 2, w))
+        >>> stop, state = update(look.init(w))
+        >>> bool(stop), look.accept(state, w).materialise().round(2).tolist()
+        (False, [0.6])
     """
 
     init: Callable[[PyTree], GateState]

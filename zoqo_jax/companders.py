@@ -193,8 +193,7 @@ def codebook(levels: Sequence[float] | np.ndarray, name: str = "codebook") -> Co
 
     Raises:
         ValueError: too few or too many levels, a level that is not finite, or an order that does
-        not
-            increase strictly.
+            not increase strictly.
 
     Examples:
         >>> codebook([-1.0, 0.0, 0.25, 1.0]).forward(jnp.float32(0.25)).item()

@@ -76,6 +76,13 @@ class Diagnosis:
         leaves: in the order of the tree.
         radius: as given.
         unit: of the radius.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> w = zq.nf4(block=16)(jnp.linspace(-1.0, 1.0, 64).reshape(4, 16))
+        >>> found = diagnose({"w": w}, 0.05, unit="half_range")
+        >>> found.leaves[0].codes.shares[0]  # of NF4's 16 codes 8 collapse
+        0.5
     """
 
     leaves: tuple[LeafDiagnosis, ...]

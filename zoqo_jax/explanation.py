@@ -35,6 +35,13 @@ class Explanation:
         unused: leaves that the objective never reads.
         population: displacements evaluated together.
         itemsize: bytes of a decoded value.
+
+    Examples:
+        >>> import jax.numpy as jnp, zoqo_jax as zq
+        >>> params = zq.quantize({"w": jnp.ones((4, 2)), "v": jnp.ones((2, 2))}, zq.Quantizer(8))
+        >>> found = explain(lambda params: jnp.sum(jnp.ones((3, 4)) @ params["w"]), params)
+        >>> found.is_fused, found.unused, found.decoded_bytes(found.uses[0])
+        (True, ("['v']",), 32)
     """
 
     uses: tuple[Use, ...]

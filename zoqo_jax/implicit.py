@@ -90,6 +90,13 @@ class PerturbedArray(quax.ArrayValue):
         stencil: where they would go; its side is that of the query.
         population: how many displacements of the array are evaluated together, by `jax.vmap`.
         label: what to call the array.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer, stencils
+        >>> array = Quantizer(range=1.275)(jnp.zeros(3))  # s = .01
+        >>> probe = stencils.describe(jax.random.key(0), array, 1.0, law="rademacher")
+        >>> abs(PerturbedArray(array, probe).materialise()).round(3).tolist()
+        [0.01, 0.01, 0.01]
     """
 
     array: QuantizedArray

@@ -35,6 +35,11 @@ class LoraArray(quax.ArrayValue):
         a: (..., rank, inputs), codes or floats.
         b: (..., outputs, rank), codes or floats.
         scaling: alpha / rank.
+
+    Examples:
+        >>> w = LoraArray(jnp.zeros((2, 3)), jnp.ones((1, 3)), jnp.ones((2, 1)), scaling=0.5)
+        >>> quaxify(lambda w, x: w @ x)(w, jnp.ones(3)).tolist()
+        [1.5, 1.5]
     """
 
     base: Any
@@ -125,7 +130,14 @@ def lora(
 
 
 def is_lora(leaf: Any) -> bool:
-    """Whether a leaf is a `LoraArray`; the `is_leaf` for maps over adapted trees."""
+    """Whether a leaf is a `LoraArray`; the `is_leaf` for maps over adapted trees.
+
+    Examples:
+        >>> params = lora({"w": jnp.ones((2, 2)), "b": jnp.ones(2)}, 1, key=jax.random.key(0),
+        ...               where=lambda path, w: w.ndim == 2)
+        >>> jax.tree.map(is_lora, params, is_leaf=is_lora)
+        {'b': False, 'w': True}
+    """
     return isinstance(leaf, LoraArray)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 __all__ = ["Rounding", "error_feedback", "nearest", "significant", "stochastic", "threshold"]
 
 Rounding = Literal["stochastic", "nearest", "error_feedback", "threshold", "significant"]
+"""The projections that `caq_zo` offers, by name."""
 
 _POINT = 22  # error feedback counts in 2^-22 codes, which leaves an int32 room for +-511 codes
 

@@ -293,6 +293,11 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     """`quantize`'s default choice: floating leaves of two or more axes not named "bias" or "scale".
 
     The names matter where layers are stacked for a scan: a stack of biases has two axes as well.
+
+    Examples:
+        >>> layers = {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))}
+        >>> jax.tree_util.tree_map_with_path(is_matrix, layers)
+        {'bias': False, 'kernel': True}
     """
     # Two names from the end: nnx adds "value" to each.
     names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path[-2:]}
@@ -314,7 +319,7 @@ def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> 
 
     Raises:
         ValueError: `where` chose no leaf, or a chosen one cannot be quantized; the message names
-        it.
+            it.
 
     Examples:
         >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}

@@ -37,8 +37,13 @@ __all__ = [
 ]
 
 Objective = Callable[[Any], Float[Array, ""]]
+"""A loss: `value_fn(params) -> scalar`."""
+
 Comparator = Callable[..., Any]
+"""A judge: `compare_fn(a, b)`, or `compare_fn(a, b, key)`, -> -1, 0 or 1."""
+
 Sides = Literal["together", "in_turn"]
+"""How the two sides of a query are evaluated."""
 
 
 def losses(
@@ -63,7 +68,7 @@ def losses(
             has one side's activations in memory.
 
     Returns:
-        Float32 losses at +u, -u and, with `center`, at the present codes: two or three forward
+        Float32 losses at +u, -u and, with `center`, at the present codes; two or three forward
         passes.
 
     Raises:
@@ -179,6 +184,13 @@ def scalar(value: Any, source: str = "value_fn") -> Float32[Array, ""]:
 
     Raises:
         ValueError: it is no real scalar.
+
+    Examples:
+        >>> scalar(jnp.bfloat16(1.5))
+        Array(1.5, dtype=float32)
+        >>> scalar(jnp.ones(2))
+        Traceback (most recent call last):
+        ValueError: value_fn must return a real scalar, got shape (2,) and dtype float32.
     """
     if isinstance(value, quax.ArrayValue):  # an objective that ends without an operation of its own
         value = value.materialise()

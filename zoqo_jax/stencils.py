@@ -56,9 +56,16 @@ __all__ = [
 ]
 
 Law = Literal["uniform", "gaussian", "rademacher"]
+"""What an entry of a direction may be."""
+
 Structure = Literal["dense", "rank_one", "sparse"]
+"""How the entries of a direction hang together."""
+
 Boundary = Literal["clamp", "mask", "reflect"]
+"""What becomes of an end point that would leave the grid."""
+
 Unit = Literal["codes", "values"]
+"""What a radius is measured in."""
 
 # float32 quotients of equal decimals can miss a whole number by an ulp or two: .02 / .001 must
 # floor to 20.
@@ -88,6 +95,16 @@ class Stencil(eqx.Module):
             direction of whole numbers.
         off_grid: how far an entry of one moves a level, one number or copies of it for a scan,
             where end points are rounded to the nearest code; None where they are codes.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> array = Quantizer(range=1.275)(jnp.zeros((2, 3)))  # s = .01
+        >>> key = jax.random.key(0)
+        >>> signs = describe(key, array, 0.025, unit="values", law="rademacher")
+        >>> signs.width(array).round(3).item(), signs.reach(array).item()
+        (2.5, 2)
+        >>> bool((draw(signs.flipped(jnp.int8(-1)), array) == -draw(signs, array)).all())
+        True
     """
 
     rows: Rows
@@ -189,7 +206,7 @@ def describe(
             rounded to the nearest code instead of being codes.
 
     Returns:
-        The stencil: about twelve bytes a row, which a compiled program never stores.
+        The stencil, about twelve bytes a row, which a compiled program never stores.
 
     Examples:
         >>> from zoqo_jax import Quantizer
@@ -215,13 +232,30 @@ def draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
     """The direction that a stencil describes, in codes, in the shape of `array`.
 
     Under boundary="mask" the entries that would leave the grid on either side are zero.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> array = Quantizer(range=1.0)(jnp.array([[-1.0, 0.0, 1.0]]))
+        >>> key = jax.random.key(0)
+        >>> probe = describe(key, array, 1.0, law="rademacher", boundary="mask")
+        >>> abs(draw(probe, array)).tolist()
+        [[0, 1, 0]]
     """
     drawn = [_draw(*part(stencil, array, i)) for i in range(array.per_byte)]
     return jnp.concatenate(drawn, axis=-1) if len(drawn) > 1 else drawn[0]
 
 
 def part(stencil: Stencil, array: QuantizedArray, i: Array | int) -> tuple[Stencil, QuantizedArray]:
-    """A stencil and its array for one of the parts whose codes share bytes; their draws differ."""
+    """A stencil and its array for one of the parts whose codes share bytes; their draws differ.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> array = Quantizer(bits=4)(jnp.ones((1, 6)))  # two codes a byte
+        >>> probe = describe(jax.random.key(0), array, 3.0)
+        >>> halves = [draw(*part(probe, array, i)) for i in range(2)]
+        >>> bool((jnp.concatenate(halves, axis=-1) == draw(probe, array)).all())
+        True
+    """
     return dataclasses.replace(stencil, rows=draws.part(stencil.rows, i)), array.part(i)
 
 
@@ -242,7 +276,16 @@ def _draw(stencil: Stencil, array: QuantizedArray) -> Int16[Array, "..."]:
 
 
 def row_signs(stencil: Stencil) -> Int8[Array, "*rows"]:
-    """The sign of every row of a rank-one direction, for the + side of a query."""
+    """The sign of every row of a rank-one direction, for the + side of a query.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> array, key = Quantizer()(jnp.ones((3, 4))), jax.random.key(0)
+        >>> probe = describe(key, array, 1.0, law="rademacher", structure="rank_one")
+        >>> a, b = row_signs(probe), column_signs(probe, array)
+        >>> bool((draw(probe, array) == jnp.outer(a, b)).all())
+        True
+    """
     rows = draws.whole(stencil.rows)
     like = jax.ShapeDtypeStruct(rows.index.shape, jnp.uint32)
     word = compiler.held(lambda: draws.words(rows, 1, _SIGN)[..., 0], rows.key0, like)
@@ -250,7 +293,15 @@ def row_signs(stencil: Stencil) -> Int8[Array, "*rows"]:
 
 
 def column_signs(stencil: Stencil, array: QuantizedArray) -> Int8[Array, " columns"]:
-    """The signs that all rows of a rank-one Rademacher direction share."""
+    """The signs that all rows of a rank-one Rademacher direction share.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> array, key = Quantizer()(jnp.ones((3, 4))), jax.random.key(0)
+        >>> probe = describe(key, array, 1.0, law="rademacher", structure="rank_one")
+        >>> abs(column_signs(probe, array)).tolist()
+        [1, 1, 1, 1]
+    """
     columns = array.packed.shape[-1] if array.ndim else 1
     row = draws.shared(stencil.rows)
     by_part = [draws.signs(draws.part(row, i), columns, _ENTRY) for i in range(array.per_byte)]
@@ -266,6 +317,15 @@ def weighted_signs(
         stencils: of all queries, their arrays stacked.
         weights: exact in any order of summation, as `queries.differences` are.
         array: in whose shape, a code to a byte.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> array, keys = Quantizer()(jnp.ones((3, 4))), jax.random.split(jax.random.key(0))
+        >>> signs = lambda key: describe(key, array, 1.0, law="rademacher", structure="rank_one")
+        >>> total = weighted_signs(jax.vmap(signs)(keys), jnp.array([0.5, 0.25]), array)
+        >>> by_hand = 0.5 * draw(signs(keys[0]), array) + 0.25 * draw(signs(keys[1]), array)
+        >>> bool((total == by_hand).all())
+        True
     """
     a = jax.vmap(row_signs)(stencils).reshape(weights.shape[0], -1)
     b = jax.vmap(lambda stencil: column_signs(stencil, array))(stencils)
@@ -331,6 +391,13 @@ def dithered_reach(
         rows: where the bits come from.
         width: in codes, in the shape of `array.scale`.
         array: whose coordinates, a code to a byte.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> array = Quantizer()(jnp.ones((1, 10_000)))
+        >>> moves = dithered_reach(draws.rows(jax.random.key(0), (1,)), jnp.float32(1.25), array)
+        >>> sorted(set(moves.ravel().tolist())), round(moves.mean().item(), 2)
+        ([1, 2], 1.25)
     """
     shape = array.shape
     whole = jnp.clip(jnp.floor(width * (1.0 + _FLOOR_TOLERANCE)), 0.0, float(array.grid.high))
@@ -344,7 +411,12 @@ def check(law: str, structure: str, boundary: str, density: Any) -> None:
 
     Raises:
         ValueError: an unknown name, a density outside (0, 1], or one for a structure that is not
-        sparse.
+            sparse.
+
+    Examples:
+        >>> check("uniform", "dense", "clamp", 0.5)
+        Traceback (most recent call last):
+        ValueError: density=0.5 needs structure='sparse', got structure='dense'.
     """
     given = (
         ("noise", law, Law),
@@ -366,7 +438,13 @@ def check(law: str, structure: str, boundary: str, density: Any) -> None:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a name that is not among the choices."""
+    """Refuse a name that is not among the choices.
+
+    Examples:
+        >>> check_choice("vote", "most", ("mean", "majority"))
+        Traceback (most recent call last):
+        ValueError: vote must be one of ('mean', 'majority'), got 'most'.
+    """
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
 

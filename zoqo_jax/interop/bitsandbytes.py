@@ -52,6 +52,15 @@ class File(NamedTuple):
         tensors: by name: a `QuantizedArray` for each 4-bit tensor, in its own shape (a matrix is
             (outputs, inputs)) and with values in its own dtype; all other arrays as they are.
         companions: by name, what lies beside the 4-bit tensors; `save` writes it back.
+
+    Examples:
+        >>> import tempfile
+        >>> from zoqo_jax import nf4
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/a.safetensors", {"w": nf4()(jnp.ones((1, 64))), "b": jnp.ones(2)})
+        ...     file = load(f"{folder}/a.safetensors")
+        >>> file.tensors["w"].shape, file.tensors["b"].tolist(), file.companions["w.absmax"]
+        ((1, 64), [1.0, 1.0], array([1.], dtype=float32))
     """
 
     tensors: dict[str, Any]

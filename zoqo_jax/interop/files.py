@@ -14,12 +14,12 @@ __all__ = ["replacing"]
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write, which takes the path's place when all of it is written, and not before.
 
-    Example:
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     with replacing(Path(folder) / "a") as file:
-      ...         _ = file.write(b"whole")
-      ...     (Path(folder) / "a").read_bytes()
-      b'whole'
+    Examples:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(Path(folder) / "a") as file:
+        ...         _ = file.write(b"whole")
+        ...     (Path(folder) / "a").read_bytes()
+        b'whole'
     """
     path = Path(path)
     # The temporary file lies in the same folder: os.replace is atomic only within a file system.

@@ -63,12 +63,22 @@ _FORMATS = {
 
 
 def is_exact(kind: int) -> bool:
-    """Whether tensors of a type are read as what they are, and not only decoded to floats."""
+    """Whether tensors of a type are read as what they are, and not only decoded to floats.
+
+    Examples:
+        >>> is_exact(3), is_exact(12)  # Q4_1, Q4_K
+        (True, False)
+    """
     return kind in _FORMATS or kind in _PLAIN
 
 
 def type_name(kind: int) -> str:
-    """What ggml calls a type."""
+    """What ggml calls a type.
+
+    Examples:
+        >>> type_name(2), type_name(8)
+        ('Q4_0', 'Q8_0')
+    """
     if kind in _FORMATS:
         return _FORMATS[kind].name
     return _package().GGMLQuantizationType(kind).name
@@ -97,6 +107,12 @@ def decode(kind: int, shape: tuple[int, ...], raw: np.ndarray) -> QuantizedArray
 
     Raises:
         ValueError: a scale is not finite, or the `gguf` package does not decode the type.
+
+    Examples:
+        >>> raw = np.float16([0.5]).tobytes() + bytes([0x98] * 16)  # Q4_0: codes 8, then 9
+        >>> array = decode(2, (1, 32), np.frombuffer(raw, np.uint8))
+        >>> array.codes[0, ::16].tolist(), array.materialise()[0, ::16].tolist()
+        ([8, 9], [0.0, 0.5])
     """
     if kind in _PLAIN:
         return jnp.asarray(np.array(raw).view(_PLAIN[kind]).reshape(shape))
@@ -116,6 +132,11 @@ def kind_of(tensor: Any) -> int:
 
     Raises:
         ValueError: there is none.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> type_name(kind_of(Quantizer(4, block=32)(jnp.ones((2, 64)))))
+        'Q4_0'
     """
     if not 1 <= tensor.ndim <= MOST_AXES or not tensor.size:
         raise ValueError(f"it must have 1 to {MOST_AXES} axes, none empty, got {tensor.shape}.")
@@ -140,6 +161,13 @@ def encode(tensor: Any, kind: int) -> bytes:
 
     Raises:
         ValueError: scales that 32 neighbours do not share, or that float16 does not hold.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> array = Quantizer(4, block=32, scale_dtype=jnp.float16)(jnp.ones((1, 32)))
+        >>> raw = encode(array, kind_of(array))
+        >>> len(raw), set(raw[2:])  # a scale, then two codes of 15 in each byte
+        (18, {255})
     """
     if kind in _PLAIN:
         return np.asarray(tensor).astype(_PLAIN[kind], copy=False).tobytes()

@@ -50,6 +50,14 @@ class File(NamedTuple):
         metadata: by key, in the file's order: `str`, `bool`, numpy scalars and arrays of the
             file's types, lists of strings (`bytes` where they are not UTF-8).
         tokenizer: a `tokenizers.Tokenizer` made of the metadata; None where they describe none.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/a.gguf", {"norm": np.ones(3, np.float32)}, {"general.name": "one"})
+        ...     file = load(f"{folder}/a.gguf")
+        >>> list(file.tensors), file.metadata, file.tokenizer
+        (['norm'], {'general.name': 'one'}, None)
     """
 
     tensors: dict[str, QuantizedArray | jax.Array]

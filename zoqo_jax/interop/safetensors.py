@@ -32,7 +32,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, jax.Array | np.ndarray]:
             `model.safetensors.index.json`, or with one other `.safetensors` file.
 
     Returns:
-        Arrays by name, in their own dtypes: NumPy's where JAX would cut 64 bits to 32.
+        Arrays by name, in their own dtypes, and NumPy's where JAX would cut 64 bits to 32.
 
     Raises:
         FileNotFoundError: there is no such file, or a shard is missing; it is named.

@@ -35,6 +35,15 @@ def from_gguf(metadata: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: metadata that contradict each other, or a kind that is not read.
         ImportError: the `tokenizers` package is missing.
+
+    Examples:
+        >>> tokenizer = from_gguf({
+        ...     "tokenizer.ggml.model": "gpt2",
+        ...     "tokenizer.ggml.tokens": ["o", "n", "e", "on"],
+        ...     "tokenizer.ggml.merges": ["o n"],
+        ... })
+        >>> tokenizer.encode("one").ids
+        [3, 2]
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind is None or kind == "no_vocab":

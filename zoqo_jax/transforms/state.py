@@ -31,6 +31,19 @@ class StepState(NamedTuple):
         residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
         recent: differences of the last steps, the latest last, where a residual is made from them
             rather than kept; else empty.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> params = zq.Quantizer(bits=8, range=1.0)(jnp.zeros(4))
+        >>> tx = zq.caq_zo(1.0, key=jax.random.key(0), num_queries=2)
+        >>> loss = lambda w: jnp.log(w[0])  # NaN at one end of every query
+        >>> _, state = jax.jit(lambda state: tx.update(None, state, params, value_fn=loss))(
+        ...     tx.init(params)
+        ... )
+        >>> state.count.item(), state.queries.item(), state.losses.shape
+        (1, 4, (2, 2))
+        >>> state.differences.tolist(), state.skipped.item()
+        ([0.0, 0.0], 2)
     """
 
     count: Int32[Array, ""]

@@ -81,6 +81,18 @@ class QueryTransformation(optax.GradientTransformationExtraArgs):
     Attributes:
         probes: (state, params, query=0) -> the stencils of a query, one for each trained leaf;
             give them to `queries.endpoints` to see the codes.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> loss = lambda w: jnp.sum((w - 0.5) ** 2)
+        >>> params = zq.Quantizer(bits=8, range=1.0)(jnp.zeros(4))
+        >>> tx = zq.zoqo(learning_rate=0.05, radius=0.02, key=jax.random.key(0))
+        >>> state = tx.init(params)
+        >>> probes = tx.probes(state, params)
+        >>> ends = [zq.queries.endpoints(params, probes, side) for side in (1, -1)]
+        >>> _, state = tx.update(None, state, params, value_fn=loss)
+        >>> [loss(zq.dequantize(end)).item() for end in ends] == state.losses[0].tolist()
+        True
     """
 
     probes: Callable[..., list[Stencil]]
