@@ -4,7 +4,8 @@ Every row of a table is one `Config`, attacked once for each of its seeds, a tho
 time. What is found is kept in experiments/attack/results, an `.npz` for each row and seed, written
 after every thousand: a run may be stopped at any moment and goes on from there. After each row
 the tables are written anew into the document, between `<!-- table: NAME -->` and `<!-- end -->`,
-with a CSV file each beside it, and the figures.
+with a CSV file each beside it, and the figures; once all rows of a table are found, a page of
+adversarial images, too.
 """
 
 import dataclasses
@@ -190,7 +191,8 @@ def main(places: Places) -> None:
             pages.write(document, [load(folder, row) for row in ROWS])
         pages.write(document, [load(folder, row) for row in ROWS])
         for table in () if places.render else sorted({row.table for row in chosen}):
-            _draw(table, places, document.parent / document.stem / f"examples_{table}.png")
+            if all(len(load(folder, r).queries) == r.seeds for r in ROWS if r.table == table):
+                _draw(table, places, document.parent / document.stem / f"examples_{table}.png")
     except KeyboardInterrupt:
         print(f"interrupted; what was found is in {folder}", file=sys.stderr)
         sys.exit(130)
