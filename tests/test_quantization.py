@@ -230,13 +230,17 @@ def test_rounding_is_to_the_nearest_legal_level(compander, bits):
 
 @pytest.mark.parametrize("compander", SHAPED[:4], ids=repr)
 def test_parametric_companders_round_in_z(compander):
-    """Q = inverse . U . forward: the code is the one nearest in the coordinate z."""
+    """Q = inverse . U . forward: the code is the one nearest in the coordinate z.
+
+    The last code lies half a step before the end of [-1, 1]; it stands for the range.
+    """
     bits, radius = 6, 0.7
     top = 2**bits - 1
+    last = float(compander.inverse(jnp.float32((top - 1) / top)))
     quantizer = Quantizer(bits, compander, range=radius)
     x = np.linspace(-0.75, 0.75, 4001, dtype=np.float32)
     z = (
-        np.asarray(compander.forward(jnp.clip(jnp.asarray(x) / radius, -1, 1)), np.float64)
+        np.asarray(compander.forward(jnp.clip(jnp.asarray(x) / radius * last, -1, 1)), np.float64)
         * top
         / 2
     )
@@ -249,8 +253,9 @@ def test_parametric_companders_round_in_z(compander):
         jnp.asarray((np.arange(1, top + 1) - 2 ** (bits - 1)) * 2 / top, jnp.float32)
     )
     np.testing.assert_allclose(
-        legal_values(quantizer), np.float32(radius) * np.asarray(levels), rtol=1e-6
+        legal_values(quantizer), np.float32(radius / last) * np.asarray(levels), rtol=1e-6
     )
+    np.testing.assert_allclose(legal_values(quantizer)[[0, -1]], [-radius, radius], rtol=1e-6)
 
 
 @pytest.mark.parametrize("compander", [companders.identity(), *SHAPED], ids=repr)
@@ -302,7 +307,7 @@ def test_percentile_scale_is_the_percentile_of_the_magnitude(percentile, axis):
 
 @pytest.mark.parametrize(
     ("compander", "bits"),
-    [(companders.identity(), 2), (companders.nf4(), 4)],
+    [(companders.identity(), 2), (companders.nf4(), 4), (companders.mu_law(), 4)],
 )
 def test_mse_range_errs_no_more_than_absmax_and_than_other_ranges(compander, bits):
     x = normal(4, 400, seed=3)
