@@ -11,8 +11,9 @@ is chosen better here is
   cannot be made much brighter;
 - what to flip: squares of the image instead of ranges of its flattened pixels, halved in side from
   round to round, down to single pixels;
-- what to do when that has not helped: an image that withstands it gets the rest of the budget in a
-  few new searches by random squares, Square Attack's, each from stripes of its own.
+- what to do when that has not helped: an image that withstands it gets the rest of the budget in
+  new searches by random squares, Square Attack's, each from stripes of its own: as many as have
+  three questions for each value of the image, or one.
 """
 
 import math
@@ -31,7 +32,8 @@ from experiments.attack.methods.zoqo import grid
 __all__ = ["blocks", "count_of_blocks", "make", "patterns"]
 
 _PRIME = 10_007  # more than blocks in a round, so that multiples of it visit each of them once
-_SEARCHES = 3  # by random squares
+_PATIENCE = 3  # questions of a search by random squares, at least, for each value of the image
+_SHARES = {1: 0.3, 3: 0.1}  # of the pixels, in a search's first square, by channels
 
 
 class _State(NamedTuple):
@@ -47,7 +49,9 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
     low, high = zq.dequantize(grid(config)(jnp.array([-config.epsilon, config.epsilon])))
     first_block = len(patterns(jnp.zeros(shape)))
     first_search = first_block + count_of_blocks(shape)
-    length = max((config.budget - first_search) // _SEARCHES, 1)  # of a search
+    left = max(config.budget - first_search, 1)
+    length = left // max(left // (_PATIENCE * math.prod(shape)), 1)  # of a search
+    share = config.density or _SHARES.get(shape[-1], 0.3)
 
     def asked(state: _State) -> jax.Array:
         """The signs to try: the patterns, then what has one block flipped, then random squares."""
@@ -55,7 +59,7 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
         begun = state.starts[jnp.minimum(state.count, first_block - 1)]
         flipped = blocks(state.count - first_block, state.key, shape)[..., None]
         place = (state.count - first_search) % length
-        square = changed(state.signs, key, side(place - 1, config, shape, length))
+        square = changed(state.signs, key, side(place - 1, share, shape, length))
         random = jnp.where(place == 0, stripes(key, shape), square)
         in_order = jnp.where(flipped, -state.signs, state.signs)
         later = jnp.where(state.count < first_search, in_order, random)

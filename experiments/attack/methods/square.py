@@ -29,10 +29,11 @@ class _State(NamedTuple):
 
 def make(config: Config, shape: tuple[int, int, int]) -> Method:
     """Square Attack with `config.density` as p, the share of the pixels in the first square."""
+    share = config.density or _SHARE
 
     def asked(state: _State) -> jax.Array:
         key = jax.random.fold_in(state.key, state.count)
-        return changed(state.signs, key, side(state.count - 1, config, shape, config.budget))
+        return changed(state.signs, key, side(state.count - 1, share, shape, config.budget))
 
     def init(key: jax.Array, image: jax.Array) -> _State:
         del image
@@ -87,17 +88,22 @@ def stripes(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
 
 
 def side(
-    iteration: jax.Array, config: Config, shape: tuple[int, int, int], iterations: int
+    iteration: jax.Array, share: float, shape: tuple[int, int, int], iterations: int
 ) -> jax.Array:
     """The side of the square that one of so many iterations tries, in pixels, int32 ().
 
+    Args:
+      iteration: int32 ().
+      share: of the pixels in the first square.
+      shape: of the image.
+      iterations: of the search.
+
     Example:
-      >>> config = Config(method="square", density=0.8)
-      >>> [int(side(jnp.int32(i), config, (28, 28, 1), 10_000)) for i in (0, 100, 9_999)]
+      >>> [int(side(jnp.int32(i), 0.8, (28, 28, 1), 10_000)) for i in (0, 100, 9_999)]
       [25, 13, 1]
     """
     scaled = iteration.astype(jnp.float32) * (10_000 / iterations)
     halvings = (scaled > jnp.asarray(_HALVED_AT, jnp.float32)).sum()
-    share = (config.density or _SHARE) * jnp.exp2(-halvings.astype(jnp.float32))
-    s = jnp.round(jnp.sqrt(share * shape[0] * shape[1])).astype(jnp.int32)
+    share_now = share * jnp.exp2(-halvings.astype(jnp.float32))
+    s = jnp.round(jnp.sqrt(share_now * shape[0] * shape[1])).astype(jnp.int32)
     return jnp.clip(s, 1, min(shape[:2]) - 1)
