@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 import zoqo_jax as zq
-from experiments.laboratory.tasks import Params
-from experiments.laboratory.training import Make, Schedule
+from experiments.laboratory.networks.models import Params
+from experiments.laboratory.networks.training import Make, Schedule
 from zoqo_jax.arrays import trained_leaves
 
 __all__ = ["FLOATS", "METHODS", "RATES", "Units", "in_turn", "units"]

@@ -1,0 +1,1 @@
+"""Small convex problems whose optimum and Hessian are known, queries of them, descents on them."""

@@ -1,0 +1,1 @@
+"""Small networks on real data, their training by queries, and what a query tells of them."""
