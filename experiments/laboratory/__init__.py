@@ -1,11 +1,11 @@
 """The claims of both papers, and some of our own, checked on two cores in minutes each.
 
-Every file here is a claim, but for the frame: `claim` (what one is, how it is measured and kept)
-and `pages` (what their tables and figures share). Claims stand on two benches, which know nothing
-of each other:
+A claim is a file here: its settings, what it measures, and how that is shown. The frame is `claim`,
+how one is measured and kept, and `pages`, what their tables and figures share. What they measure on
+lies on two benches, which know nothing of each other:
 
-- `convex`: problems whose optimum and Hessian are known, so that a descent is held against theory,
-  and told its rates in units of the Hessian (residual, floors, rates);
-- `networks`: small networks and real data, of which nothing is known, trained at rates in units of
-  the numbers that train (noise, bits, budgets, audited, judge, memory).
+- `convex`: problems whose optimum and Hessian are known, so that a descent can be held against
+  theory (residual, floors, rates);
+- `networks`: small networks on real data, of which nothing is known (noise, bits, memory, audited,
+  judge, budgets).
 """

@@ -127,7 +127,7 @@ def _cells(config: Config) -> list[Cell]:
 def _measure(config: Config, cell: Cell) -> dict[str, Any]:
     """Where a run starts and ends, and how many queries of how many images it took."""
     task, floats = tasks.mnist(config.data, _HIDDEN), _pretrained(config, cell["seed"])
-    codes = zq.quantize(floats, zq.Quantizer(cell["bits"], range="mse"))
+    codes = _rounded(config, cell["seed"], cell["bits"])
     params, found = _run(config, cell["variant"], codes, task, jax.random.key(cell["seed"]))
     read = scores(task, [floats, codes, params], task.test)["accuracy"]
     return {**dict(zip(("floats", "start", "accuracy"), read, strict=True)), **found}
@@ -140,6 +140,11 @@ def _pretrained(config: Config, seed: int) -> Params:
     batches = jax.random.split(jax.random.fold_in(key, 1), config.pretrain_steps)
     task, start = tasks.mnist(config.data, _HIDDEN), jax.random.fold_in(key, 0)
     return adam(task, start, batches, rate=1e-3, falls=False, batch_size=128)
+
+
+@functools.cache
+def _rounded(config: Config, seed: int, bits: int) -> Params:
+    return zq.quantize(_pretrained(config, seed), zq.Quantizer(bits, range="mse"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "variant"))

@@ -67,18 +67,18 @@ class Config:
 
 
 def _cells(config: Config) -> list[Cell]:
-    floors = [
+    cells: list[Cell] = [
         {"part": "floor", "bits": bits, "dimension": d}
         for bits in config.bits
         for d in config.dimensions
     ]
-    descents = [
+    cells += [
         {"part": "descent", "method": method, "bits": bits, "structure": structure}
         for bits in config.descent_bits
         for structure in ("sparse", "dense")
         for method in METHODS
     ]
-    return floors + descents
+    return cells
 
 
 def _measure(config: Config, cell: Cell) -> dict[str, Any]:

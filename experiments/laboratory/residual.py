@@ -162,12 +162,8 @@ def _descents(config: Config, loss: str, quantizer: zq.Quantizer, keys: Array) -
 
     def at_best_rates(radii: tuple[float, ...], **query: Any) -> list[tuple[np.ndarray, float]]:
         """For each radius, what each seed came to at the best rate, and that rate."""
-
-        def at_radii(key: Array, rate: Array) -> Array:
-            one = functools.partial(ratio, key, rate, **query)
-            return jax.vmap(one)(jnp.asarray(radii, jnp.float32))
-
-        ratios = np.moveaxis(descents.at_each_rate(at_radii, runs), -1, 0)
+        one = functools.partial(ratio, **query)
+        ratios = descents.at_each_rate(one, runs, jnp.asarray(radii, jnp.float32))
         by_seed = ratios.reshape(len(radii), len(descents.RATES), config.seeds, -1).mean(axis=-1)
         best = by_seed.mean(axis=-1).argmin(axis=-1)
         return [(one[i], descents.RATES[i]) for one, i in zip(by_seed, best, strict=True)]

@@ -127,12 +127,28 @@ def descend(
     return jax.lax.scan(step, (params, tx.init(params)), None, length=steps)[1]
 
 
-def at_each_rate(run: Callable[[Array, Array], Any], keys: Key[Array, " runs"]) -> Any:
-    """What `run(key, rate)` gives, in one compiled program; arrays of (rates, runs, ...).
+def at_each_rate(run: Callable[..., Any], keys: Key[Array, " runs"], over: Any = None) -> Any:
+    """What a descent gives, for each key and rate, in one compiled program.
+
+    Args:
+      run: (key, rate) -> arrays; with `over`, (key, rate, one of them).
+      keys: of the runs.
+      over: an array of whatever else differs.
+
+    Returns:
+      Arrays of (rates, runs, ...) or (over, rates, runs, ...).
 
     Example:
-      >>> at_each_rate(lambda key, rate: 2 * rate, jax.random.split(jax.random.key(0), 2))[:, 1]
+      >>> keys = jax.random.split(jax.random.key(0), 2)
+      >>> at_each_rate(lambda key, rate: 2 * rate, keys)[:, 1]
       array([ 0.125,  0.5  ,  2.   ,  8.   , 32.   ], dtype=float32)
+      >>> at_each_rate(lambda key, rate, x: x * rate, keys, jnp.arange(3.0)).shape
+      (3, 5, 2)
     """
-    each = jax.jit(jax.vmap(jax.vmap(run, (0, None)), (None, 0)))
-    return jax.tree.map(np.asarray, each(keys, jnp.asarray(RATES, jnp.float32)))
+    more = () if over is None else (over,)
+    rest = (None,) * len(more)
+    each = jax.vmap(jax.vmap(run, (0, None, *rest)), (None, 0, *rest))
+    if more:
+        each = jax.vmap(each, (None, None, 0))
+    rates = jnp.asarray(RATES, jnp.float32)
+    return jax.tree.map(np.asarray, jax.jit(each)(keys, rates, *more))
