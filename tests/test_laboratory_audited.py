@@ -1,5 +1,6 @@
 """Audited runs: clipped chords and accepted moves against the codes themselves, queries counted."""
 
+import functools
 import itertools
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
-from experiments.laboratory import audited, digits
+from experiments.laboratory import audited
 from experiments.laboratory.claim import check
+from experiments.laboratory.networks import audits, models, training
+from experiments.laboratory.networks.tasks import Examples
 
 KEY = jax.random.key(3)
 TINY = {
@@ -32,50 +35,11 @@ def _promotion_that_adam_needs():
         yield
 
 
-# The network that two claims train
-
-
-def test_the_bundled_images_are_split_once():
-    loaded = digits.load("mnist")
-    assert loaded.images.shape == (8000, 784) and loaded.test_images.shape == (2000, 784)
-    together = np.concatenate([loaded.images, loaded.test_images])
-    assert len(np.unique(together, axis=0)) == 10_000
-    assert loaded.labels.shape == (8000,) and set(loaded.test_labels) == set(range(10))
-
-
-def test_images_of_another_size_are_refused(monkeypatch):
-    colours = np.zeros((3, 32, 32, 3), np.float32), np.zeros(3, np.int32)
-    monkeypatch.setattr(digits.data, "load", lambda source, split: colours)
-    with pytest.raises(ValueError, match=r"data must be of 28 x 28 pixels, got 'other' of \(32,"):
-        digits.load("other")
-
-
-def test_the_loss_is_the_cross_entropy_of_a_dense_network():
-    params = digits.initial(KEY, (5, 4, 3))
-    x, y = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.arange(6) % 3
-    first, second = (np.asarray(layer["kernel"]) for layer in params)
-    out = np.maximum(x @ first, 0) @ second
-    chances = np.exp(out) / np.exp(out).sum(axis=1, keepdims=True)
-    expected = -np.log(chances[np.arange(6), y]).mean()
-    assert digits.loss(params, x, jnp.asarray(y)) == pytest.approx(expected, rel=1e-5)
-    right = (out.argmax(axis=1) == y).mean()
-    assert digits.accuracy(params, x, jnp.asarray(y)) == pytest.approx(right)
-
-
-def test_pretraining_lowers_the_loss():
-    sizes, loaded = (784, 8, 10), digits.load("mnist")
-    test = loaded.test_images, loaded.test_labels
-    before = digits.initial(jax.random.fold_in(jax.random.key(1), 0), sizes)
-    after = digits.pretrained("mnist", sizes, 60, 32, 1)
-    assert digits.loss(after, *test) < 0.9 * digits.loss(before, *test)
-
-
 # Chords
 
 
 def network(bits):
-    params = digits.initial(KEY, (6, 8, 4))
-    return zq.quantize(params, zq.Quantizer(bits))
+    return zq.quantize(models.layers((6, 8, 4))(KEY), zq.Quantizer(bits))
 
 
 @pytest.mark.parametrize(("boundary", "noise"), [("clamp", "rademacher"), ("mask", "uniform")])
@@ -91,7 +55,7 @@ def test_chords_are_clipped_where_a_code_and_its_direction_leave_the_grid(bounda
             inside = grid.low <= code - abs(step) and code + abs(step) <= grid.high
             cut += step != 0 and not inside
             probed += step != 0
-    assert jax.jit(audited.clipped)(probes, params) == pytest.approx(cut / probed)
+    assert jax.jit(audits.clipped)(probes, params) == pytest.approx(cut / probed)
     assert (cut > 0) == (boundary == "clamp")
 
 
@@ -101,17 +65,17 @@ def test_chords_are_clipped_where_a_code_and_its_direction_leave_the_grid(bounda
 def problem():
     rng = np.random.default_rng(1)
     images = jnp.asarray(rng.normal(size=(12, 6)), jnp.float32)
-    return network(4), (images, jnp.asarray(rng.integers(0, 4, 12)))
+    batch = Examples(images, jnp.asarray(rng.integers(0, 4, 12)))
+    return network(4), functools.partial(training.cross_entropy, models.dense, batch=batch)
 
 
 def test_an_audit_takes_only_what_lowers_the_loss_enough():
     """Call by call: the loss of every state is that of the one before, or lower by the asked."""
-    params, fixed = problem()
+    params, loss = problem()
     gate = zq.certificates.gate(key=KEY, support=3, gamma=1e-3, failures=10)
-    loss = jax.jit(zq.quaxify(lambda params: digits.loss(params, *fixed)))
-    run = jax.jit(lambda calls: audited.audit(gate, params, fixed, calls))
+    run = jax.jit(lambda calls: audits.audit(gate, params, loss, calls))
     states = [run(calls) for calls in range(25)]
-    losses = [float(loss(params)) for params, _ in states]
+    losses = [float(jax.jit(loss)(params)) for params, _ in states]
     taken = [int(state.successes) for _, state in states]
     assert taken[-1] > 2
     for (before, after), (few, more) in zip(
@@ -126,7 +90,7 @@ def test_an_audit_takes_only_what_lowers_the_loss_enough():
 
 def test_a_run_counts_its_queries_and_is_shown(tmp_path, monkeypatch):
     """Of one layer, which compiles soon."""
-    monkeypatch.setattr(audited, "_SIZES", (784, 10))
+    monkeypatch.setattr(audited, "_HIDDEN", ())
     monkeypatch.setattr(audited, "VARIANTS", {"audited": "audited"})
     published = {"audited": audited._PUBLISHED["audited"]}
     monkeypatch.setattr(audited, "_PUBLISHED", published)
@@ -146,7 +110,9 @@ def test_a_run_counts_its_queries_and_is_shown(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_every_method_runs_and_failures_stop_a_run():
     config = audited.Config(**TINY | {"failures": 1, "decrease": 0.9, "trials": 2, "seeds": 1})
-    found = {cell["variant"]: audited.measure(config, cell) for cell in audited.cells(config)}
+    found = {
+        cell["variant"]: audited.CLAIM.measure(config, cell) for cell in audited.CLAIM.cells(config)
+    }
     assert list(found) == list(audited.VARIANTS)
     for variant in ("dense", "zoqo", "clip_safe"):
         one = found[variant]
@@ -176,4 +142,4 @@ def test_bad_settings_are_refused(settings, message):
 def test_missing_data_are_told():
     config = audited.Config(**TINY | {"data": "/no/such/folder"})
     with pytest.raises(FileNotFoundError, match="there is no folder '/no/such/folder'"):
-        audited.measure(config, audited.cells(config)[0])
+        audited.CLAIM.measure(config, audited.CLAIM.cells(config)[0])

@@ -11,7 +11,7 @@ from experiments.laboratory.claim import check
 
 
 def test_samples_are_fractions_of_their_channels_largest():
-    lanes = [jnp.array([[[1.0, -4.0], [0.5, 2.0]]]), jnp.array([[[3.0], [-1.5]]])]
+    lanes = [[jnp.array([[1.0, -4.0], [0.5, 2.0]])], [jnp.array([[3.0], [-1.5]])]]
     found = np.sort(bits.codebook_samples(lanes))
     assert found.tolist() == [-1.0, -0.5, 0.5, 0.5, 1.0, 1.0]
 
@@ -19,7 +19,7 @@ def test_samples_are_fractions_of_their_channels_largest():
 @pytest.mark.parametrize("width", [2, 4])
 def test_lloyd_max_rounds_best_and_each_grid_has_its_levels(width):
     weights = jax.random.normal(jax.random.key(0), (400, 16))
-    samples = bits.codebook_samples([weights[None]])
+    samples = bits.codebook_samples([[weights]])
     errors = {}
     for grid in ("uniform", "mu_law", "quantile", "lloyd_max"):
         array = bits.quantizer(grid, width, "absmax", samples)(weights)
@@ -33,7 +33,7 @@ def test_lloyd_max_rounds_best_and_each_grid_has_its_levels(width):
 
 
 SMALL = {"pretraining": 2, "queries": 8, "num_queries": 1, "batch_size": 4}
-CONFIG = bits.Config(bits=("2", "4"), seeds=2, **SMALL)
+CONFIG = bits.Config(bits=(2, 4), seeds=2, **SMALL)
 REAL = [
     {"model": "digits", "bits": 2, "grid": "lloyd_max", "trained": trained}
     for trained in ("as rounded", "caq_zo, scales by qzo in turn")
@@ -76,7 +76,7 @@ def test_a_tiny_run_and_its_page(tmp_path):
 @pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")
 def test_every_way_to_train(tmp_path):
-    small, page = bits.Config(bits=("4",), seeds=1, **SMALL), tmp_path / "page.md"
+    small, page = bits.Config(bits=(4,), seeds=1, **SMALL), tmp_path / "page.md"
     found = check(bits.CLAIM, small, results=tmp_path, document=page, progress=False)
     assert len(found) == 2 * 5 * 4
     assert all(one["queries"] == 8 for one in found if one["trained"] != "as rounded")
@@ -84,7 +84,7 @@ def test_every_way_to_train(tmp_path):
 
 def test_bad_settings_are_refused():
     for setting, value, message in [
-        ("bits", ("9",), r"bits must be whole numbers in \[2, 8\], got \('9',\)."),
+        ("bits", (4, 9), r"bits must be in \[2, 8\], got 9."),
         ("range", "minmax", "range must be 'absmax' or 'mse', got 'minmax'."),
         ("queries", 10, "queries must be a multiple of 16, got 10."),
         ("seeds", 0, r"seeds must be in \[1, 5\], got 0."),

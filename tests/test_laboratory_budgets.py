@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.laboratory import budgets, methods
+from experiments.laboratory import budgets
 from experiments.laboratory.claim import check
+from experiments.laboratory.networks import methods
 
 SMALL = {"pretraining": 2, "few": 20, "num_queries": 1, "batch_size": 4, "seeds": 2}
 CONFIG = budgets.Config(tasks=("digits", "sentences"), sentences="reviews", queries=4, **SMALL)

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from experiments.laboratory import descents, floors, problems
+from experiments.laboratory import floors
 from experiments.laboratory.claim import check
+from experiments.laboratory.convex import descents, problems
 from zoqo_jax import projection
 
 

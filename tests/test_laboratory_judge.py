@@ -11,6 +11,7 @@ from statistical import assert_binomial
 
 from experiments.laboratory import judge
 from experiments.laboratory.claim import check
+from experiments.laboratory.networks import judges
 
 TINY = {
     "data": "mnist",
@@ -34,7 +35,7 @@ def test_a_majority_leans_as_all_outcomes_say(votes, error):
     for wrong in itertools.product((False, True), repeat=votes):
         chance = math.prod(error if one else 1 - error for one in wrong)
         expected += chance * (1 if sum(wrong) <= votes // 2 else -1)
-    assert judge.lean(jnp.float32(error), votes) == pytest.approx(expected, abs=1e-6)
+    assert judges.lean(jnp.float32(error), votes) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -45,14 +46,14 @@ def test_a_majority_leans_as_all_outcomes_say(votes, error):
 def test_judges_are_wrong_as_often_as_they_should_be(kind, level, chance, better):
     a, b = (1.0, 1.25) if better == "a" else (1.25, 1.0)
     keys = jax.random.split(jax.random.key(0), 5000)
-    asked = lambda key: judge.compare(kind, level, jnp.float32, a, b, key)  # noqa: E731
+    asked = lambda key: judges.compare(kind, level, jnp.float32, a, b, key)  # noqa: E731
     verdicts = np.asarray(jax.vmap(asked)(keys))
     assert set(np.unique(verdicts)) <= {-1.0, 1.0}
     assert_binomial((verdicts == (1 if better == "a" else -1)).sum(), 5000, chance)
 
 
 def test_ends_that_are_the_same_are_a_draw():
-    asked = judge.compare("errs", 30, jnp.float32, 1.0, 1.0, jax.random.key(0))
+    asked = judges.compare("errs", 30, jnp.float32, 1.0, 1.0, jax.random.key(0))
     assert asked == 0
 
 
@@ -74,7 +75,7 @@ def test_a_judge_without_error_trains_as_two_losses_do(tmp_path):
 
 def test_a_run_ends_where_it_reaches_its_target():
     config = judge.Config(**TINY | {"target": 1e-3, "votes": (3,), "errors": (25,)})
-    found = judge.measure(config, {"kind": "errs", "level": 25, "votes": 3, "seed": 0})
+    found = judge.CLAIM.measure(config, {"kind": "errs", "level": 25, "votes": 3, "seed": 0})
     assert found["reached"] == found["queries"] == 10 * 2 * 3
     assert found["predicted"] == pytest.approx(3 / 0.6875)  # .84 - .16
 
@@ -93,9 +94,9 @@ def test_costs_are_shown_beside_predictions(tmp_path):
 
 
 def test_an_exact_judge_is_asked_once():
-    judges = {(x["kind"], x["level"], x["votes"]) for x in judge.cells(judge.Config())}
-    assert ("errs", 0, 1) in judges and ("errs", 0, 3) not in judges
-    assert len(judges) == 1 + 1 + 3 * 3 + 3 * 3
+    asked = {(x["kind"], x["level"], x["votes"]) for x in judge.CLAIM.cells(judge.Config())}
+    assert ("errs", 0, 1) in asked and ("errs", 0, 3) not in asked
+    assert len(asked) == 1 + 1 + 3 * 3 + 3 * 3
 
 
 @pytest.mark.parametrize(

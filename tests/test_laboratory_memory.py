@@ -8,6 +8,7 @@ import pytest
 from experiments import footprint
 from experiments.laboratory import memory
 from experiments.laboratory.claim import check
+from experiments.laboratory.networks import steps
 
 PLACE = "<!-- table: memory -->\n<!-- end -->\n"
 
@@ -28,11 +29,11 @@ def as_words(key):
     return jax.eval_shape(jax.random.key_data, key)
 
 
-@pytest.mark.parametrize("name", memory.METHODS)
+@pytest.mark.parametrize("name", steps.METHODS)
 def test_what_is_counted_between_steps_is_what_is_there(name):
-    method = memory.METHODS[name]
-    _, (changed, batch) = memory.problem(method, 64, 8)
-    counted = memory.counted(method, 64, 8)
+    method = steps.METHODS[name]
+    _, (changed, batch) = steps.problem(method, 64, 8)
+    counted = steps.counted(method, 64, 8)
     assert counted["weights"] + counted["state"] == nbytes(changed)
     assert counted["gradients"] in (0, counted["weights"])
     assert nbytes(batch) == 2 * 4 * 8 * 64
@@ -40,14 +41,14 @@ def test_what_is_counted_between_steps_is_what_is_there(name):
 
 def test_parts_are_those_of_the_textbook():
     """Three layers of 10 x 10, two examples, by hand."""
-    assert memory.counted(memory.METHODS["qat"], 10, 2) == {
+    assert steps.counted(steps.METHODS["qat"], 10, 2) == {
         "weights": 1200,
         "gradients": 1200,
         "state": 2404,
         "working": 1200,
         "activations": 240,
     }
-    assert memory.counted(memory.METHODS["zoqo_4_dense"], 10, 2) == {
+    assert steps.counted(steps.METHODS["zoqo_4_dense"], 10, 2) == {
         "weights": 150 + 12,
         "gradients": 0,
         "state": 32,
@@ -61,10 +62,10 @@ def test_parts_are_those_of_the_textbook():
     ["adam", "zoqo_8_dense", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qat", "zoqo_4"))],
 )
 def test_a_step_writes_over_its_arguments(name):
-    method = memory.METHODS[name]
-    step, arrays = memory.problem(method, 32, 4)
+    method = steps.METHODS[name]
+    step, arrays = steps.problem(method, 32, 4)
     program = footprint.of_program(step.lower(*arrays).compile())
-    counted = memory.counted(method, 32, 4)
+    counted = steps.counted(method, 32, 4)
     expected = counted["weights"] + counted["state"]
     assert program["argument"] == pytest.approx(expected + 2 * 4 * 4 * 32, abs=16)
     assert program["alias"] >= program["output"] - 512  # tables of pointers, and counts
@@ -74,13 +75,13 @@ def test_rounded_weights_have_the_gradient_of_plain_ones():
     w = jnp.array([[0.1, -0.52], [1.0, 0.3]])
     s = 2 / 255  # 8 bits on [-1, 1]
     rounded = np.clip(np.round(np.array(w) / s), -127, 127) * s
-    np.testing.assert_allclose(memory._straight_through(w), rounded, atol=1e-5)
-    square = lambda w: jnp.sum(memory._straight_through(w) ** 2)  # noqa: E731
+    np.testing.assert_allclose(steps._straight_through(w), rounded, atol=1e-5)
+    square = lambda w: jnp.sum(steps._straight_through(w) ** 2)  # noqa: E731
     np.testing.assert_allclose(jax.grad(square)(w), 2 * rounded, atol=1e-4)
 
 
 def test_processes_are_measured_and_shown(tmp_path, monkeypatch):
-    some = {name: memory.METHODS[name] for name in ("adam", "zoqo_8")}
+    some = {name: steps.METHODS[name] for name in ("adam", "zoqo_8")}
     monkeypatch.setattr(memory, "METHODS", some)
     document = tmp_path / "page.md"
     document.write_text(PLACE)
@@ -96,7 +97,7 @@ def test_processes_are_measured_and_shown(tmp_path, monkeypatch):
 
 
 def test_no_process_is_started_that_the_machine_cannot_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "METHODS", {"adam": memory.METHODS["adam"]})
+    monkeypatch.setattr(memory, "METHODS", {"adam": steps.METHODS["adam"]})
     monkeypatch.setattr(footprint, "available", lambda: memory._MARGIN)
     document = tmp_path / "page.md"
     document.write_text(PLACE)

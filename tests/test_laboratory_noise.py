@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
-from experiments.laboratory import noise, tasks
+from experiments.laboratory import noise
 from experiments.laboratory.claim import check
-from experiments.laboratory.tasks import Examples
+from experiments.laboratory.networks import estimates, tasks
+from experiments.laboratory.networks.models import perceptron
+from experiments.laboratory.networks.tasks import Examples
 
 
 @pytest.mark.parametrize(
@@ -31,13 +33,15 @@ def test_the_gain_on_a_linear_loss_is_what_all_directions_give(law, reach, entri
     u = np.array(list(itertools.product(some, repeat=entries)))
     weight = chances[u + reach].prod(1)
     gain = weight @ (np.sign(u @ g) * (np.sign(u) @ g)) / np.linalg.norm(g)
-    assert abs(noise.linear_gain(law, reach) / gain - 1) < 0.04  # few entries: not quite Gaussian
+    assert (
+        abs(estimates.linear_gain(law, reach) / gain - 1) < 0.04
+    )  # few entries: not quite Gaussian
 
 
 def test_sparse_directions_gain_less_by_the_root_of_their_density():
-    dense = noise.linear_gain("uniform", 4)
-    np.testing.assert_allclose(noise.linear_gain("uniform", 4, 0.09), 0.3 * dense)
-    np.testing.assert_allclose(noise.linear_gain("rademacher", 1), np.sqrt(2 / np.pi))
+    dense = estimates.linear_gain("uniform", 4)
+    np.testing.assert_allclose(estimates.linear_gain("uniform", 4, 0.09), 0.3 * dense)
+    np.testing.assert_allclose(estimates.linear_gain("rademacher", 1), np.sqrt(2 / np.pi))
 
 
 def tiny():
@@ -71,13 +75,14 @@ def test_sampled_estimates_are_those_of_all_directions():
 
     directions = 2 * np.array(list(itertools.product([-1, 1], repeat=10)))
     signs = np.array([np.sign(at(u) - at(-u)) for u in directions])
-    estimates = signs[:, None] * np.sign(directions)
+    each = signs[:, None] * np.sign(directions)
 
     shape = {"law": "rademacher", "structure": "dense", "density": 1.0}
     keys = jax.random.split(jax.random.key(0), (64, 64))
-    found = jax.tree.map(np.asarray, noise._sums(params, batch, keys, jnp.float32(2), **shape))
+    found = estimates.means(perceptron, params, batch, keys, jnp.float32(2), **shape)
+    found = jax.tree.map(np.asarray, found)
     error = 1 / np.sqrt(keys.size)
-    np.testing.assert_allclose(found["mean"], estimates.mean(0), atol=5 * error)
+    np.testing.assert_allclose(found["mean"], each.mean(0), atol=5 * error)
     assert found["square"] == 1.0
 
     def value(x):
@@ -86,7 +91,7 @@ def test_sampled_estimates_are_those_of_all_directions():
     x = np.concatenate([np.ravel(levels[n] * s) for n, s in zip(codes, scales, strict=True)])
     slopes = [(value(x + h) - value(x - h)) / 2e-5 for h in 1e-5 * np.eye(10)]
     np.testing.assert_allclose(found["g"], slopes, rtol=1e-3, atol=1e-5)
-    right = (estimates == np.sign(found["g"])) @ np.abs(found["g"]) / np.abs(found["g"]).sum()
+    right = (each == np.sign(found["g"])) @ np.abs(found["g"]) / np.abs(found["g"]).sum()
     np.testing.assert_allclose(found["agreement"], right.mean(), atol=5 * error)
 
 
@@ -95,11 +100,11 @@ def test_noise_adds_nothing_to_the_length_of_the_mean():
     g = rng.normal(size=100_000)
     one = {"g": g, "mean": rng.normal(size=g.size), "square": 2.0, "agreement": 0.5}
     opposite = {**one, "mean": -one["mean"], "agreement": 0.6}
-    assert noise._statistics(one, opposite)["cosine"] is None
+    assert estimates.statistics(one, opposite)["cosine"] is None
     halves = [one, opposite]
     for half in halves:
         half["mean"] = 0.5 * g + 0.5 * np.sign(g) + 0.3 * rng.normal(size=g.size)
-    found = noise._statistics(*halves)
+    found = estimates.statistics(*halves)
     mean = 0.5 * g + 0.5 * np.sign(g)
     length = np.linalg.norm(mean)
     assert abs(found["cosine"] - mean @ g / length / np.linalg.norm(g)) < 0.01
@@ -109,7 +114,7 @@ def test_noise_adds_nothing_to_the_length_of_the_mean():
     np.testing.assert_allclose(found["agreement"], 0.55)
 
 
-CONFIG = noise.Config(steps=2, radii=("3",), directions=128, batch_size=4, seeds=2)
+CONFIG = noise.Config(steps=2, radii=(3,), directions=128, batch_size=4, seeds=2)
 
 
 def run(claim, config, folder: Path):
@@ -142,7 +147,7 @@ def test_bad_settings_are_refused():
         ("directions", 100, "directions must be a multiple of 128, got 100."),
         ("bits", 9, r"bits must be in \[2, 8\], got 9."),
         ("density", 1.0, r"density must be in \(0, 1\), got 1.0."),
-        ("radii", ("0",), r"radii must be whole numbers in \[1, 255\], got \('0',\)."),
+        ("radii", (4, 0), r"radii must be in \[1, 255\], got 0."),
         ("seeds", 6, r"seeds must be in \[1, 5\], got 6."),
         ("batch_size", 0, "batch_size must be at least 1, got 0."),
     ]:

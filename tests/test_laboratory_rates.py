@@ -7,12 +7,13 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from experiments.laboratory import descents, problems, rates
+from experiments.laboratory import rates
 from experiments.laboratory.claim import check
+from experiments.laboratory.convex import descents, problems
 
 
 def test_a_curve_is_the_mean_squared_gradient_of_the_steps_so_far(monkeypatch):
-    monkeypatch.setattr(rates, "_RATES", (4.0, 1.0))
+    monkeypatch.setattr(descents, "RATES", (4.0, 1.0))
     config = rates.Config(bits=(4,), dimension=3, steps=100, seeds=1)
     keys = jax.random.split(jax.random.key(5), 1)
     cell = {"problem": "quadratic", "method": "ZOQO", "bits": 4}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
-from experiments.laboratory import problems, residual
+from experiments.laboratory import residual
 from experiments.laboratory.claim import check
+from experiments.laboratory.convex import problems, residuals
 from zoqo_jax import queries, stencils
 
 QUANTIZERS = {
@@ -30,9 +31,9 @@ def test_levels_between_codes_are_the_compander_s(name):
     grid = quantizer.grid
     codes = np.arange(grid.low, grid.high + 1)
     levels = np.asarray(grid.levels, np.float32)[codes]
-    at_codes = residual.between(quantizer, jnp.asarray(codes, jnp.float32))
+    at_codes = residuals.between(quantizer, jnp.asarray(codes, jnp.float32))
     np.testing.assert_allclose(at_codes, levels, rtol=1e-5, atol=1e-6)
-    halfway = residual.between(quantizer, jnp.asarray(codes[:-1] + 0.5, jnp.float32))
+    halfway = residuals.between(quantizer, jnp.asarray(codes[:-1] + 0.5, jnp.float32))
     assert (levels[:-1] < halfway).all() and (halfway < levels[1:]).all()
     if name in ("uniform", "nf4"):  # linear from code to code
         np.testing.assert_allclose(halfway, (levels[:-1] + levels[1:]) / 2, rtol=1e-5, atol=1e-6)
@@ -44,7 +45,7 @@ def test_ends_of_weights_are_rounded_to_the_nearest_level(name):
     grid, random = quantizer.grid, np.random.default_rng(0)
     codes = random.integers(grid.low, grid.high + 1, 500)
     move = random.normal(size=500).astype(np.float32) * 2
-    asked, heard = residual.end(quantizer, jnp.asarray(codes), jnp.asarray(move), "weights")
+    asked, heard = residuals.end(quantizer, jnp.asarray(codes), jnp.asarray(move), "weights")
     legal = np.asarray(grid.levels, np.float64)[grid.low : grid.high + 1]
     step = (legal[-1] - legal[0]) / (len(legal) - 1)
     expected = np.clip(legal[codes - grid.low] + move * step, legal[0], legal[-1])
@@ -59,7 +60,7 @@ def test_ends_in_z_are_rounded_to_the_nearest_code(name):
     grid, random = quantizer.grid, np.random.default_rng(1)
     codes = random.integers(grid.low, grid.high + 1, 500)
     move = random.normal(size=500).astype(np.float32) * 2
-    _, heard = residual.end(quantizer, jnp.asarray(codes), jnp.asarray(move), "z")
+    _, heard = residuals.end(quantizer, jnp.asarray(codes), jnp.asarray(move), "z")
     nearest = np.clip(np.round(codes + move), grid.low, grid.high).astype(int)
     np.testing.assert_array_equal(heard, np.asarray(grid.levels, np.float32)[nearest])
 
@@ -76,17 +77,19 @@ def test_ends_are_those_that_caq_zo_probes(query):
     r = stencils.draw(probes[0], array).astype(jnp.float32)
     move = r * np.float32(0.13 * grid.largest / grid.spacing)
     for side in (1, -1):
-        _, heard = residual.end(quantizer, codes, side * move, query)
+        _, heard = residuals.end(quantizer, codes, side * move, query)
         probed = queries.endpoints(array, probes, side)
         np.testing.assert_array_equal(heard, grid.at(probed.codes))
 
 
 @functools.cache
 def curve(name, bits, query):
-    config = residual.Config(draws=4096, seeds=1)
     quantizer = zq.Quantizer(bits, residual._COMPANDERS[name], range=1.0)
-    keys = jax.random.split(jax.random.key(0), 1)
-    return np.asarray(residual._residuals(config, "quadratic", quantizer, query, keys))[0]
+    problem_key, draw_key = jax.random.split(jax.random.key(0))
+    problem = problems.quadratic(problem_key, 16, condition=10.0)
+    radii = jnp.asarray(residual._RADII, jnp.float32)
+    measure = jax.jit(lambda keys: residuals.relative(problem, quantizer, query, radii, keys))
+    return np.asarray(measure(jax.random.split(draw_key, 4096)))
 
 
 def test_on_a_uniform_grid_the_residual_is_a_uniform_rounding_error_s():

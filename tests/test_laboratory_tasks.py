@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from experiments.attack import models
-from experiments.laboratory import methods, tasks, training
-from experiments.laboratory.tasks import Examples, Task
+from experiments.attack import models as image_models
+from experiments.laboratory.networks import methods, models, tasks, training, vectors
+from experiments.laboratory.networks.tasks import Examples, Task
 
 
 def layers(params, x):
@@ -23,7 +23,9 @@ def test_a_perceptron_is_its_matrices_with_a_one_beside_what_they_read():
     rng = np.random.default_rng(0)
     params = [rng.normal(size=(4, 5)).astype(np.float32), rng.normal(size=(6, 2)).astype("f4")]
     x = rng.normal(size=(7, 3)).astype(np.float32)
-    np.testing.assert_allclose(tasks.perceptron(params, x), layers(params, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        models.perceptron(params, x), layers(params, x), rtol=1e-4, atol=1e-5
+    )
 
 
 def transformer(params, words):
@@ -53,9 +55,9 @@ def test_the_transformer_reads_words_and_no_padding():
     sentences = np.zeros((2, 5, 8), np.float32)
     sentences[0, :3], sentences[1] = rng.normal(size=(3, 8)), rng.normal(size=(5, 8))
     expected = [transformer(params, sentences[0, :3]), transformer(params, sentences[1])]
-    found = tasks.transformer(params, sentences)
+    found = models.transformer(params, sentences)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
-    blank = tasks.transformer(params, np.zeros((1, 5, 8), np.float32))
+    blank = models.transformer(params, np.zeros((1, 5, 8), np.float32))
     np.testing.assert_allclose(blank[0], params[-1][-1], rtol=1e-6)
 
 
@@ -70,6 +72,56 @@ def test_digits_are_means_of_four_pixels_and_no_digit_is_in_two_splits():
     assert same.sum() == 1 and len(images) == 10_000
     sums = np.sort(images.sum(1))
     np.testing.assert_allclose(sums, np.sort(pixels.sum((1, 2, 3))) / 4, rtol=1e-4)
+
+
+def test_the_bundled_images_are_split_once_for_the_dense_network():
+    task = tasks.mnist("mnist", (4,))
+    assert task.train.inputs.shape == (8000, 784) and task.test.inputs.shape == (2000, 784)
+    together = np.concatenate([task.train.inputs, task.test.inputs])
+    assert len(np.unique(together, axis=0)) == 10_000
+    assert task.train.labels.shape == (8000,) and set(task.test.labels) == set(range(10))
+    kernels = [layer["kernel"].shape for layer in task.init(jax.random.key(0))]
+    assert kernels == [(784, 4), (4, 10)]
+
+
+@pytest.mark.parametrize("load", [lambda: tasks.mnist("other", ()), lambda: tasks.digits("other")])
+def test_images_of_another_size_are_refused(load, monkeypatch):
+    colours = np.zeros((3, 32, 32, 3), np.float32), np.zeros(3, np.int32)
+    monkeypatch.setattr(tasks.images, "load", lambda source, split: colours)
+    with pytest.raises(ValueError, match=r"data must be of 28 x 28 pixels, got 'other' of \(32,"):
+        load()
+
+
+def test_a_dense_network_is_its_kernels_and_its_biases():
+    rng = np.random.default_rng(7)
+    params = [
+        {"kernel": rng.normal(size=shape).astype("f4"), "bias": rng.normal(size=shape[1])}
+        for shape in ((5, 4), (4, 3))
+    ]
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    x = rng.normal(size=(6, 5)).astype(np.float32)
+    matrices = [np.append(layer["kernel"], layer["bias"][None], axis=0) for layer in params]
+    np.testing.assert_allclose(models.dense(params, x), layers(matrices, x), rtol=1e-4, atol=1e-5)
+
+
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize("falls", [False, True])
+def test_adam_takes_a_step_for_each_batch(falls):
+    """Of Kingma and Ba's Algorithm 1, in NumPy, on the batches that its keys draw."""
+    task, batches = plane(30), jax.random.split(jax.random.key(3), 5)
+    options = {"rate": 0.1, "falls": falls, "batch_size": 4}
+    (found,) = training.adam(task, jax.random.key(2), batches, **options)
+    w = np.asarray(task.init(jax.random.key(2))[0], np.float64)
+    m = v = np.zeros_like(w)
+    for i, key in enumerate(batches):
+        x, y = map(np.asarray, task.train.draw(key, 4))
+        chances = np.exp(x @ w) / np.exp(x @ w).sum(1, keepdims=True)
+        g = x.T @ (chances - np.eye(2)[y]) / 4
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        rate = 0.1 * (1 - i / 5) if falls else 0.1
+        unbiased = m / (1 - 0.9 ** (i + 1)), v / (1 - 0.999 ** (i + 1))
+        w = w - rate * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
+    np.testing.assert_allclose(found, w, rtol=1e-3, atol=1e-4)
 
 
 def write(folder, count):
@@ -87,21 +139,21 @@ def test_words_that_share_sentences_have_like_vectors_and_labels_are_not_asked(t
     write(tmp_path, 40)
     tokens, labels = tasks._held(str(tmp_path), "train")
     assert labels.tolist() == [0, 1] * 20 and len(tokens[5]) == 3
-    numbers = tasks._numbers(tokens)
+    numbers = vectors.numbers(tokens)
     assert "once" not in numbers and sorted(numbers.values()) == list(range(1, 8))
-    bags = tasks._bags([*tokens, ["unknown", "film", "film"]], numbers)
+    bags = vectors.bags([*tokens, ["unknown", "film", "film"]], numbers)
     assert bags[-1].sum() == 1 and bags[-1, numbers["film"] - 1] == 1
-    vectors = tasks._vectors(bags, 7)
+    found = vectors.vectors(bags, 7)
 
     often, together = bags.sum(0), bags.T @ bags
     chances = together / len(bags) / np.outer(often / len(bags), often / len(bags))
     information = np.log(np.maximum(chances, 1.0))
     rows = information / np.maximum(np.linalg.norm(information, axis=1, keepdims=True), 1e-6)
-    alike = vectors @ vectors.T  # all components: angles are those of the rows themselves
+    alike = found @ found.T  # all components: angles are those of the rows themselves
     np.testing.assert_allclose(alike, rows @ rows.T, atol=1e-4)
     place = {word: i - 1 for word, i in numbers.items()}
     assert alike[place["warm"], place["kind"]] > 0.5 > alike[place["warm"], place["cold"]]
-    few = tasks._vectors(bags, 2)
+    few = vectors.vectors(bags, 2)
     assert few.shape == (7, 2) and (few[place["film"]] == 0).all()  # which is in all sentences
 
 
@@ -122,10 +174,10 @@ def test_sentences_and_words_come_from_the_same_splits(tmp_path):
 
 
 def test_pictures_are_seen_as_the_last_layer_sees_them(tmp_path, monkeypatch):
-    network = models.ResNet(width=2)
+    network = image_models.ResNet(width=2)
     params = network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    models.save_params(tmp_path / "resnet.npz", params)
-    params = models.load_params(tmp_path / "resnet.npz")
+    image_models.save_params(tmp_path / "resnet.npz", params)
+    params = image_models.load_params(tmp_path / "resnet.npz")
     rng = np.random.default_rng(3)
     pixels = {x: rng.random((150, 32, 32, 3), np.float32) for x in ("train", "test")}
     labels = rng.integers(0, 10, 150).astype(np.int32)
@@ -137,7 +189,7 @@ def test_pictures_are_seen_as_the_last_layer_sees_them(tmp_path, monkeypatch):
 
     last = params["Dense_0"]
     order = np.random.default_rng(0).permutation(150)[:100]
-    seen = np.asarray(models.apply(params, pixels["test"][order]))
+    seen = np.asarray(image_models.apply(params, pixels["test"][order]))
     columns = np.append(task.test.inputs, np.ones((100, 1)), 1)  # standardised: up to an affine map
     fitted = columns @ np.linalg.lstsq(columns, seen, rcond=None)[0]
     np.testing.assert_allclose(fitted, seen, atol=1e-4 * np.abs(np.asarray(last["kernel"])).max())
@@ -163,7 +215,7 @@ def plane(count=200):
 @jax.numpy_dtype_promotion("standard")  # which optax.adam needs
 def test_the_best_rate_is_the_validation_splits_and_the_test_split_is_read():
     task = plane()
-    lanes = training.by_backpropagation(task, jax.random.split(jax.random.key(0), 3), steps=1)
+    lanes = training.by_backpropagation(task, 3, steps=1)
     make = methods.in_turn(("mezo",), 2, 0.01)
     rates, shape = (0.01, 3.0, 1e6), {"steps": 20, "batch_size": 16}
     key = jax.random.key(1)
@@ -171,15 +223,14 @@ def test_the_best_rate_is_the_validation_splits_and_the_test_split_is_read():
     keys = jax.random.split(key, 3)
 
     def alone(lane, rate):
-        start = jax.tree.map(lambda x: x[None], training.one_lane(lanes, lane))
-        return training.by_queries(task, make, start, keys[lane][None], jnp.array([rate]), **shape)
+        rate = jnp.float32(rate)
+        return training.by_queries(task, make, lanes[lane], keys[lane], rate, **shape)
 
-    losses = [training.scores(task, alone(2, x)[0], task.validation).loss[0] for x in rates]
-    assert best["rate"] == rates[int(np.argmin(losses))] == 3.0 and not best["at_edge"]
-    assert best["queries"] == alone(0, 3.0)[1][0] == 20 * 2 * 2
-    reported = [training.scores(task, alone(i, 3.0)[0], task.test) for i in range(2)]
-    np.testing.assert_allclose(best["loss"], [x.loss[0] for x in reported], rtol=1e-5)
-    np.testing.assert_allclose(best["accuracy"], [x.accuracy[0] for x in reported])
+    tried = training.scores(task, [alone(2, x)[0] for x in rates], task.validation)["loss"]
+    assert best["rate"] == rates[int(np.argmin(tried))] == 3.0 and not best["at_edge"]
+    assert best["queries"] == alone(0, 3.0)[1] == 20 * 2 * 2
+    reported = training.scores(task, [alone(i, 3.0)[0] for i in range(2)], task.test)
+    assert {name: best[name] for name in reported} == reported
     assert training.at_best_rate(task, make, lanes, key, rates[:2], **shape)["at_edge"]
 
 
@@ -189,10 +240,10 @@ def test_scores_are_those_of_the_softmax():
     logits = np.asarray(task.test.inputs @ np.asarray(params[0]), np.float64)
     chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     loss = -np.log(chances[np.arange(50), task.test.labels]).mean()
-    found = training.scores(task, jax.tree.map(lambda x: x[None], params), task.test)
-    np.testing.assert_allclose(found.loss, [loss], rtol=1e-5)
-    np.testing.assert_allclose(found.accuracy, [(logits.argmax(1) == task.test.labels).mean()])
-    assert training.shown(training.Scores(np.array([np.nan]), np.array([0.5])))["loss"] == [None]
+    found = training.scores(task, [params, [params[0] * np.nan]], task.test)
+    assert found["loss"] == [pytest.approx(loss, rel=1e-5), None]
+    right = (logits.argmax(1) == task.test.labels).mean()
+    assert found["accuracy"][0] == pytest.approx(right)
 
 
 SLOPES = ("caq_zo", "off_grid", "quzo", "qzo", "mezo")

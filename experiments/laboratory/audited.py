@@ -24,8 +24,13 @@ import optax
 
 import zoqo_jax as zq
 from experiments import markdown, settings
-from experiments.laboratory import digits
 from experiments.laboratory.claim import Cell, Claim, Measurement
+from experiments.laboratory.networks import tasks
+from experiments.laboratory.networks.audits import audit, clipped
+from experiments.laboratory.networks.models import Params
+from experiments.laboratory.networks.tasks import Task
+from experiments.laboratory.networks.training import adam, cross_entropy, scores
+from experiments.laboratory.pages import grouped
 
 __all__ = ["CLAIM", "Config"]
 
@@ -35,7 +40,7 @@ VARIANTS = {
     "clip_safe": "clip-safe",
     "audited": "audited",
 }
-_SIZES = (784, 256, 128, 10)
+_HIDDEN = (256, 128)
 _PUBLISHED = {"zoqo": (95.96, 802), "clip_safe": (96.02, 790), "audited": (96.22, 523)}
 _COLUMNS = {  # what was measured, decimals, factor
     "floats, %": ("floats", 2, 100),
@@ -109,7 +114,7 @@ class Config:
         return self.decrease / self.support
 
 
-def cells(config: Config) -> list[Cell]:
+def _cells(config: Config) -> list[Cell]:
     """Every seed by every method at every width; seeds share a compiled program."""
     return [
         {"bits": bits, "variant": variant, "seed": seed}
@@ -119,49 +124,48 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-_accuracy = jax.jit(zq.quaxify(digits.accuracy))
-
-
-def measure(config: Config, cell: Cell) -> dict[str, Any]:
+def _measure(config: Config, cell: Cell) -> dict[str, Any]:
     """Where a run starts and ends, and how many queries of how many images it took."""
-    loaded, seed = digits.load(config.data), cell["seed"]
-    start = digits.pretrained(config.data, _SIZES, config.pretrain_steps, 128, seed)
-    codes = zq.quantize(start, zq.Quantizer(cell["bits"], range="mse"))
-    train, test = ((jnp.asarray(x), jnp.asarray(y)) for x, y in (loaded[:2], loaded[2:]))
-    found = _run(config, cell["variant"], codes, train, jax.random.key(seed))
-    params = found.pop("params")
-    return {
-        "floats": _accuracy(start, *test),
-        "start": _accuracy(codes, *test),
-        "accuracy": _accuracy(params, *test),
-        **found,
-    }
+    task, floats = tasks.mnist(config.data, _HIDDEN), _pretrained(config, cell["seed"])
+    codes = _rounded(config, cell["seed"], cell["bits"])
+    params, found = _run(config, cell["variant"], codes, task, jax.random.key(cell["seed"]))
+    read = scores(task, [floats, codes, params], task.test)["accuracy"]
+    return {**dict(zip(("floats", "start", "accuracy"), read, strict=True)), **found}
+
+
+@functools.cache
+def _pretrained(config: Config, seed: int) -> Params:
+    """By back-propagation in floats; Adam at a constant rate."""
+    key = jax.random.key(seed)
+    batches = jax.random.split(jax.random.fold_in(key, 1), config.pretrain_steps)
+    task, start = tasks.mnist(config.data, _HIDDEN), jax.random.fold_in(key, 0)
+    return adam(task, start, batches, rate=1e-3, falls=False, batch_size=128)
+
+
+@functools.cache
+def _rounded(config: Config, seed: int, bits: int) -> Params:
+    return zq.quantize(_pretrained(config, seed), zq.Quantizer(bits, range="mse"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "variant"))
 def _run(
-    config: Config,
-    variant: str,
-    params: digits.Params,
-    train: tuple[jax.Array, jax.Array],
-    key: jax.Array,
-) -> dict[str, Any]:
+    config: Config, variant: str, params: Params, task: Task, key: jax.Array
+) -> tuple[Params, dict[str, Any]]:
     """Train, and look at what came out."""
-    keys = dict(
-        zip(("tx", "batch", "gate", "images", "end"), jax.random.split(key, 5), strict=True)
-    )
+    names = ("tx", "batch", "gate", "images", "end")
+    keys = dict(zip(names, jax.random.split(key, 5), strict=True))
     is_audited = variant == "audited"
     steps = config.entry - 1 if is_audited else config.iterations
-    fixed = _some(keys["images"], config.audit_images, train)
+    fixed = task.train.draw(keys["images"], config.audit_images)
+    loss = functools.partial(cross_entropy, task.logits, batch=fixed)
     tx = _transformation(config, variant, keys["tx"], params)
 
     def step(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         params, state = carry
-        batch = _some(key, config.batch_size, train)
+        batch = task.train.draw(key, config.batch_size)
         cut = clipped(tx.probes(state, params), params)
-        updates, state = tx.update(
-            None, state, params, value_fn=lambda params: digits.loss(params, *batch)
-        )
+        value_fn = functools.partial(cross_entropy, task.logits, batch=batch)
+        updates, state = tx.update(None, state, params, value_fn=value_fn)
         return (optax.apply_updates(params, updates), state), cut
 
     batches = jax.random.split(keys["batch"], steps)
@@ -172,14 +176,10 @@ def _run(
         gate = zq.certificates.gate(
             key=keys["gate"], support=config.support, gamma=config.gamma, failures=config.failures
         )
-        params, audits = audit(gate, params, fixed, config.iterations - steps)
+        params, audits = audit(gate, params, loss, config.iterations - steps)
         calls, successes = audits.count, audits.successes
         queries = queries + audits.queries
         images = images + audits.queries * config.audit_images
-
-    def loss(params: Any) -> jax.Array:
-        return digits.loss(params, *fixed)
-
     last = zq.certificates.audit(
         loss,
         params,
@@ -188,8 +188,7 @@ def _run(
         gamma=config.gamma,
         trials=config.trials,
     )
-    return {
-        "params": params,
+    return params, {
         "queries": queries,
         "images": images,
         "iterations": steps + calls,
@@ -197,7 +196,7 @@ def _run(
         "taken": successes,
         "clipped": cut.mean(),
         "passing": last.successes / last.trials,
-        "loss": zq.quaxify(loss)(params),
+        "loss": loss(params),
     }
 
 
@@ -212,46 +211,10 @@ def _transformation(config: Config, variant: str, key: jax.Array, params: Any) -
     return zq.zoqo(structure="sparse", density=density, boundary=boundary, **shared)
 
 
-def _some(key: jax.Array, count: int, of: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
-    """Some images and their labels."""
-    rows = jax.random.randint(key, (count,), 0, len(of[1]))
-    return of[0][rows], of[1][rows]
-
-
-def audit(gate: Any, params: Any, fixed: tuple[Any, Any], calls: int) -> tuple[Any, Any]:
-    """Parameters and the gate's state after audits, as many as it wants, or `calls` at most."""
-
-    def goes_on(carry: Any) -> jax.Array:
-        stop, _, state = carry
-        return ~stop & (state.count < calls)
-
-    def call(carry: Any) -> Any:
-        _, params, state = carry
-        stop, state = gate.update(state, lambda params: digits.loss(params, *fixed), params)
-        return stop, gate.accept(state, params), state
-
-    start = (jnp.array(False), params, gate.init(params))
-    return jax.lax.while_loop(goes_on, call, start)[1:]
-
-
-def clipped(stencils: list[Any], params: digits.Params) -> jax.Array:
-    """Of the codes that a direction probes, the share of those whose chord is cut short."""
-    ends = [
-        [layer["kernel"].codes.astype(jnp.int16) for layer in end]
-        for end in (zq.queries.endpoints(params, stencils, side) for side in (1, -1))
-    ]
-    cut = probed = jnp.int32(0)
-    for stencil, layer, plus, minus in zip(stencils, params, *ends, strict=True):
-        u = zq.stencils.draw(stencil, layer["kernel"])
-        cut += jnp.sum(plus - minus != 2 * u, dtype=jnp.int32)
-        probed += jnp.sum(u != 0, dtype=jnp.int32)
-    return cut / jnp.maximum(probed, 1)
-
-
-def table(found: list[Measurement]) -> str:
+def _table(found: list[Measurement]) -> str:
     """A row for each method at each width, over seeds; under it what was published."""
     rows = []
-    for (bits, variant), mine in _groups(found).items():
+    for (bits, variant), mine in grouped(found, "bits", "variant").items():
         figures = [
             markdown.interval([factor * one[name] for one in mine], places)
             for name, places, factor in _COLUMNS.values()
@@ -266,22 +229,20 @@ def table(found: list[Measurement]) -> str:
     return f"{markdown.table(head, rows)}\n\nPublished: {published}."
 
 
-def draw(found: list[Measurement], fig: Any) -> None:
+def _draw(found: list[Measurement], fig: Any) -> None:
     """Accuracy against queries, a point for each seed, and what was published."""
-    widths = sorted({one["bits"] for one in found})
-    for ax, bits in zip(fig.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
-        start = 100 * np.mean([one["start"] for one in found if one["bits"] == bits])
+    by_bits = grouped(found, "bits")
+    axes = fig.subplots(1, len(by_bits), squeeze=False)[0]
+    for ax, ((bits,), here) in zip(axes, by_bits.items(), strict=True):
+        start = 100 * np.mean([one["start"] for one in here])
         ax.axhline(start, color="0.6", label="before")
-        for i, (variant, label) in enumerate(VARIANTS.items()):
-            mine = _groups(found).get((bits, variant), [])
-            accuracy = [100 * one["accuracy"] for one in mine]
-            queries = [one["queries"] for one in mine]
-            ax.plot(
-                queries, accuracy, "o", color=f"C{i}", label=f"{label} ({np.mean(accuracy):.2f} %)"
-            )
+        for i, ((variant,), mine) in enumerate(grouped(here, "variant").items()):
+            accuracies = [100 * one["accuracy"] for one in mine]
+            label = f"{VARIANTS[variant]} ({np.mean(accuracies):.2f} %)"
+            ax.plot([one["queries"] for one in mine], accuracies, "o", color=f"C{i}", label=label)
             if variant in _PUBLISHED:
                 ax.plot(*_PUBLISHED[variant][::-1], "*", color=f"C{i}", markersize=11)
-        near = [100 * one["accuracy"] for one in found if one["bits"] == bits]
+        near = [100 * one["accuracy"] for one in here]
         near = [one for one in near if one > start - 2] + [_PUBLISHED["audited"][0], start]
         ax.set_ylim(min(near) - 0.3, max(near) + 0.3)  # what collapses is in the legend alone
         ax.set(xlabel="queries", ylabel="test accuracy, %", title=f"{bits} bits (stars: published)")
@@ -289,11 +250,4 @@ def draw(found: list[Measurement], fig: Any) -> None:
         ax.grid(alpha=0.3)
 
 
-def _groups(found: list[Measurement]) -> dict[tuple[int, str], list[Measurement]]:
-    groups: dict[tuple[int, str], list[Measurement]] = {}
-    for one in found:
-        groups.setdefault((one["bits"], one["variant"]), []).append(one)
-    return groups
-
-
-CLAIM = Claim("audited", Config, cells, measure, table, draw)
+CLAIM = Claim("audited", Config, _cells, _measure, _table, _draw)

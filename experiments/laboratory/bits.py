@@ -8,6 +8,7 @@ grid and then trained on it.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ import numpy as np
 
 import zoqo_jax as zq
 from experiments import markdown, settings
-from experiments.laboratory import methods, tasks, training
 from experiments.laboratory.claim import Cell, Claim, Measurement
-from experiments.laboratory.tasks import Params, Task
+from experiments.laboratory.networks import methods, tasks, training
+from experiments.laboratory.networks.models import Params
+from experiments.laboratory.networks.tasks import Task
+from experiments.laboratory.pages import errorbar, grouped, percent
 
 __all__ = ["CLAIM", "Config", "codebook_samples", "quantizer"]
 
@@ -56,7 +59,7 @@ class Config:
 
     digits: str = "mnist"
     words: str = "reviews"
-    bits: tuple[str, ...] = ("2", "3", "4", "6", "8")
+    bits: tuple[int, ...] = (2, 3, 4, 6, 8)
     range: str = "mse"
     pretraining: int = 1_000
     queries: int = 800
@@ -70,9 +73,8 @@ class Config:
         settings.check(self, least=least, positive=("radius",))
         if not 1 <= self.seeds <= 5:
             raise ValueError(f"seeds must be in [1, 5], got {self.seeds}.")
-        bad = [x for x in self.bits if not x.isdecimal() or not 2 <= int(x) <= 8]
-        if bad or not self.bits:
-            raise ValueError(f"bits must be whole numbers in [2, 8], got {self.bits}.")
+        if bad := [bits for bits in self.bits if not 2 <= bits <= 8]:
+            raise ValueError(f"bits must be in [2, 8], got {bad[0]}.")
         if self.range not in ("absmax", "mse"):
             raise ValueError(f"range must be 'absmax' or 'mse', got {self.range!r}.")
         if self.queries < 1 or self.queries % (4 * self.num_queries):  # for two that take turns
@@ -81,10 +83,10 @@ class Config:
             )
 
 
-def codebook_samples(lanes: Params) -> np.ndarray:
+def codebook_samples(lanes: Sequence[Params]) -> np.ndarray:
     """All weights, each as a fraction of the largest of its channel."""
-    fractions = [x / jnp.abs(x).max(-2, keepdims=True) for x in lanes]
-    return np.concatenate([np.ravel(x) for x in fractions])
+    matrices = [x for same in zip(*lanes, strict=True) for x in same]
+    return np.concatenate([np.ravel(x / jnp.abs(x).max(-2, keepdims=True)) for x in matrices])
 
 
 def quantizer(grid: str, bits: int, value_range: str, samples: np.ndarray) -> zq.Quantizer:
@@ -107,23 +109,22 @@ def quantizer(grid: str, bits: int, value_range: str, samples: np.ndarray) -> zq
 
 def _cells(config: Config) -> list[Cell]:
     return [
-        {"model": model, "bits": int(bits), "grid": grid, "trained": trained}
+        {"model": model, "bits": bits, "grid": grid, "trained": trained}
         for model in _MODELS
         for bits in config.bits
         for grid in _GRIDS
         for trained in _TRAINED
-        if grid != "nf4" or bits == "4"
+        if grid != "nf4" or bits == 4
     ]
 
 
 def _measure(config: Config, cell: Cell) -> dict[str, Any]:
     task, floats = _task(config, cell["model"]), _floats(config, cell["model"])
-    found = {"floats": training.scores(task, _but_last(floats), task.test).accuracy}
-    rule = quantizer(cell["grid"], cell["bits"], config.range, codebook_samples(floats))
-    lanes = jax.vmap(lambda params: zq.quantize(params, rule))(floats)
+    lanes = _rounded(config, cell["model"], cell["grid"], cell["bits"])
+    found = {"floats": training.scores(task, floats[:-1], task.test)["accuracy"]}
     names = _TRAINED[cell["trained"]]
     if not names:
-        return {**found, **training.shown(training.scores(task, _but_last(lanes), task.test))}
+        return {**found, **training.scores(task, lanes[:-1], task.test)}
     best = training.at_best_rate(
         task,
         methods.in_turn(names, config.num_queries, config.radius),
@@ -141,38 +142,35 @@ def _task(config: Config, model: str) -> Task:
 
 
 @functools.cache
-def _floats(config: Config, model: str) -> Params:
+def _floats(config: Config, model: str) -> list[Params]:
     """Models trained by back-propagation, a lane for each seed and a further one."""
-    keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds + 1))
-    return training.by_backpropagation(_task(config, model), keys, steps=config.pretraining)
+    task = _task(config, model)
+    return training.by_backpropagation(task, config.seeds + 1, steps=config.pretraining)
 
 
-def _but_last(lanes: Params) -> Params:
-    return jax.tree.map(lambda x: x[:-1], lanes)
-
-
-def _groups(found: list[Measurement]) -> dict[tuple[str, int], dict[str, dict[str, Measurement]]]:
-    """Measurements by model and bits, then by grid, then by how it was trained."""
-    groups: dict[Any, Any] = {}
-    for one in found:
-        by_grid = groups.setdefault((one["model"], one["bits"]), {})
-        by_grid.setdefault(one["grid"], {})[one["trained"]] = one
-    return groups
+@functools.cache
+def _rounded(config: Config, model: str, grid: str, bits: int) -> list[Params]:
+    floats = _floats(config, model)
+    rule = quantizer(grid, bits, config.range, codebook_samples(floats))
+    return [zq.quantize(params, rule) for params in floats]
 
 
 def _table(found: list[Measurement]) -> str:
     rows = []
-    for (model, bits), by_grid in _groups(found).items():
-        best = {x: max(np.mean(one[x]["accuracy"]) for one in by_grid.values()) for x in _TRAINED}
-        for grid, by_training in by_grid.items():
+    for (model, bits), mine in grouped(found, "model", "bits").items():
+        best = {
+            trained: max(np.mean(one["accuracy"]) for one in ways)
+            for (trained,), ways in grouped(mine, "trained").items()
+        }
+        for (grid,), ways in grouped(mine, "grid").items():
             cells = []
-            for trained, one in by_training.items():
-                text = markdown.interval([100 * x for x in one["accuracy"]], 1)
-                is_best = np.mean(one["accuracy"]) == best[trained]
-                edge = "*" if one.get("at_edge") else ""
+            for one in ways:
+                text, edge = percent(one["accuracy"], 1), "*" if one.get("at_edge") else ""
+                is_best = np.mean(one["accuracy"]) == best[one["trained"]]
                 cells.append(f"**{text}**{edge}" if is_best else f"{text}{edge}")
-            floats = markdown.interval([100 * x for x in one["floats"]], 1)
-            rows.append([f"{_MODELS[model]}, {bits} bits, {grid}", *cells, floats])
+            rows.append(
+                [f"{_MODELS[model]}, {bits} bits, {grid}", *cells, percent(ways[0]["floats"], 1)]
+            )
     return markdown.table(["accuracy, %", *_TRAINED, "in floats"], rows)
 
 
@@ -182,15 +180,10 @@ def _draw(found: list[Measurement], fig: Any) -> None:
     for row, model in zip(axes, _MODELS, strict=True):
         for axis, trained in zip(row, _TRAINED, strict=True):
             here = [x for x in found if (x["model"], x["trained"]) == (model, trained)]
-            for grid in _GRIDS:
-                line = [one for one in here if one["grid"] == grid]
-                axis.errorbar(
-                    [one["bits"] for one in line],
-                    [100 * np.mean(one["accuracy"]) for one in line],
-                    [100 * np.std(one["accuracy"]) for one in line],
-                    marker="." if len(line) > 1 else "d",
-                    label=grid,
-                )
+            for (grid,), line in grouped(here, "grid").items():
+                accuracies = [100 * np.array(one["accuracy"]) for one in line]
+                marker = "." if len(line) > 1 else "d"
+                errorbar(axis, [x["bits"] for x in line], accuracies, marker=marker, label=grid)
             axis.axhline(100 * np.mean(here[0]["floats"]), color="grey", linewidth=0.8)
         row[0].set_ylabel(f"{_MODELS[model]}\naccuracy, %")
     for axis, trained in zip(axes[0], _TRAINED, strict=True):

@@ -11,14 +11,15 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import zoqo_jax as zq
 from experiments import markdown, settings
-from experiments.laboratory import methods, tasks, training
 from experiments.laboratory.claim import Cell, Claim, Measurement
-from experiments.laboratory.tasks import Params, Task
+from experiments.laboratory.networks import methods, tasks, training
+from experiments.laboratory.networks.models import Params
+from experiments.laboratory.networks.tasks import Task
+from experiments.laboratory.pages import errorbar, grouped, percent
 
 __all__ = ["CLAIM", "Config", "quantizer"]
 
@@ -113,25 +114,21 @@ def _cells(config: Config) -> list[Cell]:
 
 
 def _measure(config: Config, cell: Cell) -> dict[str, Any]:
-    task, lanes = _task(config, cell["task"]), _starts(config, cell["task"])
-    if cell["method"] == _ADAM:
-        keys = _keys(config)[:-1]
+    task, method = _task(config, cell["task"]), cell["method"]
+    if method == _ADAM:
         lanes = training.by_backpropagation(
-            task, keys, steps=config.steps, batch_size=config.batch_size
+            task, config.seeds, steps=config.steps, batch_size=config.batch_size
         )
-        return training.shown(training.scores(task, lanes, task.test))
-    if cell["grid"] != "floats":
-        rule = quantizer(cell["grid"], config.block)
-        lanes = jax.vmap(lambda params: zq.quantize(params, rule))(lanes)
-    if cell["method"] == _START:
-        lanes = jax.tree.map(lambda x: x[:-1], lanes)
-        return training.shown(training.scores(task, lanes, task.test))
+        return training.scores(task, lanes, task.test)
+    lanes = _starts(config, cell["task"], cell["grid"])
+    if method == _START:
+        return training.scores(task, lanes[:-1], task.test)
     return training.at_best_rate(
         task,
-        methods.in_turn((cell["method"],), config.num_queries, config.radius),
+        methods.in_turn((method,), config.num_queries, config.radius),
         lanes,
         jax.random.key(1),
-        methods.RATES[cell["method"]],
+        methods.RATES[method],
         steps=config.steps,
         batch_size=config.batch_size,
     )
@@ -145,58 +142,49 @@ def _task(config: Config, name: str) -> Task:
     return tasks.sentences(config.sentences)
 
 
-def _keys(config: Config) -> jax.Array:
-    return jax.vmap(jax.random.key)(jnp.arange(config.seeds + 1))
-
-
 @functools.cache
-def _starts(config: Config, name: str) -> Params:
+def _starts(config: Config, name: str, grid: str) -> list[Params]:
     """Models that have seen few examples, a lane for each seed and a further one."""
+    if grid != "floats":
+        rule = quantizer(grid, config.block)
+        return [zq.quantize(params, rule) for params in _starts(config, name, "floats")]
     task = _task(config, name)
-    few = task._replace(train=task.train.take(slice(config.few)))
-    return training.by_backpropagation(few, _keys(config), steps=config.pretraining)
+    few = dataclasses.replace(task, train=task.train.take(slice(config.few)))
+    return training.by_backpropagation(few, config.seeds + 1, steps=config.pretraining)
 
 
 def _table(found: list[Measurement]) -> str:
-    names = list(dict.fromkeys(one["task"] for one in found))
-    ways = list(dict.fromkeys((one["method"], one["grid"]) for one in found))
-    by_way = {(one["method"], one["grid"], one["task"]): one for one in found}
     head = ["method and grid"]
-    for name in names:
+    for (name,) in grouped(found, "task"):
         head += [f"{_TASKS[name]}: accuracy, %", "loss, nats", "rate"]
-    rows = []
-    for method, grid in ways:
-        cells = [f"{method}, {grid}"]
-        for name in names:
-            cells += _shown(by_way[method, grid, name])
-        rows.append(cells)
+    rows = [
+        [f"{method}, {grid}", *(text for one in on_tasks for text in _shown(one))]
+        for (method, grid), on_tasks in grouped(found, "method", "grid").items()
+    ]
     return markdown.table(head, rows)
 
 
 def _shown(one: Measurement) -> list[str]:
     """Accuracy, loss and rate, with a star where a rate beyond those tried might do better."""
-    accuracy = markdown.interval([100 * x for x in one["accuracy"]], 1)
     loss = "diverged" if None in one["loss"] else markdown.interval(one["loss"], 3)
     rate = f"{one['rate']:.2g}{'*' if one['at_edge'] else ''}" if "rate" in one else ""
-    return [accuracy, loss, rate]
+    return [percent(one["accuracy"], 1), loss, rate]
 
 
 def _draw(found: list[Measurement], fig: Any) -> None:
-    names = list(dict.fromkeys(one["task"] for one in found))
+    by_task = grouped(found, "task")
     on_grids = [x for x in methods.METHODS if x not in methods.FLOATS]
-    axes = fig.subplots(1, len(names), squeeze=False)[0]
-    for axis, name in zip(axes, names, strict=True):
-        here = {(x["method"], x["grid"]): x["accuracy"] for x in found if x["task"] == name}
+    axes = fig.subplots(1, len(by_task), squeeze=False)[0]
+    for axis, ((name,), mine) in zip(axes, by_task.items(), strict=True):
+        here = {(x["method"], x["grid"]): 100 * np.array(x["accuracy"]) for x in mine}
         for i, grid in enumerate(_GRIDS):
-            values = np.array([here[method, grid] for method in on_grids]) * 100
-            axis.errorbar(
-                np.arange(len(on_grids)) + 0.2 * (i - 1), values.mean(1), values.std(1),
-                linestyle="", marker="o", label=grid, color=f"C{i}",
-            )  # fmt: skip
-            start = 100 * np.mean(here[_START, grid])
+            places = np.arange(len(on_grids)) + 0.2 * (i - 1)
+            style = {"linestyle": "", "marker": "o", "label": grid, "color": f"C{i}"}
+            errorbar(axis, places, [here[method, grid] for method in on_grids], **style)
+            start = np.mean(here[_START, grid])
             axis.axhline(start, color=f"C{i}", linewidth=0.8, linestyle=":")
         for method, style in ((methods.FLOATS[0], "-"), (methods.FLOATS[1], "--"), (_ADAM, "-.")):
-            height = 100 * np.mean(here[method, "floats"])
+            height = np.mean(here[method, "floats"])
             label = f"{method}, floats"
             axis.axhline(height, color="grey", linewidth=0.8, linestyle=style, label=label)
         axis.set_xticks(range(len(on_grids)), on_grids, rotation=45, ha="right", fontsize="small")

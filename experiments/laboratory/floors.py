@@ -16,15 +16,16 @@ from jaxtyping import Array
 
 import zoqo_jax as zq
 from experiments import markdown, settings
-from experiments.laboratory import problems
 from experiments.laboratory.claim import Cell, Claim, Measurement
-from experiments.laboratory.descents import METHODS, make
+from experiments.laboratory.convex import descents, problems
+from experiments.laboratory.convex.descents import METHODS
+from experiments.laboratory.pages import grouped
 from zoqo_jax.certificates import gradient_floor, loss_floor
 
 __all__ = ["CLAIM", "Config", "swings"]
 
 _CONDITION = 10.0
-_RATES = (1 / 16, 1 / 4, 1.0, 4.0, 16.0)  # each method descends at its best of these
+_KINDS = ("loss", "gradient")  # of floors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +67,18 @@ class Config:
 
 
 def _cells(config: Config) -> list[Cell]:
-    floors = [
+    cells: list[Cell] = [
         {"part": "floor", "bits": bits, "dimension": d}
         for bits in config.bits
         for d in config.dimensions
     ]
-    descents = [
+    cells += [
         {"part": "descent", "method": method, "bits": bits, "structure": structure}
         for bits in config.descent_bits
         for structure in ("sparse", "dense")
         for method in METHODS
     ]
-    return floors + descents
+    return cells
 
 
 def _measure(config: Config, cell: Cell) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def _floors(config: Config, bits: int, dimension: int) -> dict[str, Any]:
 
     keys = jax.random.split(jax.random.key(0), config.draws)
     found = map(np.asarray, jax.jit(lambda keys: jax.lax.map(ratios, keys))(keys))
-    return dict(zip(("loss", "gradient"), found, strict=True))
+    return dict(zip(_KINDS, found, strict=True))
 
 
 # Descents
@@ -119,39 +120,32 @@ def _descents(config: Config, method: str, bits: int, structure: str) -> dict[st
     def descend(key: Array, rate: Array) -> tuple[Array, ...]:
         problem_key, run_key = jax.random.split(key)
         problem = problems.quadratic(problem_key, d, condition=_CONDITION)
-        tx = make(
+        tx = descents.make(
             method,
-            problems.falling(rate, config.steps),
+            descents.falling(rate, config.steps),
             key=run_key,
             spacing=spacing,
             trace=jnp.trace(problem.hessian),
             density=1 / d if structure == "sparse" else 1.0,
         )
 
-        def excess(params: Any) -> Array:
-            return problem.loss(zq.dequantize(params))
-
         def excess_and_codes(params: Any) -> tuple[Array, Array]:
-            return excess(params), params.codes
+            return problem.loss(zq.dequantize(params)), params.codes
 
-        params = quantizer(jnp.zeros(d))
-        state, first = problems.descend(
-            tx, problem.loss, (params, tx.init(params)), config.steps - last, excess
-        )
-        _, (losses, codes) = problems.descend(tx, problem.loss, state, last, excess_and_codes)
+        start = quantizer(jnp.zeros(d))
+        losses, codes = descents.descend(tx, problem.loss, start, config.steps, excess_and_codes)
         floor = loss_floor(spacing, problem.hessian)
-        best = jnp.minimum(first.min(), losses.min())
-        span, turns = swings(codes)
-        return losses.mean() / floor, best / floor, span.mean(), turns.sum()
+        span, turns = swings(codes[-last:])
+        return losses[-last:].mean() / floor, losses.min() / floor, span.mean(), turns.sum()
 
     keys = jax.random.split(jax.random.key(1), config.seeds * config.runs)
-    each = jax.jit(jax.vmap(jax.vmap(descend, (0, None)), (None, 0)))
-    found = each(keys, jnp.asarray(_RATES, jnp.float32))
-    shape = (len(_RATES), config.seeds, config.runs)
-    end, best, span, turns = (np.asarray(one, np.float64).reshape(shape) for one in found)
+    shape = (len(descents.RATES), config.seeds, config.runs)
+    end, best, span, turns = (
+        np.asarray(one, np.float64).reshape(shape) for one in descents.at_each_rate(descend, keys)
+    )
     i = int(end.mean(axis=(1, 2)).argmin())
     return {
-        "rate": _RATES[i],
+        "rate": descents.RATES[i],
         "end": end[i].mean(axis=-1),
         "best": best[i].mean(axis=-1),
         "span": span[i].mean(),
@@ -183,26 +177,16 @@ def swings(codes: Array) -> tuple[Array, Array]:
 
 
 def _table(found: list[Measurement]) -> str:
-    floors = [one for one in found if one["part"] == "floor"]
-    dimensions = sorted({one["dimension"] for one in floors})
-    at = {(one["bits"], one["dimension"]): one for one in floors}
-    kinds = ("loss", "gradient")
-    head = ["bits", *(f"{kind}, d = {d}" for kind in kinds for d in dimensions)]
+    by_part = grouped(found, "part")
+    floors, descended = by_part[("floor",)], by_part[("descent",)]
+    dimensions = [d for (d,) in grouped(floors, "dimension")]
+    head = ["bits", *(f"{kind}, d = {d}" for kind in _KINDS for d in dimensions)]
     rows = [
-        [str(bits), *(_ratio(at[bits, d][kind]) for kind in kinds for d in dimensions)]
-        for bits in sorted({one["bits"] for one in floors})
+        [str(bits), *(_ratio(one[kind]) for kind in _KINDS for one in mine)]
+        for (bits,), mine in grouped(floors, "bits").items()
     ]
     law = markdown.table(head, rows)
-    head = [
-        "method",
-        "directions",
-        "bits",
-        "loss / floor",
-        "best visited",
-        "span",
-        "period",
-        "rate",
-    ]
+    head = "method|directions|bits|loss / floor|best visited|span|period|rate"
     rows = [
         [
             one["method"],
@@ -214,10 +198,9 @@ def _table(found: list[Measurement]) -> str:
             "rests" if one["period"] is None else f"{one['period']:.0f}",
             f"{one['rate']:g}",
         ]
-        for one in found
-        if one["part"] == "descent"
+        for one in descended
     ]
-    return f"{law}\n\n{markdown.table(head, rows)}"
+    return f"{law}\n\n{markdown.table(head.split('|'), rows)}"
 
 
 def _ratio(ratios: list[float]) -> str:
@@ -228,10 +211,9 @@ def _ratio(ratios: list[float]) -> str:
 
 def _draw(found: list[Measurement], fig: Any) -> None:
     left, right = fig.subplots(1, 2, width_ratios=(1, 1.6))
-    floors = [one for one in found if one["part"] == "floor"]
-    for i, d in enumerate(sorted({one["dimension"] for one in floors})):
-        mine = [one for one in floors if one["dimension"] == d]
-        for kind, style in (("loss", "o-"), ("gradient", "s:")):
+    by_part = grouped(found, "part")
+    for i, ((d,), mine) in enumerate(grouped(by_part[("floor",)], "dimension").items()):
+        for kind, style in zip(_KINDS, ("o-", "s:"), strict=True):
             ratios = [np.mean(one[kind]) for one in mine]
             label = f"{kind}, d = {d}"
             left.plot([one["bits"] for one in mine], ratios, style, color=f"C{i}", label=label)
@@ -240,10 +222,9 @@ def _draw(found: list[Measurement], fig: Any) -> None:
     left.set_xlabel("bits")
     left.set_ylabel("rounded optimum / law")
     left.legend(fontsize=7)
-    descents = [one for one in found if one["part"] == "descent"]
-    kinds = sorted({(one["structure"], one["bits"]) for one in descents}, reverse=True)
-    for i, (structure, bits) in enumerate(kinds):
-        mine = [one for one in descents if (one["structure"], one["bits"]) == (structure, bits)]
+    ways = grouped(by_part[("descent",)], "structure", "bits")
+    for i, (structure, bits) in enumerate(sorted(ways, reverse=True)):
+        mine = ways[structure, bits]
         places = [METHODS.index(one["method"]) + 0.2 * (i - 1.5) for one in mine]
         ends = [np.mean(one["end"]) for one in mine]
         right.bar(places, ends, 0.18, label=f"{structure}, {bits} bit")

@@ -18,8 +18,7 @@ loss should fall 1 - 2 e times as fast for an e that is the same everywhere, and
 
 import dataclasses
 import functools
-import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +27,19 @@ import optax
 
 import zoqo_jax as zq
 from experiments import markdown, settings
-from experiments.laboratory import digits
 from experiments.laboratory.claim import Cell, Claim, Measurement
+from experiments.laboratory.networks import tasks
+from experiments.laboratory.networks.judges import Kind, chance_of_error, compare, lean
+from experiments.laboratory.networks.tasks import Task
+from experiments.laboratory.networks.training import accuracy, cross_entropy
+from experiments.laboratory.pages import grouped
 
-__all__ = ["CLAIM", "Config", "Kind", "chance_of_error", "compare", "lean"]
+__all__ = ["CLAIM", "Config"]
 
-Kind = Literal["losses", "errs", "bradley_terry"]
-_KINDS: dict[str, tuple[str, str]] = {
-    "losses": ("two losses", ""),
-    "errs": ("errs in", " %"),
-    "bradley_terry": ("Bradley-Terry, k =", ""),
+_KINDS: dict[Kind, tuple[str, str, str]] = {  # name, what its level is called, marker
+    "losses": ("two losses", "", "*"),
+    "errs": ("errs", " in {} %", "o"),
+    "bradley_terry": ("Bradley-Terry", ", k = {}", "s"),
 }
 
 
@@ -90,7 +92,7 @@ class Config:
             raise ValueError(f"votes must be odd, got {bad[0]}.")
 
 
-def cells(config: Config) -> list[Cell]:
+def _cells(config: Config) -> list[Cell]:
     """Every seed by every judge, who is asked so often; seeds share a compiled program."""
     judges = [("losses", 0, 1)]
     for kind, levels in (("errs", config.errors), ("bradley_terry", config.sharpness)):
@@ -103,20 +105,11 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def measure(config: Config, cell: Cell) -> dict[str, Any]:
+def _measure(config: Config, cell: Cell) -> dict[str, Any]:
     """Queries until the target was reached, or None, and what the judge was like."""
-    loaded = digits.load(config.data)
-    train = jnp.asarray(loaded.images), jnp.asarray(loaded.labels)
-    test = tuple(jnp.asarray(x[: config.test_images]) for x in loaded[2:])
-    found = _run(
-        config,
-        cell["kind"],
-        cell["votes"],
-        cell["level"],
-        jax.random.key(cell["seed"]),
-        train,
-        test,
-    )
+    task, key = tasks.mnist(config.data, (config.hidden,)), jax.random.key(cell["seed"])
+    task = dataclasses.replace(task, test=task.test.take(slice(config.test_images)))
+    found = _run(config, cell["kind"], cell["votes"], cell["level"], key, task)
     reached = bool(found["accuracy"] >= config.target)
     return {
         "reached": found["queries"] if reached else None,
@@ -129,25 +122,17 @@ def measure(config: Config, cell: Cell) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnames=("config", "kind", "votes"))
 def _run(
-    config: Config,
-    kind: Kind,
-    votes: int,
-    level: jax.Array,
-    key: jax.Array,
-    train: tuple[jax.Array, jax.Array],
-    test: tuple[jax.Array, jax.Array],
+    config: Config, kind: Kind, votes: int, level: jax.Array, key: jax.Array, task: Task
 ) -> dict[str, jax.Array]:
     """Train until the target is reached, looking every so often."""
     of_start, of_tx, of_batches = jax.random.split(key, 3)
-    params = zq.quantize(digits.initial(of_start, (784, config.hidden, 10)), zq.Quantizer(8))
+    params = zq.quantize(task.init(of_start), zq.Quantizer(8))
     asked = None if kind == "losses" else votes
     tx: Any = zq.zoqo(1e-9, 1e-9, key=of_tx, num_comparisons=asked)  # one code
-    accuracy = zq.quaxify(digits.accuracy)
 
     def loss_of(step: jax.Array) -> Any:
-        own = jax.random.fold_in(of_batches, step)
-        rows = jax.random.randint(own, (config.batch_size,), 0, len(train[1]))
-        return lambda params: digits.loss(params, train[0][rows], train[1][rows])
+        batch = task.train.draw(jax.random.fold_in(of_batches, step), config.batch_size)
+        return functools.partial(cross_entropy, task.logits, batch=batch)
 
     def step(_: Any, carry: Any) -> Any:
         params, state = carry
@@ -167,7 +152,7 @@ def _run(
         difference = jnp.abs(pair[0] - pair[1])
         error = chance_of_error(kind, level, difference)
         found = {
-            "accuracy": accuracy(params, *test),
+            "accuracy": accuracy(task.logits, params, task.test),
             "queries": state.queries,
             "looks": found["looks"] + 1,
             "error": found["error"] + error,
@@ -185,47 +170,7 @@ def _run(
     return jax.lax.while_loop(goes_on, look, (params, tx.init(params), {**sums, **counts}))[2]
 
 
-def compare(kind: Kind, level: Any, loss: Any, a: Any, b: Any, key: jax.Array) -> jax.Array:
-    """A judge's verdict: -1 where it prefers `a`, 1 where `b`, and 0 where they are the same.
-
-    Args:
-      kind: of judge.
-      level: percentage of errors, or k.
-      loss: what it would like to be low.
-      a: parameters.
-      b: others.
-      key: of its error.
-    """
-    difference = loss(a) - loss(b)
-    error = chance_of_error(kind, level, jnp.abs(difference))
-    wrong = jax.random.bernoulli(key, error)
-    return jnp.sign(difference) * jnp.where(wrong, -1.0, 1.0)
-
-
-def chance_of_error(kind: Kind, level: Any, difference: jax.Array) -> jax.Array:
-    """How often a judge is wrong about two ends whose losses differ by so much."""
-    if kind == "losses":
-        return jnp.float32(0)
-    if kind == "errs":
-        return jnp.asarray(level, jnp.float32) / 100
-    return jax.nn.sigmoid(-jnp.asarray(level, jnp.float32) * difference)
-
-
-def lean(error: jax.Array, votes: int) -> Any:
-    """Chance that the majority of an odd number of votes is right, less that it is wrong.
-
-    Example:
-      >>> lean(jnp.float32(0.25), 1), lean(jnp.float32(0.25), 3)  # .84 - .16
-      (Array(0.5, dtype=float32), Array(0.6875, dtype=float32))
-    """
-    right = sum(
-        math.comb(votes, k) * (1 - error) ** k * error ** (votes - k)
-        for k in range(votes // 2 + 1, votes + 1)
-    )
-    return 2 * right - 1
-
-
-def table(found: list[Measurement]) -> str:
+def _table(found: list[Measurement]) -> str:
     """A row for each judge and number of votes, over seeds; queries of the seeds that arrived."""
     head = "judge|votes|wrong answers, %|arrived|queries|cost|predicted|accuracy, %"
     rows = [
@@ -244,14 +189,13 @@ def table(found: list[Measurement]) -> str:
     return markdown.table(head.split("|"), rows)
 
 
-def draw(found: list[Measurement], fig: Any) -> None:
+def _draw(found: list[Measurement], fig: Any) -> None:
     """Queries against how often a judge errs, and what that costs beside what was predicted."""
     left, right = fig.subplots(1, 2)
     rows = [one for one in _rows(found) if one.costs]
-    markers = {"losses": "*", "errs": "o", "bradley_terry": "s"}
     colors = {votes: f"C{i}" for i, votes in enumerate(sorted({one.votes for one in rows}))}
     for one in rows:
-        style = {"marker": markers[one.kind], "color": colors[one.votes]}
+        style = {"marker": _KINDS[one.kind][2], "color": colors[one.votes]}
         left.plot(np.mean(one.errors), np.mean(one.queries), **style)
         right.plot(np.mean(one.predicted), np.mean(one.costs), **style)
     errors = jnp.linspace(0, 0.46, 50)
@@ -259,8 +203,8 @@ def draw(found: list[Measurement], fig: Any) -> None:
         cost = np.mean(rows[0].queries) / np.mean(rows[0].costs)
         theory = cost * votes / np.asarray(lean(errors, votes))
         left.plot(100 * errors, theory, color=color, label=f"{votes} votes, predicted")
-    for kind, marker in markers.items():
-        left.plot([], [], marker, color="0.4", label=_KINDS[kind][0].split(" in")[0].split(",")[0])
+    for name, _, marker in _KINDS.values():
+        left.plot([], [], marker, color="0.4", label=name)
     right.axline((1, 1), (10, 10), color="0.6")
     left.set(yscale="log", xlabel="wrong answers, %", ylabel="queries to the target")
     right.set(xscale="log", yscale="log", xlabel="predicted cost", ylabel="cost")
@@ -272,7 +216,7 @@ def draw(found: list[Measurement], fig: Any) -> None:
 class _Row(NamedTuple):
     """What the seeds of one judge found; queries and their costs are of those that arrived."""
 
-    kind: str
+    kind: Kind
     label: str
     votes: int
     errors: list[float]
@@ -284,16 +228,13 @@ class _Row(NamedTuple):
 
 def _rows(found: list[Measurement]) -> list[_Row]:
     exact = {one["seed"]: one["reached"] for one in found if one["kind"] == "losses"}
-    groups: dict[tuple[str, int, int], list[Measurement]] = {}
-    for one in found:
-        groups.setdefault((one["kind"], one["level"], one["votes"]), []).append(one)
     rows = []
-    for (kind, level, votes), mine in groups.items():
-        words, unit = _KINDS[kind]
+    for (kind, level, votes), mine in grouped(found, "kind", "level", "votes").items():
+        name, words, _ = _KINDS[kind]
         arrived = [one for one in mine if one["reached"]]
         row = _Row(
             kind=kind,
-            label=words if kind == "losses" else f"{words} {level}{unit}",
+            label=name + words.format(level),
             votes=votes,
             errors=[100 * one["error"] for one in mine],
             queries=[one["reached"] for one in arrived],
@@ -309,4 +250,4 @@ def _over(values: list[float], digits: int) -> str:
     return markdown.interval(values, digits) if values else "–"
 
 
-CLAIM = Claim("judge", Config, cells, measure, table, draw)
+CLAIM = Claim("judge", Config, _cells, _measure, _table, _draw)

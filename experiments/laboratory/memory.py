@@ -11,51 +11,24 @@ import json
 import pickle
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import serialize_executable
 
-import zoqo_jax as zq
 from experiments import footprint, markdown, settings
 from experiments.laboratory.claim import Cell, Claim, Measurement
+from experiments.laboratory.networks.steps import METHODS, counted, problem
+from experiments.laboratory.pages import grouped
 from zoqo_jax.stencils import Law
 
-__all__ = ["CLAIM", "Config", "Method", "counted", "problem"]
+__all__ = ["CLAIM", "Config"]
 
-_LAYERS = 3
 _MARGIN = 2**30  # bytes of a process beside its program's
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system (glibc)
 _MB = 1e6
-
-
-class Method(NamedTuple):
-    """One way to take a step.
-
-    Attributes:
-      label: in tables.
-      bits: of a weight, as it is stored between steps.
-      structure: of ZOQO's directions; None for back-propagation.
-      fake: whether it computes with weights rounded to 8 bits.
-    """
-
-    label: str
-    bits: int
-    structure: Any = None
-    fake: bool = False
-
-
-METHODS = {
-    "adam": Method("Adam, float32", 32),
-    "qat": Method("QAT, 8 bit, Adam", 32, fake=True),
-    "zoqo_8": Method("ZOQO, 8 bit, rank-one", 8, "rank_one"),
-    "zoqo_8_dense": Method("ZOQO, 8 bit, dense", 8, "dense"),
-    "zoqo_4": Method("ZOQO, 4 bit, rank-one", 4, "rank_one"),
-    "zoqo_4_dense": Method("ZOQO, 4 bit, dense", 4, "dense"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +56,12 @@ class Config:
             raise ValueError(f"widths must be even and at least 2, got {bad[0]}.")
 
 
-def cells(config: Config) -> list[Cell]:
+def _cells(config: Config) -> list[Cell]:
     """Every width by every method."""
     return [{"width": width, "method": name} for width in config.widths for name in METHODS]
 
 
-def measure(config: Config, cell: Cell) -> dict[str, Any]:
+def _measure(config: Config, cell: Cell) -> dict[str, Any]:
     """Bytes of one method at one width; those of its process are None where none was started."""
     method, width = METHODS[cell["method"]], cell["width"]
     step, arrays = problem(method, width, config.batch_size, config.noise)
@@ -105,85 +78,6 @@ def measure(config: Config, cell: Cell) -> dict[str, Any]:
         shapes = jax.tree.map(lambda x: (x.shape, str(x.dtype)), arrays)
         asked = {"program": str(path), "arrays": shapes, "steps": config.steps}
         return {**found, **footprint.child("experiments.laboratory.memory", asked, _MALLOC)}
-
-
-def counted(method: Method, width: int, batch_size: int) -> dict[str, int]:
-    """Bytes by formula, of what a textbook says must be in memory at once.
-
-    Args:
-      method: how to take a step.
-      width: w; the network has P = 3 w^2 weights.
-      batch_size: B.
-
-    Returns:
-      Bytes of "weights", "gradients", "state" (the optimizer's), "working" (matrices that are made
-      from the weights, and directions) and "activations".
-
-      Back-propagation keeps what each layer put out, 3 B w floats, and a gradient of each weight;
-      Adam two moments and a count. Rounded weights are as many floats as weights, kept for the
-      backward pass. ZOQO keeps codes and a scale for each layer, no gradient, and 32 bytes of
-      state; one matrix at a time is in floats (of 4-bit codes, half of one), and what goes into a
-      layer and comes out of it, for the two sides of a query. A direction is remade where it is
-      needed: a row and a column of bytes, or a byte for each weight of a layer.
-    """
-    layer, kept = width * width, 4 * batch_size * width
-    weights = _LAYERS * layer
-    if method.structure is None:
-        return {
-            "weights": 4 * weights,
-            "gradients": 4 * weights,
-            "state": 2 * 4 * weights + 4,
-            "working": 4 * weights if method.fake else 0,
-            "activations": _LAYERS * kept,
-        }
-    direction = 2 * width if method.structure == "rank_one" else layer
-    return {
-        "weights": weights * method.bits // 8 + 4 * _LAYERS,
-        "gradients": 0,
-        "state": 32,
-        "working": 4 * layer * method.bits // 8 + direction,
-        "activations": 2 * 2 * kept,
-    }
-
-
-def problem(
-    method: Method, width: int, batch_size: int, noise: Law = "uniform"
-) -> tuple[Any, tuple[list[Any], list[Any]]]:
-    """A jitted step, which writes over its first argument, and the shapes of its two arguments.
-
-    They are lists: of all arrays that a step changes, and of inputs and targets.
-    """
-    if method.structure is None:
-        tx: Any = optax.with_extra_args_support(optax.adam(1e-3))
-    else:  # steps are one code long, the least that there is
-        tx = zq.zoqo(1e-9, 1e-9, key=jax.random.key(0), structure=method.structure, noise=noise)
-
-    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        weights = [_straight_through(w) for w in params] if method.fake else params
-        for w in weights[:-1]:
-            x = jax.nn.relu(x @ w)
-        return jnp.mean((x @ weights[-1] - y) ** 2)
-
-    def start() -> tuple[Any, Any]:
-        params = [jnp.ones((width, width)) for _ in range(_LAYERS)]
-        if method.structure is not None:
-            params = zq.quantize(params, zq.Quantizer(method.bits))
-        return params, tx.init(params)
-
-    def step(changed: list[jax.Array], batch: list[jax.Array]) -> list[jax.Array]:
-        params, state = jax.tree.unflatten(jax.tree.structure(carried), changed)
-        gradient = jax.grad(loss)(params, *batch) if method.structure is None else None
-        updates, state = tx.update(gradient, state, params, value_fn=lambda p: loss(p, *batch))
-        return jax.tree.leaves((optax.apply_updates(params, updates), state))
-
-    carried = jax.eval_shape(start)
-    batch = [jax.ShapeDtypeStruct((batch_size, width), jnp.float32)] * 2
-    return jax.jit(step, donate_argnums=0), (jax.tree.leaves(carried), batch)
-
-
-def _straight_through(w: jax.Array) -> jax.Array:
-    """Rounded to 8 bits, and differentiated as if it were not."""
-    return w + jax.lax.stop_gradient(zq.dequantize(zq.Quantizer(8)(w)) - w)
 
 
 def _child(program: str, arrays: list[Any], steps: int) -> dict[str, Any]:
@@ -224,7 +118,7 @@ def total(one: Measurement, how: str) -> float | None:
     return None if one["process"] is None else one["process"] - one["empty"]
 
 
-def table(found: list[Measurement]) -> str:
+def _table(found: list[Measurement]) -> str:
     """Megabytes of each cell."""
     counts = ("weights", "gradients", "state", "working", "activations")
     parts = ("argument", "output", "temp")
@@ -253,7 +147,7 @@ def table(found: list[Measurement]) -> str:
     return f"{markdown.table(head, rows)}\n\nIn MB, 10^6 bytes."
 
 
-def draw(found: list[Measurement], fig: Any) -> None:
+def _draw(found: list[Measurement], fig: Any) -> None:
     """Bytes against width: counted, of the program, of the process."""
     names = {
         "counted": "counted",
@@ -262,10 +156,10 @@ def draw(found: list[Measurement], fig: Any) -> None:
     }
     axes = fig.subplots(1, 3, sharey=True)
     for ax, (how, title) in zip(axes, names.items(), strict=True):
-        for name, method in METHODS.items():
-            mine = [(one["width"], total(one, how)) for one in found if one["method"] == name]
-            widths = [width for width, value in mine if value]
-            ax.plot(widths, [value / _MB for _, value in mine if value], "o-", label=method.label)
+        for (name,), mine in grouped(found, "method").items():
+            known = [one for one in mine if total(one, how)]
+            values = [total(one, how) / _MB for one in known]
+            ax.plot([one["width"] for one in known], values, "o-", label=METHODS[name].label)
         ax.set(xscale="log", yscale="log", xlabel="width of the layers", title=title)
         ax.set_xticks(sorted({one["width"] for one in found}), minor=False)
         ax.set_xticklabels(sorted({one["width"] for one in found}), rotation=45)
@@ -281,7 +175,7 @@ def _megabytes(count: float | None) -> str:
     return f"{count / _MB:,.1f}" if count >= 0.05 * _MB else f"{count / _MB:.2g}"
 
 
-CLAIM = Claim("memory", Config, cells, measure, table, draw)
+CLAIM = Claim("memory", Config, _cells, _measure, _table, _draw)
 
 
 if __name__ == "__main__":

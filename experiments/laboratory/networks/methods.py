@@ -1,8 +1,9 @@
-"""The methods that claims compare, all told their rates and radii in one measure.
+"""The methods that networks are trained by, all told their rates and radii in one measure.
 
 Rates are free of size and units: a step along a slope is rate / d long for each unit of slope, a
 step by signs rate / sqrt(d), in values, where d counts the numbers that a method trains. Methods
-that count in codes or in units of a scale are told what that is in theirs, by `units`.
+that count in codes or in units of a scale are told what that is in theirs, by `units`. Where the
+Hessian is known, rates are in units of it: `experiments.laboratory.convex.descents`.
 """
 
 import functools
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 import zoqo_jax as zq
-from experiments.laboratory.tasks import Params
-from experiments.laboratory.training import Make, Schedule
+from experiments.laboratory.networks.models import Params
+from experiments.laboratory.networks.training import Make, Schedule
 from zoqo_jax.arrays import trained_leaves
 
 __all__ = ["FLOATS", "METHODS", "RATES", "Units", "in_turn", "units"]
