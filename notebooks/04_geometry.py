@@ -21,7 +21,6 @@
 # Every number is computed here, by the library and by `experiments.laboratory`, in about a minute.
 
 # %%
-import dataclasses
 import functools
 
 import jax
@@ -32,7 +31,7 @@ from matplotlib.colors import ListedColormap
 
 import zoqo_jax as zq
 from experiments.attack import models
-from experiments.laboratory import descents, problems, residual
+from experiments.laboratory.convex import descents, problems, residuals
 from zoqo_jax import certificates, companders, queries, stencils
 from zoqo_jax.diagnosis import Spans
 
@@ -46,10 +45,6 @@ plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.ri
 # A code is a whole number, and codes are evenly spaced in a coordinate z. A compander is the curve between z and
 # values: where z climbs steeply, levels crowd. Below each curve stands how densely its levels lie (red), over
 # weights of the bundled MNIST network (grey), each in units of the largest of its 64 neighbours.
-#
-# Dense levels are no end in themselves: the outermost levels of the mu-law and the Gaussian grid lie far inside,
-# and what is larger is rounded to them. A `range` that takes the outermost level to 1 costs density and saves that
-# error.
 
 # %%
 network = models.load_weights("mnist")
@@ -81,7 +76,7 @@ for (top, bottom), (name, quantizer) in zip(axes.T, GRIDS.items(), strict=True):
     array = every_code(quantizer)
     levels = zq.dequantize(array)
     z = jnp.linspace(quantizer.grid.low, quantizer.grid.high, 500)
-    top.plot(residual.between(quantizer, z) * array.scale, z, color="C0", lw=1.5)
+    top.plot(residuals.between(quantizer, z) * array.scale, z, color="C0", lw=1.5)
     top.hlines(array.codes, -1.05, levels, color="0.85", lw=0.7)
     top.vlines(levels, -1, array.codes, color="C3", lw=0.5)
     bottom.hist(weights.ravel(), bins=81, range=(-1, 1), density=True, color="0.85")
@@ -95,14 +90,6 @@ axes[0, 0].set_ylabel("code")
 axes[1, 0].set_ylabel("density")
 axes[1, 0].set_ylim(-0.35, 2.2)
 plt.show()
-
-for name in ("mu-law (255)", "Gaussian"):
-    grid = GRIDS[name].grid
-    wider = dataclasses.replace(GRIDS[name], range=1 / grid.levels[grid.high])
-    error = zq.dequantize(jax.jit(wider)(weights)) - weights
-    print(
-        f"{name} with range {wider.range:.2f}: rms rounding error {jnp.sqrt((error**2).mean()):.4f}"
-    )
 
 # %% [markdown]
 # ## One radius in weight space does not fit a bent grid
@@ -174,7 +161,7 @@ RADIUS = 0.1
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True, layout="constrained")
 curve, fixed, aligned = axes
 z = jnp.linspace(0, 15, 500)
-curve.plot(residual.between(nf4, z), z, color="0.6", lw=1)
+curve.plot(residuals.between(nf4, z), z, color="0.6", lw=1)
 curve.plot(levels, array.codes, ".", color="0.4", ms=4)
 for n, color in ((1, "C0"), (7, "C1"), (13, "C2")):
     curve.hlines((n - 1, n + 1), -1.05, levels[[n - 1, n + 1]], color=color, lw=0.8, ls=":")
@@ -349,12 +336,14 @@ plt.show()
 # %%
 signs = {"noise": "rademacher"}
 TRANSFORMS = {
-    "Rademacher, dense": zq.zoqo(1.0, 1.0, key=KEY, **signs),
-    "Rademacher, rank one": zq.zoqo(1.0, 1.0, key=KEY, structure="rank_one", **signs),
-    "Rademacher, sparse": zq.zoqo(1.0, 1.0, key=KEY, structure="sparse", density=0.5, **signs),
-    "uniform on {-1, 0, 1}": zq.zoqo(1.0, 1.0, key=KEY),
-    "Rademacher, dithered": zq.zoqo(0.7, 1.0, key=KEY, step="dithered", **signs),
-    "CAQ-ZO, stochastic": zq.caq_zo(0.3, key=KEY),
+    "Rademacher, dense": functools.partial(zq.zoqo, 1.0, 1.0, **signs),
+    "Rademacher, rank one": functools.partial(zq.zoqo, 1.0, 1.0, structure="rank_one", **signs),
+    "Rademacher, sparse": functools.partial(
+        zq.zoqo, 1.0, 1.0, structure="sparse", density=0.5, **signs
+    ),
+    "uniform on {-1, 0, 1}": functools.partial(zq.zoqo, 1.0, 1.0),
+    "Rademacher, dithered": functools.partial(zq.zoqo, 0.7, 1.0, step="dithered", **signs),
+    "CAQ-ZO, stochastic": functools.partial(zq.caq_zo, 0.3),
 }
 origin = whole(jnp.zeros((1, 2)))
 around = jnp.stack(jnp.meshgrid(jnp.arange(-5.0, 6), jnp.arange(-5.0, 6)), axis=-1).reshape(
@@ -362,13 +351,12 @@ around = jnp.stack(jnp.meshgrid(jnp.arange(-5.0, 6), jnp.arange(-5.0, 6)), axis=
 )
 
 
-def walks(tx, seeds=8, steps=60):
+def walks(transform, seeds=8, steps=60):
     """Where runs towards each target go, in codes from the start."""
 
     def walk(target, key):
-        start = origin, tx.init(origin)._replace(key=key)
         loss = lambda w: jnp.abs(w - target).sum()  # noqa: E731
-        return problems.descend(tx, loss, start, steps, zq.dequantize)[1][:, 0]
+        return descents.descend(transform(key=key), loss, origin, steps, zq.dequantize)[:, 0]
 
     keys = jax.random.split(jax.random.key(5), seeds)
     return jax.jit(jax.vmap(jax.vmap(walk, (None, 0)), (0, None)))(around, keys)
@@ -376,8 +364,8 @@ def walks(tx, seeds=8, steps=60):
 
 figure, axes = plt.subplots(2, 3, figsize=(8, 5.2), sharex=True, sharey=True, layout="constrained")
 side, goal = np.arange(-5, 6), around[:, 0].tolist().index([3.0, 4.0])
-for axis, (name, tx) in zip(axes.flat, TRANSFORMS.items(), strict=True):
-    places = walks(tx)
+for axis, (name, transform) in zip(axes.flat, TRANSFORMS.items(), strict=True):
+    places = walks(transform)
     visited = (places == around[:, None]).all(-1).any(-1).mean(-1)
     shades = {"cmap": "cividis", "vmin": 0, "vmax": 1, "edgecolors": "w", "lw": 0.3}
     picture = axis.pcolormesh(side, side, visited.reshape(11, 11), **shades)
@@ -467,11 +455,11 @@ def descent(method, bits, key, optimum, hessian):
     quantizer, spacing = zq.Quantizer(bits, range=1.0), 2 / (2**bits - 1)
     loss = lambda x: 0.5 * (x - optimum) @ hessian @ (x - optimum)  # noqa: E731
     excess = lambda params: loss(zq.dequantize(params))  # noqa: E731
-    rate, trace = problems.falling(1.0, STEPS), jnp.trace(hessian)
+    rate, trace = descents.falling(1.0, STEPS), jnp.trace(hessian)
     sparse = {"key": key, "density": 1 / DIMENSION}
     tx = descents.make(method, rate, spacing=spacing, trace=trace, **sparse)
     start = quantizer(jnp.zeros(DIMENSION))
-    _, losses = problems.descend(tx, loss, (start, tx.init(start)), STEPS, excess)
+    losses = descents.descend(tx, loss, start, STEPS, excess)
     return losses, excess(quantizer(optimum)), certificates.loss_floor(spacing, hessian)
 
 

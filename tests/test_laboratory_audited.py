@@ -127,7 +127,7 @@ def test_every_method_runs_and_failures_stop_a_run():
     ("settings", "message"),
     [
         ({"bits": (4, 9)}, r"bits must be in \[2, 8\], got 9"),
-        ({"seeds": 6}, "seeds must be at most 5, got 6"),
+        ({"seeds": 6}, r"seeds must be in \[1, 5\], got 6"),
         ({"entry": 401}, "entry must be at most 400, the iterations, got 401"),
         ({"decrease": 1.0}, r"decrease must be in \(0, 1\), got 1.0"),
         ({"support": 0}, "support must be at least 1, got 0"),

@@ -94,19 +94,16 @@ class Config:
     trials: int = 100
 
     def __post_init__(self) -> None:
-        counts = ("seeds", "iterations", "entry", "batch_size", "support", "audit_images")
+        counts = ("iterations", "entry", "batch_size", "support", "audit_images")
         least = dict.fromkeys((*counts, "failures", "trials"), 1)
-        settings.check(self, least=least, not_negative=("pretrain_steps",))
+        within = {"seeds": (1, 5), "bits": (2, 8)}
+        settings.check(self, least=least, within=within, not_negative=("pretrain_steps",))
         if not 0 < self.decrease < 1:
             raise ValueError(f"decrease must be in (0, 1), got {self.decrease}.")
-        if self.seeds > 5:
-            raise ValueError(f"seeds must be at most 5, got {self.seeds}.")
         if self.entry > self.iterations:
             raise ValueError(
                 f"entry must be at most {self.iterations}, the iterations, got {self.entry}."
             )
-        if bad := [bits for bits in self.bits if not 2 <= bits <= 8]:
-            raise ValueError(f"bits must be in [2, 8], got {bad[0]}.")
 
     @property
     def gamma(self) -> float:

@@ -70,11 +70,8 @@ class Config:
 
     def __post_init__(self) -> None:
         least = {"pretraining": 1, "num_queries": 1, "batch_size": 1}
-        settings.check(self, least=least, positive=("radius",))
-        if not 1 <= self.seeds <= 5:
-            raise ValueError(f"seeds must be in [1, 5], got {self.seeds}.")
-        if bad := [bits for bits in self.bits if not 2 <= bits <= 8]:
-            raise ValueError(f"bits must be in [2, 8], got {bad[0]}.")
+        within = {"seeds": (1, 5), "bits": (2, 8)}
+        settings.check(self, least=least, within=within, positive=("radius",))
         if self.range not in ("absmax", "mse"):
             raise ValueError(f"range must be 'absmax' or 'mse', got {self.range!r}.")
         if self.queries < 1 or self.queries % (4 * self.num_queries):  # for two that take turns

@@ -73,9 +73,8 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = ("block", "few", "pretraining", "num_queries", "batch_size")
-        settings.check(self, least=dict.fromkeys(counts, 1), positive=("radius",))
-        if not 1 <= self.seeds <= 5:
-            raise ValueError(f"seeds must be in [1, 5], got {self.seeds}.")
+        least, within = dict.fromkeys(counts, 1), {"seeds": (1, 5)}
+        settings.check(self, least=least, within=within, positive=("radius",))
         if not self.tasks or not set(self.tasks) <= set(_TASKS):
             raise ValueError(f"tasks must be of {tuple(_TASKS)}, got {self.tasks}.")
         if self.queries < 1 or self.queries % (2 * self.num_queries):

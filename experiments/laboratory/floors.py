@@ -57,13 +57,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Check."""
-        least = {"draws": 1, "dimension": 2, "steps": 8, "runs": 1, "seeds": 1}
-        settings.check(self, least=least)
-        for name in ("bits", "descent_bits"):
-            if bad := [bits for bits in getattr(self, name) if not 2 <= bits <= 8]:
-                raise ValueError(f"{name} must be in [2, 8], got {bad[0]}.")
-        if bad := [d for d in self.dimensions if d < 2]:
-            raise ValueError(f"dimensions must be at least 2, got {bad[0]}.")
+        least = {"draws": 1, "dimension": 2, "dimensions": 2, "steps": 8, "runs": 1, "seeds": 1}
+        settings.check(self, least=least, within={"bits": (2, 8), "descent_bits": (2, 8)})
 
 
 def _cells(config: Config) -> list[Cell]:

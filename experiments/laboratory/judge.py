@@ -78,16 +78,12 @@ class Config:
     test_images: int = 2_000
 
     def __post_init__(self) -> None:
-        counts = ("seeds", "hidden", "batch_size", "steps", "every", "test_images")
-        settings.check(self, least=dict.fromkeys(counts, 1))
-        if self.seeds > 5:
-            raise ValueError(f"seeds must be at most 5, got {self.seeds}.")
+        counts = ("hidden", "batch_size", "steps", "every", "test_images", "sharpness")
+        settings.check(self, least=dict.fromkeys(counts, 1), within={"seeds": (1, 5)})
         if not 0 < self.target < 1:
             raise ValueError(f"target must be in (0, 1), got {self.target}.")
         if bad := [error for error in self.errors if not 0 <= error < 50]:
             raise ValueError(f"errors must be in [0, 50), got {bad[0]}.")
-        if bad := [k for k in self.sharpness if k < 1]:
-            raise ValueError(f"sharpness must be at least 1, got {bad[0]}.")
         if bad := [votes for votes in self.votes if votes % 2 == 0]:
             raise ValueError(f"votes must be odd, got {bad[0]}.")
 

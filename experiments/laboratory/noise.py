@@ -57,19 +57,14 @@ class Config:
     seeds: int = 3
 
     def __post_init__(self) -> None:
-        settings.check(self, least={"steps": 1, "batch_size": 1})
-        if not 1 <= self.seeds <= 5:
-            raise ValueError(f"seeds must be in [1, 5], got {self.seeds}.")
+        within = {"seeds": (1, 5), "bits": (2, 8), "radii": (1, 2**self.bits - 1)}
+        settings.check(self, least={"steps": 1, "batch_size": 1}, within=within)
         if self.directions < 2 * _TOGETHER or self.directions % (2 * _TOGETHER):
             raise ValueError(
                 f"directions must be a multiple of {2 * _TOGETHER}, got {self.directions}."
             )
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits must be in [2, 8], got {self.bits}.")
         if not 0.0 < self.density < 1.0:
             raise ValueError(f"density must be in (0, 1), got {self.density}.")
-        if bad := [radius for radius in self.radii if not 0 < radius < 2**self.bits]:
-            raise ValueError(f"radii must be in [1, {2**self.bits - 1}], got {bad[0]}.")
 
 
 def _cells(config: Config) -> list[Cell]:

@@ -55,9 +55,7 @@ class Config:
     def __post_init__(self) -> None:
         """Check."""
         least = {"dimension": 2, "images": 10, "steps": 100, "seeds": 1}
-        settings.check(self, least=least, positive=("decay",))
-        if bad := [bits for bits in self.bits if not 2 <= bits <= 8]:
-            raise ValueError(f"bits must be in [2, 8], got {bad[0]}.")
+        settings.check(self, least=least, within={"bits": (2, 8)}, positive=("decay",))
 
 
 def _cells(config: Config) -> list[Cell]:

@@ -69,11 +69,9 @@ class Config:
     def __post_init__(self) -> None:
         """Check."""
         least = {"dimension": 2, "examples": 1, "draws": 1, "steps": 10, "runs": 1, "seeds": 1}
-        settings.check(self, least=least)
+        settings.check(self, least=least, within={"bits": (3, 8)})
         if bad := [name for name in self.grids if name not in _COMPANDERS]:
             raise ValueError(f"grids must be of {tuple(_COMPANDERS)}, got {bad[0]!r}.")
-        if bad := [bits for bits in self.bits if not 3 <= bits <= 8]:
-            raise ValueError(f"bits must be in [3, 8], got {bad[0]}.")
 
 
 def _cells(config: Config) -> list[Cell]:

@@ -102,6 +102,11 @@ def between(quantizer: zq.Quantizer, place: Array) -> Array:
     grid, compander = quantizer.grid, quantizer.compander
     if grid.is_uniform:
         return place + grid.levels[0]
-    if compander.levels is None:
-        place = (place - 2.0 ** (quantizer.bits - 1)) * np.float32(2 / (2**quantizer.bits - 1))
-    return compander.inverse(place)
+    if compander.levels is not None:
+        return compander.inverse(place)
+    z = [
+        (n - 2.0 ** (quantizer.bits - 1)) * (2 / (2**quantizer.bits - 1))
+        for n in (place, grid.high)
+    ]
+    level, last = (compander.inverse(jnp.asarray(x, jnp.float32)) for x in z)
+    return level / last
