@@ -106,7 +106,7 @@ def test_an_exact_judge_is_asked_once():
         ({"sharpness": (0,)}, "sharpness must be at least 1, got 0"),
         ({"votes": (1, 2)}, "votes must be odd, got 2"),
         ({"target": 1.5}, r"target must be in \(0, 1\), got 1.5"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"seeds": 0}, r"seeds must be in \[1, 5\], got 0"),
         ({"seeds": 6}, r"seeds must be in \[1, 5\], got 6"),
     ],
 )
