@@ -123,12 +123,16 @@ def _residuals(config: Config, loss: str, quantizer: zq.Quantizer, keys: Array) 
 def slope(radii: np.ndarray, squares: np.ndarray) -> float:
     """Of log residual over log radius, from one to four steps of the grid.
 
+    Where all ends are cut off at the edges, which are codes, there is no residual, and no point.
+
     Example:
       >>> radii = np.geomspace(1 / 8, 8, 13)
       >>> round(slope(radii, 3.0 / radii**2), 6)
       -2.0
     """
-    return float(np.polyfit(np.log(radii[_FITTED]), np.log(squares[_FITTED]), 1)[0])
+    radii, squares = radii[_FITTED], squares[_FITTED]
+    some = squares > 0
+    return float(np.polyfit(np.log(radii[some]), np.log(squares[some]), 1)[0])
 
 
 def _problem(config: Config, loss: str, key: Array) -> problems.Problem:
