@@ -23,6 +23,8 @@ def check(
     *,
     least: dict[str, float] | None = None,
     within: dict[str, tuple[float, float]] | None = None,
+    fractions: Collection[str] = (),
+    multiples: dict[str, int] | None = None,
     positive: Collection[str] = (),
     not_negative: Collection[str] = (),
 ) -> None:
@@ -32,6 +34,8 @@ def check(
       config: a dataclass; its settings of a `Literal` type must be one of the choices.
       least: the least that settings may be, by name.
       within: the least and the most, by name.
+      fractions: names of numbers that must be above 0 and below 1.
+      multiples: what positive whole numbers must be a multiple of, by name.
       positive: names of numbers that must be positive and finite.
       not_negative: names of numbers that must be finite, and zero or more.
 
@@ -61,6 +65,10 @@ def check(
         refuse(name, f"at least {low}", lambda x, low=low: x >= low)
     for name, (low, high) in (within or {}).items():
         refuse(name, f"in [{low}, {high}]", lambda x, low=low, high=high: low <= x <= high)
+    for name in fractions:
+        refuse(name, "in (0, 1)", lambda x: 0 < x < 1)
+    for name, unit in (multiples or {}).items():
+        refuse(name, f"a multiple of {unit}", lambda x, unit=unit: x > 0 and x % unit == 0)
     for name in positive:
         refuse(name, "positive and finite", lambda x: 0 < x < math.inf)
     for name in not_negative:

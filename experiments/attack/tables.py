@@ -185,10 +185,9 @@ def main(places: Places) -> None:
     chosen = [row for row in ROWS if _is_chosen(row, places)]
     try:
         for row in [] if places.render else chosen:
-            for seed in range(row.seeds):
-                _attack(places, row, seed)
-            jax.clear_caches()  # or compiled programs pile up
-            pages.write(document, [load(folder, row) for row in ROWS])
+            if any([_attack(places, row, seed) for seed in range(row.seeds)]):
+                jax.clear_caches()  # or compiled programs pile up
+                pages.write(document, [load(folder, row) for row in ROWS])
         pages.write(document, [load(folder, row) for row in ROWS])
         for table in () if places.render else sorted({row.table for row in chosen}):
             if all(len(load(folder, r).queries) == r.seeds for r in ROWS if r.table == table):
@@ -216,12 +215,13 @@ def _case(config: Config, places: Places) -> Case:
     return load_case(config)
 
 
-def _attack(places: Places, row: Row, seed: int) -> None:
-    """Attack the images of a run that were not attacked before."""
+def _attack(places: Places, row: Row, seed: int) -> bool:
+    """Attack the images of a run that were not attacked before, and say whether there were any."""
     folder, config = Path(places.results), dataclasses.replace(row.config, seed=seed)
     case = _case(config, places)
     total = len(case.images)
     queries, seconds = _read(folder, row, seed)
+    before = len(queries)
     title = f"{row.table}: {row.name}, seed {seed}"
     with tqdm(
         total=total, initial=len(queries), desc=title, unit="image", disable=not places.progress
@@ -231,6 +231,7 @@ def _attack(places: Places, row: Row, seed: int) -> None:
             found, spent = _one(part, config, bar, len(queries))
             queries, seconds = np.concatenate([queries, found]), seconds + spent
             _write(folder, row, seed, queries, seconds)
+    return len(queries) > before
 
 
 def _one(part: Case, config: Config, bar: Any, before: int) -> tuple[np.ndarray, float]:

@@ -97,9 +97,13 @@ class Config:
         counts = ("iterations", "entry", "batch_size", "support", "audit_images")
         least = dict.fromkeys((*counts, "failures", "trials"), 1)
         within = {"seeds": (1, 5), "bits": (2, 8)}
-        settings.check(self, least=least, within=within, not_negative=("pretrain_steps",))
-        if not 0 < self.decrease < 1:
-            raise ValueError(f"decrease must be in (0, 1), got {self.decrease}.")
+        settings.check(
+            self,
+            least=least,
+            within=within,
+            fractions=("decrease",),
+            not_negative=("pretrain_steps",),
+        )
         if self.entry > self.iterations:
             raise ValueError(
                 f"entry must be at most {self.iterations}, the iterations, got {self.entry}."

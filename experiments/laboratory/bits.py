@@ -72,12 +72,10 @@ class Config:
         least = {"pretraining": 1, "num_queries": 1, "batch_size": 1}
         within = {"seeds": (1, 5), "bits": (2, 8)}
         settings.check(self, least=least, within=within, positive=("radius",))
+        unit = 4 * self.num_queries  # for two that take turns
+        settings.check(self, multiples={"queries": unit})
         if self.range not in ("absmax", "mse"):
             raise ValueError(f"range must be 'absmax' or 'mse', got {self.range!r}.")
-        if self.queries < 1 or self.queries % (4 * self.num_queries):  # for two that take turns
-            raise ValueError(
-                f"queries must be a multiple of {4 * self.num_queries}, got {self.queries}."
-            )
 
 
 def codebook_samples(lanes: Sequence[Params]) -> np.ndarray:

@@ -77,10 +77,7 @@ class Config:
         settings.check(self, least=least, within=within, positive=("radius",))
         if not self.tasks or not set(self.tasks) <= set(_TASKS):
             raise ValueError(f"tasks must be of {tuple(_TASKS)}, got {self.tasks}.")
-        if self.queries < 1 or self.queries % (2 * self.num_queries):
-            raise ValueError(
-                f"queries must be a multiple of {2 * self.num_queries}, got {self.queries}."
-            )
+        settings.check(self, multiples={"queries": 2 * self.num_queries})
 
     @property
     def steps(self) -> int:

@@ -79,9 +79,8 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = ("hidden", "batch_size", "steps", "every", "test_images", "sharpness")
-        settings.check(self, least=dict.fromkeys(counts, 1), within={"seeds": (1, 5)})
-        if not 0 < self.target < 1:
-            raise ValueError(f"target must be in (0, 1), got {self.target}.")
+        least, within = dict.fromkeys(counts, 1), {"seeds": (1, 5)}
+        settings.check(self, least=least, within=within, fractions=("target",))
         if bad := [error for error in self.errors if not 0 <= error < 50]:
             raise ValueError(f"errors must be in [0, 50), got {bad[0]}.")
         if bad := [votes for votes in self.votes if votes % 2 == 0]:

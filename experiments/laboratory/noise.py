@@ -58,13 +58,13 @@ class Config:
 
     def __post_init__(self) -> None:
         within = {"seeds": (1, 5), "bits": (2, 8), "radii": (1, 2**self.bits - 1)}
-        settings.check(self, least={"steps": 1, "batch_size": 1}, within=within)
-        if self.directions < 2 * _TOGETHER or self.directions % (2 * _TOGETHER):
-            raise ValueError(
-                f"directions must be a multiple of {2 * _TOGETHER}, got {self.directions}."
-            )
-        if not 0.0 < self.density < 1.0:
-            raise ValueError(f"density must be in (0, 1), got {self.density}.")
+        settings.check(
+            self,
+            least={"steps": 1, "batch_size": 1},
+            within=within,
+            fractions=("density",),
+            multiples={"directions": 2 * _TOGETHER},
+        )
 
 
 def _cells(config: Config) -> list[Cell]:

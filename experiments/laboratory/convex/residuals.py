@@ -104,9 +104,6 @@ def between(quantizer: zq.Quantizer, place: Array) -> Array:
         return place + grid.levels[0]
     if compander.levels is not None:
         return compander.inverse(place)
-    z = [
-        (n - 2.0 ** (quantizer.bits - 1)) * (2 / (2**quantizer.bits - 1))
-        for n in (place, grid.high)
-    ]
-    level, last = (compander.inverse(jnp.asarray(x, jnp.float32)) for x in z)
-    return level / last
+    top = 2**quantizer.bits - 1
+    z = (place - 2.0 ** (quantizer.bits - 1)) * np.float32(2 / top)
+    return compander.inverse(z) / compander.inverse(jnp.float32((top - 1) / top))
