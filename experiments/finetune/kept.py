@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.files import write_json
+from experiments.files import plain, read_json, write_json
 from experiments.finetune.config import Config
 from experiments.finetune.objective import Scores
 
@@ -49,9 +49,8 @@ class Folder:
     def __init__(self, config: Config) -> None:
         self.path = Path(config.output)
         path = self.path / "config.json"
-        settings = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples are lists there
-        if path.is_file():
-            other = json.loads(path.read_text())
+        settings = plain(dataclasses.asdict(config))
+        if other := read_json(path):
             changed = [key for key in settings if other.get(key) != settings[key]]
             changed = [key for key in changed if key != "output"]
             if changed:

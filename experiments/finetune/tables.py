@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, logging
 
 from experiments import settings
-from experiments.files import write_json
+from experiments.files import plain, read_json, write_json
 from experiments.finetune import pages
 from experiments.finetune.config import Config
 
@@ -157,7 +157,7 @@ def main(places: Places) -> None:
 def _found(folder: Path, row: Row, seed: int) -> dict[str, Any]:
     """What a run came to; nothing where it is not finished, or was another with this name."""
     path = folder / f"{row.stem(seed)}.json"
-    outcome = json.loads(path.read_text()) if path.is_file() else {}
+    outcome = read_json(path)
     return outcome if outcome.get("settings") == _settings(row, seed) else {}
 
 
@@ -165,7 +165,7 @@ def _settings(row: Row, seed: int) -> dict[str, Any]:
     """What a run's figures depend on: all but where it reads and writes."""
     config = dataclasses.asdict(dataclasses.replace(row.config, seed=seed))
     kept = {key: x for key, x in config.items() if key not in ("data", "output", "cache")}
-    return json.loads(json.dumps(kept))  # tuples are lists there
+    return plain(kept)
 
 
 def _run(places: Places, row: Row, seed: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import markdown
-from experiments.files import write_json
+from experiments.files import read_json, write_json
 
 __all__ = ["Cell", "Claim", "Measurement", "check"]
 
@@ -83,7 +83,7 @@ class _Kept:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
-        content = json.loads(path.read_text()) if path.is_file() else {}
+        content = read_json(path)
         if content.get("settings") != settings:
             content = {"settings": settings, "seconds": 0.0, "cells": []}
         self.content = content
