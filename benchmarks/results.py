@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from benchmarks.timing import Effort
+from experiments import footprint
 
 __all__ = ["ROOT", "Results", "folder", "machine", "name_of", "run"]
 
@@ -85,7 +86,7 @@ def machine() -> dict[str, Any]:
         "device": jax.local_devices()[0].device_kind,
         "devices": jax.local_device_count(),
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": footprint.cores(),
         "caches": _caches(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
@@ -173,12 +174,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _caches() -> dict[str, int]:

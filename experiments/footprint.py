@@ -1,4 +1,4 @@
-"""Memory: what compiled programs say they need, and what whole processes took.
+"""Memory and cores: what compiled programs need, whole processes took, and this one may use.
 
 A process that is measured is a child of its own (`child`), so that it holds nothing else.
 """
@@ -15,7 +15,17 @@ from typing import Any
 
 import jax
 
-__all__ = ["available", "child", "give_back", "job", "of_program", "peak", "resident"]
+__all__ = [
+    "available",
+    "child",
+    "cores",
+    "give_back",
+    "job",
+    "of_program",
+    "peak",
+    "resident",
+    "restart_peak",
+]
 
 _JOB = "ZOQO_JOB"
 _ROOT = Path(__file__).resolve().parents[1]
@@ -62,12 +72,26 @@ def peak() -> float:
     return (resident()["peak"] or 0) / 2**20
 
 
+def restart_peak() -> None:
+    """Let `resident` and `peak` tell of what is taken from now on, where the system can (Linux)."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
 def available() -> int:
     """Bytes of the machine's memory that programs may still take."""
     memory = _lines("/proc/meminfo")
     if "MemAvailable" in memory:
         return int(memory["MemAvailable"].split()[0]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cores() -> int:
+    """How many this process may use, of those that the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def give_back() -> None:

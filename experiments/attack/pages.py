@@ -18,6 +18,7 @@ __all__ = ["Example", "examples", "markdown", "write"]
 
 _HEADER = ["attack", "images", "seeds", "failure rate", "mean queries", "median", "images/s"]
 _PANELS = ("mnist", "cifar10", "robust")
+_BITS_PANELS = ("mnist", "cifar10")  # of the robust network two widths are attacked
 _TITLES = {
     "mnist": "MNIST, $\\epsilon$ = 0.3",
     "cifar10": "CIFAR-10, $\\epsilon$ = 12/255",
@@ -112,20 +113,23 @@ def failures(found: Sequence[Runs], path: Path) -> None:
 
 
 def bits(found: Sequence[Runs], path: Path) -> None:
-    """Draw failures and mean queries against the bits of the perturbation."""
-    panels = [name for name in _PANELS if any(_is_dense(runs, name) for runs in found)]
+    """Draw failures and mean queries against bits, of the images that all widths attacked."""
+    panels = [name for name in _BITS_PANELS if any(_is_dense(runs, name) for runs in found)]
     if not panels:
         return
     fig, (axes,) = _figure(2)
-    for number, panel in enumerate(panels):
+    for panel in panels:
         some = sorted(
             (runs for runs in found if _is_dense(runs, panel)), key=lambda r: r.row.config.bits
         )
+        count = min(len(queries) for runs in some for queries in runs.queries)
+        shared = [[queries[:count] for queries in runs.queries] for runs in some]
         widths = [runs.row.config.bits for runs in some]
-        means = [np.mean([q[q > 0].mean() for q in runs.queries if q.any()]) for runs in some]
-        fails = [np.mean([(q == 0).mean() for q in runs.queries]) for runs in some]
-        axes[0].plot(widths, means, "o-", color=f"C{number}", label=_TITLES[panel])
-        axes[1].plot(widths, fails, "o-", color=f"C{number}", label=_TITLES[panel])
+        means = [np.mean([q[q > 0].mean() for q in runs if q.any()]) for runs in shared]
+        fails = [np.mean([(q == 0).mean() for q in runs]) for runs in shared]
+        label = f"{_TITLES[panel]}, {count:,} images"
+        axes[0].plot(widths, means, "o-", label=label)
+        axes[1].plot(widths, fails, "o-", label=label)
     axes[0].set_yscale("log")
     axes[0].set_ylabel("mean queries, over successes")
     axes[1].set_ylabel("failure rate")

@@ -7,7 +7,6 @@ stopped at any moment, and writes the claim's table and figure into the document
 
 import dataclasses
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from experiments import markdown
+from experiments import footprint, markdown
 from experiments.files import read_json, write_json
 
 __all__ = ["Cell", "Claim", "Measurement", "check"]
@@ -111,7 +110,9 @@ def _words(kept: _Kept, cells: int) -> str:
 
 def _versions() -> list[str]:
     packages = [f"{name} {metadata.version(name)}" for name in ("jax", "numpy")]
-    return [*packages, f"Python {platform.python_version()}", f"{os.cpu_count()} cores"]
+    cores = footprint.cores()
+    here = [f"Python {platform.python_version()}", f"{cores} core{'s' if cores > 1 else ''}"]
+    return [*packages, *here]
 
 
 def _write_page(claim: Claim, found: list[Measurement], words: str, document: Path) -> None:

@@ -197,7 +197,12 @@ def _draw(found: list[Measurement], fig: Any) -> None:
     for votes, color in colors.items():
         cost = np.mean(rows[0].queries) / np.mean(rows[0].costs)
         theory = cost * votes / np.asarray(lean(errors, votes))
-        left.plot(100 * errors, theory, color=color, label=f"{votes} votes, predicted")
+        left.plot(
+            100 * errors,
+            theory,
+            color=color,
+            label=f"{votes} vote{'s' if votes > 1 else ''}, predicted",
+        )
     for name, _, marker in _KINDS.values():
         left.plot([], [], marker, color="0.4", label=name)
     right.axline((1, 1), (10, 10), color="0.6")

@@ -86,8 +86,11 @@ def _child(program: str, arrays: list[Any], steps: int) -> dict[str, Any]:
     one = jax.devices()[:1]
     step = serialize_executable.deserialize_and_load(*stored, execution_devices=one)
     jnp.array(np.zeros(1)).block_until_ready()
+    footprint.give_back()
     empty = _taken("now")
     changed, batch = ([_filled(*shape) for shape in some] for some in arrays)
+    footprint.give_back()
+    footprint.restart_peak()  # or it is that of filling them
     for _ in range(steps):
         changed = jax.block_until_ready(step(changed, batch))
     return {"process": _taken("peak"), "empty": empty}
@@ -105,7 +108,7 @@ def _filled(shape: list[int], dtype: str) -> jax.Array:
     if dtype.startswith("key"):
         return jax.random.wrap_key_data(jnp.array(np.zeros(2, np.uint32)))
     value = {"uint8": 0x88, "float32": 0.01}.get(dtype, 0)  # codes 136, or 8 and 8
-    return jnp.array(np.full(shape, value, dtype))
+    return jnp.array(np.full(shape, value, dtype)).block_until_ready()
 
 
 def total(one: Measurement, how: str) -> float | None:
