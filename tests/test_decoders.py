@@ -10,7 +10,7 @@ import pytest
 import tiny_model
 
 import zoqo_jax as zq
-from experiments.finetune.models import Architecture, Decoder, loading
+from experiments.finetune.models import Architecture, Decoder, loading, places
 from zoqo_jax.interop import bitsandbytes, safetensors
 
 LLAMA = {
@@ -145,6 +145,23 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
         loading.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         loading.load(tmp_path)
+
+
+def test_a_name_on_the_hub_is_found_where_it_was_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model, commit = tmp_path / "models--someone--tiny", 40 * "0"
+    folder = model / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA}))
+    assert places.find("hf:someone/tiny") == folder
+    assert places.find(f"hf:someone/tiny@{commit}") == folder
+    with pytest.raises(FileNotFoundError, match="someone/else was not downloaded before"):
+        loading.load("hf:someone/else")
+    with pytest.raises(ValueError, match="model must be hf:OWNER/NAME, got hf:a/b/c"):
+        loading.load("hf:a/b/c")
 
 
 def test_heads_of_odd_width_cannot_be_rotated():

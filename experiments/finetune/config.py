@@ -23,7 +23,8 @@ class Config:
 
     Attributes:
       model: a GGUF file of the llama or qwen2 architecture, a folder of safetensors (llama, qwen2,
-        opt; 4-bit by bitsandbytes or floats), or "smollm2", the file that `make finetune` installs.
+        opt; 4-bit by bitsandbytes or floats), "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION", such a
+        folder on Hugging Face's hub, or "smollm2", the file that `make finetune` installs.
       data: "reviews" (bundled), "tfds:sst2", or a file or folder, see `data.load`.
       output: folder of all that the run writes; a run that was interrupted goes on there.
       train: "codes", the file's own quantized matrices in place; "lora", adapters beside them; or

