@@ -5,11 +5,12 @@ function of numpy arrays, such as a client of a served model, and loops on the h
 same questions and count the same answers.
 
 A program advances a batch of fixed size until half of it is done. Then finished images leave and
-waiting ones take their places; when none waits any more the batch shrinks to the next power of
-four that holds what is left. So a program is compiled for each of two or three sizes, once for all
-calls with the same settings. The model itself always sees `model_batch` images at a time, so that
-the size of a batch cannot change the last bit of an answer, and an image's randomness comes from
-its pixels and label: what an image gets depends on the image, the seed, and nothing else.
+waiting ones take their places; when none waits any more the batch shrinks by fours to the least
+that holds what is left, down to one whose questions are as many as the model sees at a time. So a
+program is compiled for each of two to four sizes, once for all calls with the same settings. The
+model itself always sees `model_batch` images at a time, so that the size of a batch cannot change
+the last bit of an answer, and an image's randomness comes from its pixels and label: what an image
+gets depends on the image, the seed, and nothing else.
 """
 
 import dataclasses
@@ -30,7 +31,6 @@ __all__ = ["Outcome", "attack", "margin_of"]
 Model = Callable[[Any], Any]
 
 _MOST_STEPS = 128  # of a program, so that progress is seen
-_SMALLEST_BATCH = 16
 
 
 class Outcome(NamedTuple):
@@ -154,7 +154,7 @@ def _work_off(
     count = len(tasks.image)
     outcome = Outcome(np.zeros(count, bool), np.zeros(count, np.int32), np.zeros_like(tasks.image))
     queue = iter(range(count))
-    place = np.full(_bucket(count, config.batch_size), -1, np.int32)
+    place = np.full(program.size_for(count), -1, np.int32)
     is_new = np.ones(len(place), bool)
     batch, finished = None, 0
     while finished < count:
@@ -162,14 +162,14 @@ def _work_off(
             place[slot] = next(queue, -1)
             is_new[slot] = True
         live = int(np.count_nonzero(place >= 0))
-        size = _bucket(live, config.batch_size)
+        size = program.size_for(live)
         if size < len(place):  # only once nothing waits: the live images move to a smaller batch
             kept = np.argsort(place < 0, kind="stable")[:size]
             place, is_new, batch = place[kept], is_new[kept], program.take(batch, kept)
         here = _Task(*(x[place] for x in tasks))._replace(is_there=place >= 0)
         batch = program.fresh(here) if batch is None else program.admit(batch, here, is_new)
         is_new = np.zeros(len(place), bool)  # a new one: JAX may still be reading the old
-        is_last = finished + live == count and size == _bucket(1, config.batch_size)
+        is_last = finished + live == count and size == program.size_for(1)
         batch = advance(batch, 0 if is_last else live // 2)
         queries, found = np.asarray(batch.queries), np.asarray(batch.found)
         done = (place >= 0) & (found | (queries + program.method.asks > config.budget))
@@ -204,6 +204,13 @@ class _Program:
         self.admit = jax.jit(jax.vmap(self._admitted))
         self.take = jax.jit(lambda batch, kept: jax.tree.map(lambda x: x[kept], batch))
         self.compiled = functools.lru_cache(maxsize=2)(self._compiled)
+
+    def size_for(self, count: int) -> int:
+        """How large a batch is that holds so many images, or as many of them as fit in any."""
+        size = max(1, self.config.model_batch // self.method.asks)
+        while size < count:
+            size *= 4
+        return min(self.config.batch_size, size)
 
     def _compiled(self, logits_fn: Model) -> Callable[[_Slot, int], _Slot]:
         """Advance a batch by compiled steps until so few of its images are left."""
@@ -302,14 +309,6 @@ def _where(condition: jax.Array, true: _Slot, false: _Slot) -> _Slot:
         return jnp.where(jnp.expand_dims(condition, range(condition.ndim, a.ndim)), a, b)
 
     return jax.tree.map(choose, true, false)
-
-
-def _bucket(count: int, largest: int) -> int:
-    """The least power of four that holds `count`, between the smallest and the largest batch."""
-    size = _SMALLEST_BATCH
-    while size < count:
-        size *= 4
-    return min(largest, size)
 
 
 def _mark(image: np.ndarray, label: int, seed: int) -> np.uint32:
