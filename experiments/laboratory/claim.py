@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -21,6 +22,10 @@ from experiments import footprint, markdown
 from experiments.files import read_json, write_json
 
 __all__ = ["Cell", "Claim", "Measurement", "check"]
+
+_CELLS_SHARING_PROGRAMS = (
+    25  # a few hundred compiled programs are all that Linux lets a process map
+)
 
 Cell = dict[str, Any]
 """What is measured once: numbers, strings, bools and lists of them."""
@@ -68,10 +73,20 @@ def check(
     """
     kept = _Kept(results / f"{claim.name}.json", _plain(dataclasses.asdict(config)))
     cells = [_plain(cell) for cell in claim.cells(config)]
-    for cell in tqdm(cells, desc=claim.name, unit="cell", disable=not progress):
-        if kept.find(cell) is None:
-            start = time.perf_counter()
-            kept.add(cell, _plain(claim.measure(config, cell)), time.perf_counter() - start)
+    todo = [cell for cell in cells if kept.find(cell) is None]
+    bar = tqdm(
+        todo,
+        desc=claim.name,
+        unit="cell",
+        initial=len(cells) - len(todo),
+        total=len(cells),
+        disable=not progress,
+    )
+    for number, cell in enumerate(bar, 1):
+        start = time.perf_counter()
+        kept.add(cell, _plain(claim.measure(config, cell)), time.perf_counter() - start)
+        if number % _CELLS_SHARING_PROGRAMS == 0:
+            jax.clear_caches()
     found = [{**cell, **(kept.find(cell) or {})} for cell in cells]
     _write_page(claim, found, _words(kept, len(cells)), document)
     return found
