@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.attack import data, methods, models, report
-from experiments.attack.attack import _Program, attack, margin_of
+from experiments.attack.attack import _bucket, attack, margin_of
 from experiments.attack.config import Config
 from experiments.attack.methods.square import side
 from experiments.attack.run import run
@@ -374,14 +374,9 @@ def test_no_program_is_compiled_for_an_image(digits):
     assert len(traced) <= 4  # its shape, and one size of batch; tracing may visit a body twice
 
 
-@pytest.mark.parametrize(
-    ("num_queries", "sizes"),
-    [(1, {1: 8, 8: 8, 9: 32, 33: 100, 500: 100}), (5, {1: 1, 2: 4, 17: 64}), (20, {1: 1})],
-)
-def test_batches_shrink_by_fours_to_what_the_model_sees_at_a_time(num_queries, sizes):
-    config = Config(structure="dense", num_queries=num_queries, batch_size=100, model_batch=16)
-    program = _Program(config, (4, 4, 1), targeted=False)
-    assert {count: program.size_for(count) for count in sizes} == sizes
+@pytest.mark.parametrize(("count", "size"), [(1, 16), (16, 16), (17, 64), (65, 128), (500, 128)])
+def test_batches_are_powers_of_four(count, size):
+    assert _bucket(count, 128) == size
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 100])

@@ -5,12 +5,12 @@ function of numpy arrays, such as a client of a served model, and loops on the h
 same questions and count the same answers.
 
 A program advances a batch of fixed size until half of it is done. Then finished images leave and
-waiting ones take their places; when none waits any more the batch shrinks by fours to the least
-that holds what is left, down to one whose questions are as many as the model sees at a time. So a
-program is compiled for each of two to four sizes, once for all calls with the same settings. The
-model itself always sees `model_batch` images at a time, so that the size of a batch cannot change
-the last bit of an answer, and an image's randomness comes from its pixels and label: what an image
-gets depends on the image, the seed, and nothing else.
+waiting ones take their places; when none waits any more the batch shrinks to the next power of
+four that holds what is left. So a program is compiled for each of two or three sizes, once for all
+calls with the same settings. The model sees only the questions of images that are not done, and
+always `model_batch` of them at a time, so that the size of a batch cannot change the last bit of an
+answer. An image's randomness comes from its pixels and label: what an image gets depends on the
+image, the seed, and nothing else.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ __all__ = ["Outcome", "attack", "margin_of"]
 Model = Callable[[Any], Any]
 
 _MOST_STEPS = 128  # of a program, so that progress is seen
+_SMALLEST_BATCH = 16
 
 
 class Outcome(NamedTuple):
@@ -154,7 +155,7 @@ def _work_off(
     count = len(tasks.image)
     outcome = Outcome(np.zeros(count, bool), np.zeros(count, np.int32), np.zeros_like(tasks.image))
     queue = iter(range(count))
-    place = np.full(program.size_for(count), -1, np.int32)
+    place = np.full(_bucket(count, config.batch_size), -1, np.int32)
     is_new = np.ones(len(place), bool)
     batch, finished = None, 0
     while finished < count:
@@ -162,14 +163,14 @@ def _work_off(
             place[slot] = next(queue, -1)
             is_new[slot] = True
         live = int(np.count_nonzero(place >= 0))
-        size = program.size_for(live)
+        size = _bucket(live, config.batch_size)
         if size < len(place):  # only once nothing waits: the live images move to a smaller batch
             kept = np.argsort(place < 0, kind="stable")[:size]
             place, is_new, batch = place[kept], is_new[kept], program.take(batch, kept)
         here = _Task(*(x[place] for x in tasks))._replace(is_there=place >= 0)
         batch = program.fresh(here) if batch is None else program.admit(batch, here, is_new)
         is_new = np.zeros(len(place), bool)  # a new one: JAX may still be reading the old
-        is_last = finished + live == count and size == program.size_for(1)
+        is_last = finished + live == count and size == _bucket(1, config.batch_size)
         batch = advance(batch, 0 if is_last else live // 2)
         queries, found = np.asarray(batch.queries), np.asarray(batch.found)
         done = (place >= 0) & (found | (queries + program.method.asks > config.budget))
@@ -205,23 +206,27 @@ class _Program:
         self.take = jax.jit(lambda batch, kept: jax.tree.map(lambda x: x[kept], batch))
         self.compiled = functools.lru_cache(maxsize=2)(self._compiled)
 
-    def size_for(self, count: int) -> int:
-        """How large a batch is that holds so many images, or as many of them as fit in any."""
-        size = max(1, self.config.model_batch // self.method.asks)
-        while size < count:
-            size *= 4
-        return min(self.config.batch_size, size)
-
     def _compiled(self, logits_fn: Model) -> Callable[[_Slot, int], _Slot]:
         """Advance a batch by compiled steps until so few of its images are left."""
         chunk = self.config.model_batch
 
-        def evaluate(shown: jax.Array) -> jax.Array:
-            chunks = -(-len(shown) // chunk)
-            rest = (chunks * chunk - len(shown), *shown.shape[1:])
-            padded = jnp.concatenate([shown, jnp.zeros(rest, shown.dtype)])
-            logits = jax.lax.map(logits_fn, padded.reshape(chunks, chunk, *shown.shape[1:]))
-            return logits.reshape(chunks * chunk, -1)[: len(shown)]
+        def evaluate(shown: jax.Array, asked: jax.Array) -> jax.Array:
+            """Logits of the images that are asked about, a chunk at a time; zeros for others."""
+            some = jax.ShapeDtypeStruct((chunk, *shown.shape[1:]), shown.dtype)
+            classes = jax.eval_shape(logits_fn, some).shape[1]
+            order = jnp.argsort(~asked)  # those that are asked about come first
+            order = jnp.pad(order, (0, -len(order) % chunk))
+
+            def look(i: jax.Array, logits: jax.Array) -> jax.Array:
+                here = jax.lax.dynamic_slice(order, [i * chunk], [chunk])
+                answers = logits_fn(shown[here]).astype(jnp.float32)
+                return jax.lax.dynamic_update_slice(logits, answers, [i * chunk, 0])
+
+            chunks = (asked.sum() + chunk - 1) // chunk
+            logits = jax.lax.fori_loop(0, chunks, look, jnp.zeros((len(order), classes)))
+            return (
+                jnp.zeros((len(shown), classes)).at[order[: len(shown)]].set(logits[: len(shown)])
+            )
 
         def is_going(carry: tuple[jax.Array, _Slot, jax.Array]) -> jax.Array:
             steps, batch, few = carry
@@ -230,7 +235,8 @@ class _Program:
         def go(carry: tuple[jax.Array, _Slot, jax.Array]) -> tuple[jax.Array, _Slot, jax.Array]:
             steps, batch, few = carry
             asked, shown = self.questions(batch)
-            logits = evaluate(shown.reshape(-1, *shown.shape[2:]))
+            who = jnp.repeat(self.active(batch), self.method.asks)
+            logits = evaluate(shown.reshape(-1, *shown.shape[2:]), who)
             return steps + 1, self.answered(batch, asked, logits), few
 
         @jax.jit
@@ -309,6 +315,14 @@ def _where(condition: jax.Array, true: _Slot, false: _Slot) -> _Slot:
         return jnp.where(jnp.expand_dims(condition, range(condition.ndim, a.ndim)), a, b)
 
     return jax.tree.map(choose, true, false)
+
+
+def _bucket(count: int, largest: int) -> int:
+    """The least power of four that holds `count`, between the smallest and the largest batch."""
+    size = _SMALLEST_BATCH
+    while size < count:
+        size *= 4
+    return min(largest, size)
 
 
 def _mark(image: np.ndarray, label: int, seed: int) -> np.uint32:
