@@ -379,6 +379,20 @@ def test_batches_are_powers_of_four(count, size):
     assert _bucket(count, 128) == size
 
 
+def test_idle_places_are_not_asked_about():
+    model, looks = linear(np.ones(16), lead=99.0), []
+
+    def counted(images):
+        jax.debug.callback(lambda: looks.append(len(images)))
+        return model(images)
+
+    images = np.full((3, 4, 4, 1), 0.5, np.float32)
+    config = Config(budget=40, structure="dense", model_batch=4)
+    attack(counted, images, np.zeros(3, int), config)
+    jax.effects_barrier()
+    assert looks == [4] * 40  # 20 steps of six questions, in a batch of 16 places
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 100])
 def test_any_batch_size_comes_to_an_end(batch_size):
     images = np.full((7, 4, 4, 1), 0.5, np.float32)

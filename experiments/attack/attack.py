@@ -214,8 +214,8 @@ class _Program:
             """Logits of the images that are asked about, a chunk at a time; zeros for others."""
             some = jax.ShapeDtypeStruct((chunk, *shown.shape[1:]), shown.dtype)
             classes = jax.eval_shape(logits_fn, some).shape[1]
-            order = jnp.argsort(~asked)  # those that are asked about come first
-            order = jnp.pad(order, (0, -len(order) % chunk))
+            places = jnp.argsort(~asked)  # of those that are asked about first
+            order = jnp.pad(places, (0, -len(places) % chunk))
 
             def look(i: jax.Array, logits: jax.Array) -> jax.Array:
                 here = jax.lax.dynamic_slice(order, [i * chunk], [chunk])
@@ -224,9 +224,7 @@ class _Program:
 
             chunks = (asked.sum() + chunk - 1) // chunk
             logits = jax.lax.fori_loop(0, chunks, look, jnp.zeros((len(order), classes)))
-            return (
-                jnp.zeros((len(shown), classes)).at[order[: len(shown)]].set(logits[: len(shown)])
-            )
+            return jnp.zeros((len(shown), classes)).at[places].set(logits[: len(places)])
 
         def is_going(carry: tuple[jax.Array, _Slot, jax.Array]) -> jax.Array:
             steps, batch, few = carry

@@ -23,9 +23,8 @@ from experiments.files import read_json, write_json
 
 __all__ = ["Cell", "Claim", "Measurement", "check"]
 
-_CELLS_SHARING_PROGRAMS = (
-    25  # a few hundred compiled programs are all that Linux lets a process map
-)
+# Linux lets a process map some hundreds of compiled programs, and LLVM fails at the next one.
+_CELLS_SHARING_PROGRAMS = 25
 
 Cell = dict[str, Any]
 """What is measured once: numbers, strings, bools and lists of them."""
