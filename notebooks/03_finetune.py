@@ -100,7 +100,7 @@ GOOD = [True, False, True, False, True, False]
 # training goes on: the share that moves is the length of a step. Embedding and norms are frozen.
 
 # %%
-everything = data.encode(data.load("reviews", "train"), tokenizer, window=64)
+everything = data.encode(data.load("reviews", "train"), tokenizer, window=256)
 short = everything.take([i for i, ids in enumerate(everything.sequences) if len(ids) <= 24])
 held_out = data.encode(data.load("reviews", "test").sample(256), tokenizer, window=256)
 lengths = np.array([len(ids) for ids in short.sequences])
