@@ -28,7 +28,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import zoqo_jax as zq
 from experiments.finetune import data, objective
@@ -125,7 +125,7 @@ def step(params, state, batch):
 
 
 params, state, seen, log = start, tx.init(start), [], []
-for places in tqdm(schedule[:STEPS]):
+for places in tqdm(schedule[:STEPS], mininterval=60):
     params, state = step(params, state, objective.batch_of(short, places))
     seen.append(float(state.losses.mean()))
     log.append(state.differences)
@@ -171,7 +171,7 @@ axis.axvline(0.5, color="k", lw=0.8)
 axis.set_xlim(0, 1)
 axis.invert_yaxis()
 axis.set_xlabel('probability of " great" against " terrible"')
-axis.legend(frameon=False, loc="lower right")
+axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 fig.tight_layout()
 scores = [read(p, held_out).accuracy for p in (start, params)]
 print(f"256 sentences it never saw: {scores[0]:.1%} right before, {scores[1]:.1%} after")
