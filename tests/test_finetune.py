@@ -82,6 +82,14 @@ def test_codes_are_trained_in_place_and_rebuilt_from_the_log(files, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+def test_without_steps_a_run_only_reads(files, tmp_path):
+    chosen = config(files, tmp_path, steps=0)
+    for _ in range(2):  # the second time it finds what it read
+        outcome = run(chosen)
+        assert outcome.before == outcome.after and outcome.history == []
+        assert not changed_by(tmp_path, files)
+
+
 def test_the_last_layers_are_trained_on_what_those_below_say(files, tmp_path):
     chosen = config(files, tmp_path, layers=1)
     outcome = run(chosen)

@@ -117,7 +117,8 @@ class _Run:
                     now = self._advance(now, bar, board)
                     if now.step % self.config.checkpoint_every == 0:
                         kept.keep(now)
-            kept.keep(now)
+            if now.step:
+                kept.keep(now)
         params = self.parts.join(list(map(jnp.asarray, now.best)), self.rest)
         return Outcome(
             model=self.model,
