@@ -3,6 +3,7 @@
 A process that is measured is a child of its own (`child`), so that it holds nothing else.
 """
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -74,9 +75,8 @@ def peak() -> float:
 
 def restart_peak() -> None:
     """Let `resident` and `peak` tell of what is taken from now on, where the system can (Linux)."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def available() -> int:
