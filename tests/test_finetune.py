@@ -268,6 +268,13 @@ def test_a_choice_of_two_tokens_is_refused(files):
         data.encode(data.Texts(["abc"], (" bad",), [0], []), tokenizer, 2)
 
 
+def test_a_sample_of_all_keeps_the_order():
+    texts = data.Texts(list("abcd"), (" bad", " good"), [0, 1, 0, 1], [])
+    assert texts.sample(0, seed=1) == texts
+    assert sorted(texts.sample(2, seed=1).prompts) != texts.sample(4, seed=1).prompts
+    assert sorted(texts.sample(4, seed=1).prompts) == texts.prompts
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -50,9 +50,11 @@ class Texts(NamedTuple):
     completions: list[str]
 
     def sample(self, count: int, seed: int = 0) -> "Texts":
-        """So many examples at random, or all: files are often sorted by their labels."""
+        """So many examples at random, as files are often sorted by their labels; 0: all in order."""
+        if not count:
+            return self
         order = np.random.default_rng(seed).permutation(len(self.prompts))
-        return self.take(order[: count or None])
+        return self.take(order[:count])
 
     def take(self, places: Sequence[int]) -> "Texts":
         """Some of the examples."""
