@@ -13,7 +13,15 @@ import tiny_model
 
 import zoqo_jax as zq
 from experiments import settings
-from experiments.finetune import data, objective, outputs, replay, seed_log, training
+from experiments.finetune import (
+    data,
+    llama_cpp,
+    objective,
+    outputs,
+    replay,
+    seed_log,
+    training,
+)
 from experiments.finetune.config import Config
 from experiments.finetune.models import loading
 from experiments.finetune.parts import adapt
@@ -322,3 +330,29 @@ def test_what_does_not_fit_the_model_is_refused(files, tmp_path):
         chosen = config(files, tmp_path, **changes)
         with pytest.raises(ValueError, match=message):
             training.train(checkpoint, chosen, progress=False)
+
+
+def test_llama_cpp_is_compared_answer_by_answer(files, monkeypatch):
+    asked = llama_cpp.Asked(files[0], data=files[1], examples=0)
+    texts = data.load(files[1], "dev")
+    checkpoint = loading.load(files[0])
+    tokens = data.encode(texts, checkpoint.tokenizer, 64)
+    said = list(objective.evaluator(checkpoint.decoder)(checkpoint.params, tokens).said)
+    theirs = [1 - said[0], *said[1:]]  # one answer is another
+    monkeypatch.setattr(llama_cpp, "answers", lambda *_, **__: theirs)
+    both = llama_cpp.compare(asked, progress=False)
+    n = len(texts.prompts)
+    assert both.count == n
+    assert both.same == pytest.approx((n - 1) / n)
+    assert abs(both.ours - both.theirs) == pytest.approx(1 / n)
+
+
+def test_without_llama_cpp_its_package_is_named(files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(SystemExit, match="pip install xllamacpp"):
+        llama_cpp.main(llama_cpp.Asked(files[0], data=files[1]))
+
+
+def test_only_the_best_step_is_left_on_disk(files, tmp_path):
+    outcome = run(config(files, tmp_path, eval_every=1))
+    assert [path.name for path in (tmp_path / "best").iterdir()] == [f"{outcome.best_step}.npz"]

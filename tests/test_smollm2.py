@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
+from experiments.finetune import llama_cpp, outputs, training
+from experiments.finetune.config import Config
 from experiments.finetune.models import Decoder, loading
 from zoqo_jax.interop import gguf
 
@@ -60,10 +62,10 @@ def test_the_capital_of_france(checkpoint, log_probabilities):
 
 def test_greedy_continuations_are_those_of_llama_cpp(checkpoint, log_probabilities):
     """But where two tokens are nearly as likely: llama.cpp rounds activations to 8 bits."""
-    llama_cpp = pytest.importorskip("xllamacpp")
-    params = llama_cpp.CommonParams()
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(loading._smollm2()), 512, 1
-    server = llama_cpp.Server(params)
+    server = xllamacpp.Server(params)
     differences, agreed, clear = [], 0, 0
     for prompt in PROMPTS:
         answer = server.handle_completions(
@@ -81,3 +83,18 @@ def test_greedy_continuations_are_those_of_llama_cpp(checkpoint, log_probabiliti
     assert clear > 60
     assert agreed == clear
     assert np.abs(differences).mean() < 0.1
+
+
+def test_llama_cpp_answers_a_trained_file_alike(tmp_path):
+    pytest.importorskip("xllamacpp")
+    config = Config(
+        model="smollm2", output=str(tmp_path), layers=2, steps=30, density=2.0**-6, batch_size=16,
+        max_tokens=24, eval_every=30, dev_examples=16, test_examples=16,
+    )  # fmt: skip
+    outcome = training.train(loading.load(config.model), config, progress=False)
+    trained = outputs.write_trained(tmp_path, config, outcome.model, outcome.params)
+    assert trained.read_bytes() != loading._smollm2().read_bytes()
+    both = llama_cpp.compare(llama_cpp.Asked(str(trained), examples=80), progress=False)
+    assert both.count == 80
+    assert both.same >= 0.9
+    assert abs(both.ours - both.theirs) <= 0.05

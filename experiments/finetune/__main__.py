@@ -23,8 +23,7 @@ def main(config: Config) -> None:
     logging.set_verbosity(logging.WARNING)  # of the checkpoints, which tell much
     start = time.perf_counter()
     try:
-        checkpoint = loading.load(config.model)
-        outcome = training.train(checkpoint, config)
+        outcome = training.train(loading.load(config.model), config)
         written = outputs.write(config, outcome, time.perf_counter() - start)
     except KeyboardInterrupt:
         print(f"interrupted: the same command goes on from {config.output}", file=sys.stderr)

@@ -50,7 +50,7 @@ class Texts(NamedTuple):
     completions: list[str]
 
     def sample(self, count: int, seed: int = 0) -> "Texts":
-        """So many examples at random, as files are often sorted by their labels; 0: all in order."""
+        """So many examples at random, as files are often sorted by label; 0: all, in order."""
         if not count:
             return self
         order = np.random.default_rng(seed).permutation(len(self.prompts))

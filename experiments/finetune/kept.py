@@ -1,7 +1,8 @@
 """What a run keeps in its folder while it goes on: its settings, checkpoints, and what it measured.
 
 `config.json` says whose folder it is. Checkpoints hold all that changes, the bytes of codes or
-floats and the optimizer's state, so that a run goes on from the last one bit for bit.
+floats and the optimizer's state, so that a run goes on from the last one bit for bit. What answered
+the dev examples best lies in `best/`, and not in memory.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ import orbax.checkpoint as ocp
 from experiments.files import plain, read_json, write_json
 from experiments.finetune.config import Config
 from experiments.finetune.objective import Scores
+from zoqo_jax.interop.files import replacing
 
 __all__ = ["Folder", "Progress"]
 
@@ -29,8 +31,7 @@ class Progress(NamedTuple):
     step: int
     trained: list[jax.Array]  # the arrays that change
     state: Any  # the optimizer's
-    best: list[np.ndarray]  # `trained` at `best_step`
-    best_step: int
+    best_step: int  # `Folder.best` has what trained as it was then
     best_score: float  # accuracy on the dev examples
     log: np.ndarray  # float32 (steps, queries), written up to `step`
     history: list[dict[str, float]]
@@ -75,13 +76,37 @@ class Folder:
         with (self.path / "metrics.jsonl").open(mode) as file:
             file.writelines(f"{json.dumps(line)}\n" for line in lines)
 
+    def keep_best(self, step: int, trained: list[jax.Array]) -> None:
+        """Write what trains as it is after a step, as bytes: NumPy's files know no bfloat16."""
+        path = self._best(step)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, *(np.asarray(x).reshape(-1).view(np.uint8) for x in trained))
+
+    def best(self, step: int, like: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+        """What `keep_best` wrote after that step."""
+        with self._best(step).open("rb") as whole, np.load(whole, allow_pickle=False) as file:
+            found = [file[name] for name in file.files]
+        pairs = zip(found, like, strict=True)
+        return [jnp.asarray(x.view(one.dtype).reshape(one.shape)) for x, one in pairs]
+
+    def forget_best_but(self, *steps: int) -> None:
+        """Delete what `keep_best` wrote after other steps."""
+        wanted = [self._best(step) for step in steps]
+        for path in (self.path / "best").glob("*.npz"):
+            if path not in wanted:
+                path.unlink()
+
+    def _best(self, step: int) -> Path:
+        return self.path / "best" / f"{step}.npz"
+
     @contextmanager
     def checkpoints(self) -> Iterator["_Checkpoints"]:
         """The run's checkpoints; the last one is whole when the block ends well."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=1)
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         folder = (self.path / "checkpoints").resolve()
         with ocp.CheckpointManager(folder, options=options) as manager:
-            yield _Checkpoints(manager)
+            yield _Checkpoints(manager, self)
             manager.wait_until_finished()
 
 
@@ -90,8 +115,9 @@ class _Checkpoints:
 
     _FACTS = ("step", "best_step", "best_score", "history")
 
-    def __init__(self, manager: ocp.CheckpointManager) -> None:
-        self._manager = manager
+    def __init__(self, manager: ocp.CheckpointManager, folder: Folder) -> None:
+        self._manager, self._folder = manager, folder
+        self._best_step = 0  # of the last checkpoint
 
     def last(self, start: Progress) -> Progress:
         """Where the last checkpoint was, or the start."""
@@ -104,7 +130,7 @@ class _Checkpoints:
                 arrays=ocp.args.StandardRestore(_arrays(start)), facts=ocp.args.JsonRestore()
             ),
         )
-        arrays = found["arrays"]
+        arrays, self._best_step = found["arrays"], found["facts"]["best_step"]
         typed = [
             jax.random.wrap_key_data(jnp.asarray(x)) if _is_key(like) else jnp.asarray(x)
             for x, like in zip(arrays["state"], jax.tree.leaves(start.state), strict=True)
@@ -112,7 +138,6 @@ class _Checkpoints:
         return Progress(
             trained=[jnp.array(x) for x in arrays["trained"]],
             state=jax.tree.unflatten(jax.tree.structure(start.state), typed),
-            best=[np.array(x) for x in arrays["best"]],
             log=np.array(arrays["log"]),
             **found["facts"],
         )
@@ -121,6 +146,10 @@ class _Checkpoints:
         """Write a checkpoint, unless this step has one."""
         if self._manager.latest_step() == now.step:
             return
+        # A run that is killed while this is written goes on from the one before, with its best.
+        self._manager.wait_until_finished()
+        self._folder.forget_best_but(self._best_step, now.best_step)
+        self._best_step = now.best_step
         facts = {name: getattr(now, name) for name in self._FACTS}
         self._manager.save(
             now.step,
@@ -133,7 +162,7 @@ class _Checkpoints:
 def _arrays(now: Progress) -> dict[str, Any]:
     """The arrays of a checkpoint, in lists."""
     state = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(now.state)]
-    lists = {"trained": now.trained, "best": now.best, "state": state}
+    lists = {"trained": now.trained, "state": state}
     return {**{name: list(map(np.asarray, some)) for name, some in lists.items()}, "log": now.log}
 
 

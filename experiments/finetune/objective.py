@@ -11,6 +11,7 @@ import optax
 import zoqo_jax as zq
 from experiments.finetune.data import Tokens, in_order, padded
 from experiments.finetune.models import Decoder
+from experiments.finetune.programs import programs
 
 __all__ = ["Batch", "Scores", "batch_of", "continued", "evaluator", "loss_fn"]
 
@@ -78,7 +79,7 @@ def evaluator(model: Decoder, batch_size: int = 32) -> Callable[[Any, Tokens], S
     Data sets that are read by one evaluator share its compiled programs.
     """
 
-    @jax.jit
+    @programs
     def read(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         return zq.quaxify(lambda params: _answered(model, params, batch))(params)
 

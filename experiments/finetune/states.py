@@ -17,6 +17,7 @@ from tqdm import tqdm
 import zoqo_jax as zq
 from experiments.finetune.data import Tokens, in_order, padded
 from experiments.finetune.models.loading import Checkpoint
+from experiments.finetune.programs import programs
 from zoqo_jax.interop.files import replacing
 
 __all__ = ["States", "with_states"]
@@ -68,7 +69,7 @@ def with_states(
 
 
 def _compute(below: Checkpoint, tokens: Tokens, states: States, file: Any, progress: bool) -> None:
-    @jax.jit
+    @programs
     def read(params: Any, batch: np.ndarray) -> jax.Array:
         return zq.quaxify(lambda params: below.decoder.apply({"params": params}, batch))(params)
 

@@ -26,6 +26,7 @@ from experiments.finetune.methods import transformation
 from experiments.finetune.models import loading
 from experiments.finetune.models.loading import Checkpoint
 from experiments.finetune.parts import Parts, adapt
+from experiments.finetune.programs import programs
 
 __all__ = ["Outcome", "train"]
 
@@ -34,7 +35,7 @@ class Outcome(NamedTuple):
     """What a run came to.
 
     Attributes:
-      model: what was trained, the whole model or its last layers.
+      model: what was trained, the whole model or its last layers, without the parameters it had.
       params: its trained parameters, at the step that answered the dev examples best.
       best_step: that step.
       log: differences of losses of the steps up to it, float32 (steps, queries); see `zq.replay`.
@@ -68,6 +69,7 @@ def train(checkpoint: Checkpoint, config: Config, *, progress: bool = True) -> O
       ValueError: data, model and settings that do not fit each other.
     """
     run = _Run(checkpoint, config, progress)
+    del checkpoint  # what trains is copied: where the caller keeps none either, there is one
     return run.outcome()
 
 
@@ -76,11 +78,13 @@ class _Run:
 
     def __init__(self, whole: Checkpoint, config: Config, progress: bool) -> None:
         self.config, self.progress = config, progress
-        below, self.model = loading.split(whole, config.layers)
+        below, model = loading.split(whole, config.layers)
         self.tx = transformation(config)
-        self.params = adapt(self.model, config)
+        self.params = adapt(model, config)
+        self.model = model._replace(params={})
         self.parts = Parts.of(self.params, config)
-        self.trained, self.rest = self.parts.split(self.params)
+        trained, self.rest = self.parts.split(self.params)
+        self.shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in trained]
         texts = {
             "dev": data.load(config.data, "dev").sample(config.dev_examples, config.seed),
             "test": data.load(config.data, "test").sample(config.test_examples, config.seed),
@@ -99,7 +103,7 @@ class _Run:
         evaluate = objective.evaluator(self.model.decoder)  # one, so that both compile it once
         self.dev = functools.partial(evaluate, tokens=tokens["dev"])
         self.test = functools.partial(evaluate, tokens=tokens["test"])
-        self.step = jax.jit(self._step, donate_argnums=(0, 1))
+        self.step = programs(self._step, donate=(0, 1))
         self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
     def outcome(self) -> Outcome:
@@ -119,7 +123,12 @@ class _Run:
                         kept.keep(now)
             if now.step:
                 kept.keep(now)
-        params = self.parts.join(list(map(jnp.asarray, now.best)), self.rest)
+        trained, now = now.trained, now._replace(trained=[])
+        if now.step:
+            del trained
+            self.folder.forget_best_but(now.best_step)
+            trained = self.folder.best(now.best_step, self.shapes)
+        params = self.parts.join(trained, self.rest)
         return Outcome(
             model=self.model,
             params=params,
@@ -163,11 +172,13 @@ class _Run:
         return optax.apply_updates(trained, updates), state, seen, differences
 
     def _start(self) -> Progress:
-        state = self.tx.init(self.trained if self.config.moves_floats else self.params)
+        """Where a run begins; the parameters that it began with are let go."""
+        params, self.params = self.params, None
+        trained, _ = self.parts.split(params)
+        state = self.tx.init(trained if self.config.moves_floats else params)
         log = np.zeros((self.config.steps, self.config.num_queries), np.float32)
-        fresh = [jnp.array(x) for x in self.trained]  # copies, that steps may write over
-        best = [np.array(x) for x in self.trained]
-        return Progress(0, fresh, state, best, 0, -1.0, log, [])
+        fresh = [jnp.array(x) for x in trained]  # copies, that steps may write over
+        return Progress(0, fresh, state, 0, -1.0, log, [])
 
     def _advance(self, now: Progress, bar: Any, board: SummaryWriter) -> Progress:
         """The next step, and a look at the dev examples when it is time."""
@@ -202,8 +213,8 @@ class _Run:
         now = now._replace(history=[*now.history, line])
         self.folder.write_history([line], "a")
         if scores.accuracy > now.best_score:
-            best = [np.array(x) for x in trained]
-            now = now._replace(best=best, best_step=now.step, best_score=scores.accuracy)
+            self.folder.keep_best(now.step, trained)
+            now = now._replace(best_step=now.step, best_score=scores.accuracy)
         return now
 
     def _batch(self, step: int) -> objective.Batch:
