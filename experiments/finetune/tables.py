@@ -108,6 +108,8 @@ def _rows() -> Iterator[Row]:
     for bits, rate in ((4, 0.02), (3, 0.03), (2, 0.04)):
         dithered = {"step_rule": "dithered", "range": 0.2, "learning_rate": rate, "radius": rate}
         yield row("sst2", f"ZOQO, {bits}-bit LoRA, dithered step", 3, bits=bits, **dithered)
+    error_feedback = {"method": "qes", "range": 0.3, "learning_rate": 10.0}
+    yield row("sst2", "QES, 4-bit LoRA", 3, bits=4, **error_feedback)
     for query in ("aligned", "off_grid"):
         name = f"CAQ-ZO, NF4 LoRA, {query.replace('_', '-')} probes"
         yield row("sst2", name, 3, method="caq_zo", grid="nf4", bits=4, query=query)
