@@ -10,7 +10,7 @@ import pytest
 import zoqo_jax as zq
 from experiments.finetune import llama_cpp, outputs, training
 from experiments.finetune.config import Config
-from experiments.finetune.models import Decoder, loading
+from experiments.finetune.models import Decoder, loading, places
 from zoqo_jax.interop import gguf
 
 pytestmark = [
@@ -51,7 +51,7 @@ def log_probabilities(checkpoint):
 
 def test_the_file_is_saved_as_it_was(checkpoint, tmp_path):
     gguf.save(tmp_path / "again.gguf", gguf.load(checkpoint.path).tensors, checkpoint.metadata)
-    assert (tmp_path / "again.gguf").read_bytes() == loading._smollm2().read_bytes()
+    assert (tmp_path / "again.gguf").read_bytes() == places.find("smollm2").read_bytes()
 
 
 def test_the_capital_of_france(checkpoint, log_probabilities):
@@ -64,7 +64,7 @@ def test_greedy_continuations_are_those_of_llama_cpp(checkpoint, log_probabiliti
     """But where two tokens are nearly as likely: llama.cpp rounds activations to 8 bits."""
     xllamacpp = pytest.importorskip("xllamacpp")
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = str(loading._smollm2()), 512, 1
+    params.model.path, params.n_ctx, params.n_parallel = str(places.find("smollm2")), 512, 1
     server = xllamacpp.Server(params)
     differences, agreed, clear = [], 0, 0
     for prompt in PROMPTS:
@@ -88,12 +88,12 @@ def test_greedy_continuations_are_those_of_llama_cpp(checkpoint, log_probabiliti
 def test_llama_cpp_answers_a_trained_file_alike(tmp_path):
     pytest.importorskip("xllamacpp")
     config = Config(
-        model="smollm2", output=str(tmp_path), layers=2, steps=30, density=2.0**-6, batch_size=16,
-        max_tokens=24, eval_every=30, dev_examples=16, test_examples=16,
+        model="smollm2", output=str(tmp_path), steps=10, density=2.0**-8, batch_size=16,
+        max_tokens=24, eval_every=10, dev_examples=16, test_examples=16,
     )  # fmt: skip
     outcome = training.train(loading.load(config.model), config, progress=False)
     trained = outputs.write_trained(tmp_path, config, outcome.model, outcome.params)
-    assert trained.read_bytes() != loading._smollm2().read_bytes()
+    assert trained.read_bytes() != places.find("smollm2").read_bytes()
     both = llama_cpp.compare(llama_cpp.Asked(str(trained), examples=80), progress=False)
     assert both.count == 80
     assert both.same >= 0.9
