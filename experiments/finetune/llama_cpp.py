@@ -9,7 +9,7 @@ needs the package xllamacpp, a build of llama.cpp.
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from experiments import settings
 from experiments.finetune import data, objective
 from experiments.finetune.models import loading
 
-__all__ = ["Asked", "Both", "answers", "compare"]
+__all__ = ["Asked", "Both", "answers", "compare", "serve"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +96,7 @@ def answers(
       words: tokens to choose from.
       progress: whether to show a progress bar.
     """
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise ImportError("llama.cpp is asked through xllamacpp: pip install xllamacpp.") from error
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.n_parallel = path, 2048, 1
-    server = xllamacpp.Server(params)
+    server = serve(path)
     # All of the words gain as much, so that the likeliest of them is the likeliest of all.
     bias = [[word, 100.0] for word in words]
     question = {"n_predict": 1, "temperature": 0, "n_probs": 1, "logit_bias": bias}
@@ -112,6 +106,17 @@ def answers(
         (first,) = answer["choices"][0]["logprobs"]["content"][:1]
         said.append(list(words).index(first["id"]))
     return said
+
+
+def serve(path: str) -> Any:
+    """A server of llama.cpp with a GGUF file, in this process."""
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise ImportError("llama.cpp is asked through xllamacpp: pip install xllamacpp.") from error
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = path, 2048, 1
+    return xllamacpp.Server(params)
 
 
 def main(asked: Asked) -> None:
