@@ -132,6 +132,20 @@ def test_a_fresh_adapter_changes_nothing():
     assert is_lora(tree["w"])
 
 
+@pytest.mark.parametrize("grid", [zq.companders.identity(), zq.companders.nf4()], ids=str)
+@pytest.mark.parametrize("range", [0.1, 0.4])
+def test_a_grid_coarser_than_the_start_of_an_adapter_does_not_lose_it(grid, range):
+    def factor(quantizer):
+        settings = {"key": jax.random.key(0), "where": is_weight, "quantizer": quantizer}
+        return zq.lora({"w": jnp.ones((8, 576))}, 64, **settings)["w"].a
+
+    start = factor(None)
+    a = zq.dequantize(factor(zq.Quantizer(4, grid, range)))
+    # On average A is what a float adapter begins with; rounding adds noise of the grid's own size.
+    assert (a * start).mean() / (start**2).mean() == pytest.approx(1.0, abs=0.05)
+    assert (a - start).std() < range / 7
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -71,7 +71,9 @@ def lora(
 ) -> PyTree:
     """Give weights low-rank adapters, and freeze everything else.
 
-    A begins uniform in [-1, 1] / sqrt(inputs), as in PEFT, B at zero: the model is what it was.
+    A begins uniform in [-1, 1] / sqrt(inputs), as in PEFT, B at zero: the model is what it was. A is
+    rounded to its grid with dither, half a step either way: rounded to nearest, it would be zero on
+    a grid coarser than it is wide, and the first steps would find no slope in A or in B.
 
     Args:
         params: any pytree; its quantized leaves are frozen.
@@ -120,7 +122,11 @@ def lora(
         b = jnp.zeros((*stack, outputs, rank))
         count += 1
         if quantizer is not None:
-            a, b = quantizer(a), quantizer(b)
+            b, grid = quantizer(b), quantizer(a)
+            dither = jax.random.uniform(
+                jax.random.fold_in(of_leaf, 1), a.shape, minval=-0.5, maxval=0.5
+            )
+            a = quantizer(a + grid.spread(grid.step) * dither)
         return LoraArray(leaf, a, b, scaling)
 
     adapted = jax.tree_util.tree_map_with_path(one, freeze(params), is_leaf=is_quantized)
