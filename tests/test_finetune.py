@@ -182,16 +182,18 @@ def test_scales_are_trained_and_codes_left_alone(files, tmp_path):
     [
         {"method": "caq_zo", "grid": "nf4", "query": "off_grid", "bits": 4},
         {"method": "caq_zo", "grid": "nf4", "bits": 4},
+        {"method": "caq_zo", "rounding": "error_feedback", "bits": 4},
         {"method": "quzo", "bits": 4},
         {"method": "qes", "bits": 4},
         {"method": "zoqo", "bits": 2, "step_rule": "dithered"},
+        {"method": "zoqo", "bits": 3, "structure": "sparse", "decay": 0.1},
     ],
-    ids=lambda changes: f"{changes['method']}-{changes.get('query', '')}",
+    ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_every_method_trains_adapters(files, tmp_path, changes):
     chosen = config(files, tmp_path, train="lora", rank=2, steps=3, learning_rate=10.0, **changes)
     outcome = run(chosen)
-    before = jax.tree.leaves(adapt(outcome.model, chosen))
+    before = jax.tree.leaves(adapt(loading.load(chosen.model), chosen))
     moved = [
         (one != other).any()
         for one, other in zip(before, jax.tree.leaves(outcome.params), strict=True)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from experiments import settings
+from zoqo_jax.projection import Rounding
 from zoqo_jax.transforms.caq_zo import Query
 
 __all__ = ["Config", "Method", "Train"]
@@ -42,6 +43,7 @@ class Config:
       structure: of directions in codes, "dense", "rank_one" or "sparse"; "auto" is sparse for codes
         in place and dense for adapters.
       query: caq_zo's, "aligned" or "off_grid".
+      rounding: caq_zo's, "stochastic", "nearest", "threshold", "error_feedback" or "significant".
       noise: law of zoqo's directions.
       step_rule: zoqo's, "floor" or "dithered".
       density: of sparse directions at the start.
@@ -85,6 +87,7 @@ class Config:
     decay: float = 0.125
     structure: Literal["auto", "dense", "rank_one", "sparse"] = "auto"
     query: Query = "aligned"
+    rounding: Rounding = "stochastic"
     noise: str = "rademacher"
     step_rule: str = "floor"
     density: float = 2.0**-10

@@ -37,8 +37,9 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
         )
     if config.method == "caq_zo":
         radius = (config.radius or 0.1) if config.query == "off_grid" else None
-        asked = {"query": config.query, "radius": radius, "boundary": "clamp"}
-        return zq.caq_zo(falling(config.learning_rate or 1.0), **asked, **shape)
+        asked = {"query": config.query, "radius": radius, "rounding": config.rounding}
+        rate = falling(config.learning_rate or 1.0)
+        return zq.caq_zo(rate, boundary="clamp", **asked, **shape)
     if config.method in ("quzo", "qes"):
         rule = zq.quzo if config.method == "quzo" else zq.qes
         return rule(falling(config.learning_rate or 1.0), config.radius or 1.0, **shape)
