@@ -102,11 +102,13 @@ def _rows() -> Iterator[Row]:
     yield row("sst2", "Adam, float LoRA, back-propagation", method="adam", steps=400)
     yield row("sst2", "MeZO, float LoRA", 3, method="mezo", learning_rate=1e-2)
     yield row("sst2", "ZO-SignSGD, float LoRA", 3, method="zo_signsgd", **by_signs)
-    yield row("sst2", "ZOQO, 8-bit LoRA", 3, bits=8, **by_signs)
-    yield row("sst2", "ZOQO, 6-bit LoRA", bits=6, **by_signs)
+    yield row("sst2", "ZOQO, 8-bit LoRA, the paper's step", 3, bits=8, **by_signs)
     yield row("sst2", "ZOQO, 4-bit LoRA, the paper's step", bits=4, **by_signs)
-    dithered = {"step_rule": "dithered", "range": 0.2, "learning_rate": 0.02, "radius": 0.02}
-    yield row("sst2", "ZOQO, 4-bit LoRA, dithered step", bits=4, **dithered)
+    dithered = {"step_rule": "dithered", "learning_rate": 1.3e-2, "radius": 5e-3}
+    yield row("sst2", "ZOQO, 8-bit LoRA, dithered step", 3, bits=8, **dithered)
+    yield row("sst2", "ZOQO, 6-bit LoRA, dithered step", bits=6, **dithered)
+    coarser = {**dithered, "range": 0.2, "learning_rate": 0.02, "radius": 0.02}
+    yield row("sst2", "ZOQO, 4-bit LoRA, dithered step", bits=4, **coarser)
     # Of few bits a step is one code of few entries; how many is the step size, and falls.
     for bits, reach, density in ((4, 0.4, 0.035), (3, 0.4, 0.006), (2, 0.2, 0.0045)):
         sparse = {"structure": "sparse", "range": reach, "density": density, "decay": 1 / 64}
