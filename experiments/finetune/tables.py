@@ -115,27 +115,32 @@ def _rows() -> Iterator[Row]:
         yield row("sst2", f"ZOQO, {bits}-bit LoRA, sparse", 3, bits=bits, **sparse)
     error_feedback = {"method": "qes", "range": 0.3, "learning_rate": 10.0}
     yield row("sst2", "QES, 4-bit LoRA", bits=4, **error_feedback)
+    on_nf4 = {"method": "caq_zo", "grid": "nf4", "bits": 4, "learning_rate": 10.0}
     for query in ("aligned", "off_grid"):
         name = f"CAQ-ZO, NF4 LoRA, {query.replace('_', '-')} probes"
-        yield row("sst2", name, 3, method="caq_zo", grid="nf4", bits=4, query=query)
-    yield row("sst2", "QuZO, 4-bit LoRA", method="quzo", bits=4)
+        yield row("sst2", name, 3, query=query, rounding="error_feedback", **on_nf4)
+    yield row("sst2", "QuZO, 4-bit LoRA", method="quzo", bits=4, range=0.2, learning_rate=5.0)
 
-    in_place = {"train": "codes"}
-    some = {"density": 2.0**-8, **in_place}
-    yield row("sst2", "ZOQO, all 4-bit codes in place", 3, layers=0, density=2.0**-9, **in_place)
-    yield row("sst2", "ZOQO, 4-bit codes of ten layers", **some)
-    yield row(
-        "sst2", "ZOQO, 4-bit codes of ten layers, 4 directions", num_queries=4, steps=150, **some
-    )
-    yield row("sst2", "CAQ-ZO, 4-bit codes of ten layers", method="caq_zo", **some)
+    in_place = {"train": "codes", "decay": 1 / 32}
+    whole = {"layers": 0, "density": 2.0**-9, **in_place}
+    yield row("sst2", "ZOQO, all 4-bit codes in place", 3, **whole)
+    ten = {"density": 2.0**-8, **in_place}
+    yield row("sst2", "ZOQO, 4-bit codes of ten layers", **ten)
+    population = {"num_queries": 4, "steps": 150}
+    yield row("sst2", "ZOQO, 4-bit codes of ten layers, 4 directions", **population, **ten)
+    for rounding in ("stochastic", "error_feedback"):
+        name = f"CAQ-ZO, 4-bit codes of ten layers, {rounding.replace('_', ' ')}"
+        yield row("sst2", name, method="caq_zo", learning_rate=20.0, rounding=rounding, **ten)
     yield row("sst2", "QZO, scales of the 4-bit file", method="qzo", train="scales")
 
     # Each in a process of its own, the first one trains nothing.
     short = {"layers": 0, "steps": 4, "eval_every": 4, "dev_examples": 64, "test_examples": 64}
-    yield row("memory", "inference", **{**short, "steps": 0}, **in_place)
-    yield row("memory", "ZOQO, codes in place, sparse", **short, **in_place)
-    yield row("memory", "ZOQO, codes in place, rank-one", structure="rank_one", **short, **in_place)
-    yield row("memory", "CAQ-ZO, codes in place", method="caq_zo", **short, **in_place)
+    yield row("memory", "inference", **{**short, "steps": 0}, train="codes")
+    yield row("memory", "ZOQO, codes in place, sparse", **short, train="codes")
+    yield row(
+        "memory", "ZOQO, codes in place, rank-one", structure="rank_one", **short, train="codes"
+    )
+    yield row("memory", "CAQ-ZO, codes in place", method="caq_zo", **short, train="codes")
     yield row("memory", "ZOQO, 8-bit LoRA", **short)
     yield row("memory", "MeZO, float LoRA", method="mezo", **short)
     yield row("memory", "Adam, float LoRA, back-propagation", method="adam", **short)
