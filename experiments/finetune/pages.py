@@ -69,22 +69,30 @@ def _memory(found: Sequence[Found]) -> str:
 
 
 def _draw(found: Sequence[Found], path: Path) -> None:
-    """Loss and accuracy of the dev examples against forward passes, means over seeds."""
+    """Loss and accuracy of the dev examples against forward passes, means over seeds.
+
+    Adapters have the upper row, and what moves the file's own codes or scales the lower one.
+    """
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(11.0, 4.4), layout="constrained")
-    axes = fig.subplots(1, 2)
-    for number, (row, outcomes) in enumerate(found):
-        looks = min(len(outcome["history"]) for outcome in outcomes)
-        passes = [line["forward_passes"] for line in outcomes[0]["history"][:looks]]
-        for axis, name, factor in zip(axes, ("dev_loss", "dev_accuracy"), (1, 100), strict=True):
-            lines = [[line[name] for line in one["history"][:looks]] for one in outcomes]
+    adapters = [one for one in found if one[0].config.train == "lora"]
+    others = [one for one in found if one[0].config.train != "lora"]
+    groups = [group for group in (adapters, others) if group]
+    fig = Figure(figsize=(12.0, 4.4 * len(groups)), layout="constrained")
+    for group, axes in zip(groups, fig.subplots(len(groups), 2, squeeze=False), strict=True):
+        for number, (row, outcomes) in enumerate(group):
             style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "lw": 1.2}
-            axis.plot(passes, factor * np.mean(lines, axis=0), label=row.name, **style)
-    axes[0].set_ylabel("loss of the dev examples, nats")
-    axes[1].set_ylabel("accuracy on the dev examples, %")
-    for axis in axes:
-        axis.set_xlabel("forward passes of a batch")
-        axis.grid(alpha=0.3)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+            looks = min(len(outcome["history"]) for outcome in outcomes)
+            passes = [line["forward_passes"] for line in outcomes[0]["history"][:looks]]
+            for axis, name, factor in zip(
+                axes, ("dev_loss", "dev_accuracy"), (1, 100), strict=True
+            ):
+                lines = [[line[name] for line in one["history"][:looks]] for one in outcomes]
+                axis.plot(passes, factor * np.mean(lines, axis=0), label=row.name, **style)
+        axes[0].set_ylabel("loss of the dev examples, nats")
+        axes[1].set_ylabel("accuracy on the dev examples, %")
+        axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
+        for axis in axes:
+            axis.set_xlabel("forward passes of a batch")
+            axis.grid(alpha=0.3)
     fig.savefig(path, dpi=130)
