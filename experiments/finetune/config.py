@@ -41,12 +41,13 @@ class Config:
       decay: what is left of the learning rate, or of the density of sparse directions, at the end;
         it falls geometrically.
       structure: of directions in codes, "dense", "rank_one" or "sparse"; "auto" is sparse for codes
-        in place and dense for adapters.
+        in place and for zoqo's adapters of at most 4 bits, and dense for others.
       query: caq_zo's, "aligned" or "off_grid".
       rounding: caq_zo's, "stochastic", "nearest", "threshold", "error_feedback" or "significant".
       noise: law of zoqo's directions.
       step_rule: zoqo's, "floor" or "dithered".
-      density: of sparse directions at the start.
+      density: of sparse directions at the start, or 0: 2^-10 for codes in place, and of adapters as
+        many as make a step 0.01 long, root mean square, in value units.
       num_queries: directions a step.
       query_batch: of them evaluated at once.
       bits: of an adapter's codes, 2 to 8.
@@ -90,7 +91,7 @@ class Config:
     rounding: Rounding = "stochastic"
     noise: str = "rademacher"
     step_rule: str = "floor"
-    density: float = 2.0**-10
+    density: float = 0.0
     num_queries: int = 1
     query_batch: int = 1
     bits: int = 8
@@ -118,10 +119,10 @@ class Config:
             "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0, "test_examples": 0,
             "patience": 0, "checkpoint_every": 1, "seed": 0,
         }  # fmt: skip
-        rates = ("learning_rate", "radius")
+        rates = ("learning_rate", "radius", "density")
         positive = ("decay", "range", "alpha")
-        bits = {"bits": (2, 8)}
-        settings.check(self, least=least, within=bits, positive=positive, not_negative=rates)
+        within = {"bits": (2, 8), "density": (0, 1)}
+        settings.check(self, least=least, within=within, positive=positive, not_negative=rates)
         moved = {"qzo": "scales", **dict.fromkeys(_FLOAT, "lora")}.get(self.method)
         if moved is None and self.train == "scales":
             raise ValueError(f"method={self.method!r} moves codes, not scales: use 'qzo'.")
@@ -141,7 +142,9 @@ class Config:
     @property
     def is_sparse(self) -> bool:
         """Whether directions in codes are sparse."""
-        return self.structure == "sparse" or (self.structure == "auto" and self.train == "codes")
+        is_short_of_codes = self.method == "zoqo" and self.bits <= 4
+        auto = self.train == "codes" or is_short_of_codes
+        return self.structure == "sparse" or (self.structure == "auto" and auto)
 
     @property
     def moves_floats(self) -> bool:

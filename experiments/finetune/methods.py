@@ -22,15 +22,15 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
     sparse = config.is_sparse
     structure = {"auto": "sparse" if sparse else "dense"}.get(config.structure, config.structure)
-    density = {"density": falling(config.density)} if sparse else {}
+    density = {"density": falling(_density(config))} if sparse else {}
     shape = {"structure": structure, **density, **queries}
     if config.method == "zoqo":
-        # In place a step is one code, and the density is what falls.
-        in_place = config.train == "codes"
-        rate = config.learning_rate or (1e-9 if in_place else 2e-3)
+        # In place, and of sparse directions, a step is one code; the density is what falls.
+        one_code = 1e-9 if sparse or config.train == "codes" else None
+        rate = config.learning_rate or one_code or 1e-2
         return zq.zoqo(
             rate if sparse else falling(rate),
-            config.radius or (1e-9 if in_place else 2e-3),
+            config.radius or one_code or 5e-3,
             noise=config.noise,
             step=config.step_rule,
             **shape,
@@ -47,6 +47,14 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
         return zq.qzo(falling(config.learning_rate or 1e-7), config.radius or 1e-4, **queries)
     if config.method == "adam":
         return optax.with_extra_args_support(optax.adam(falling(config.learning_rate or 1e-3)))
-    rate = falling(config.learning_rate or (1e-3 if config.method == "zo_signsgd" else 1e-2))
+    rate = falling(config.learning_rate or 1e-2)
     rule = optax.sign_sgd if config.method == "zo_signsgd" else optax.sgd
     return optax.chain(zq.spsa(config.radius or 2e-3, **queries), rule(rate))
+
+
+def _density(config: Config) -> float:
+    """Of sparse directions at the start."""
+    if config.density or config.train == "codes":
+        return config.density or 2.0**-10
+    code = 2 * config.range / (2**config.bits - 1)  # in value units
+    return min(1.0, (0.01 / code) ** 2)

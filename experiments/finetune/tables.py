@@ -103,7 +103,7 @@ def _rows() -> Iterator[Row]:
     yield row("sst2", "MeZO, float LoRA", 3, method="mezo", learning_rate=1e-2)
     yield row("sst2", "ZO-SignSGD, float LoRA", 3, method="zo_signsgd", **by_signs)
     yield row("sst2", "ZOQO, 8-bit LoRA, the paper's step", 3, bits=8, **by_signs)
-    yield row("sst2", "ZOQO, 4-bit LoRA, the paper's step", bits=4, **by_signs)
+    yield row("sst2", "ZOQO, 4-bit LoRA, the paper's step", bits=4, structure="dense", **by_signs)
     dithered = {"step_rule": "dithered", **by_signs}
     yield row("sst2", "ZOQO, 8-bit LoRA, dithered step", 3, bits=8, **dithered)
     yield row("sst2", "ZOQO, 6-bit LoRA, dithered step", bits=6, **dithered)
