@@ -153,7 +153,8 @@ def _report(config: Config, outcome: Outcome, seconds: float, trained: str) -> s
 
 {table}
 
-The best step by dev accuracy was {outcome.best_step}; `{trained}` is what it left.
+Step {outcome.best_step} answered the dev examples best (by accuracy, then by loss); `{trained}` is
+what it left.
 {_examples(outcome)}
 {seconds:.0f} seconds in all, {footprint.peak():.0f} MiB resident at most.
 

@@ -122,7 +122,7 @@ def _rows() -> Iterator[Row]:
     yield row("sst2", "QuZO, 4-bit LoRA", method="quzo", bits=4, range=0.2, learning_rate=5.0)
 
     in_place = {"train": "codes", "decay": 1 / 32}
-    whole = {"layers": 0, "density": 2.0**-9, **in_place}
+    whole = {"layers": 0, "density": 2.0**-9, **in_place, "decay": 1 / 128}
     yield row("sst2", "ZOQO, all 4-bit codes in place", 3, **whole)
     ten = {"density": 2.0**-8, **in_place}
     yield row("sst2", "ZOQO, 4-bit codes of ten layers", **ten)

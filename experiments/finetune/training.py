@@ -210,9 +210,10 @@ class _Run:
         }
         for name in ("dev_loss", "dev_accuracy", "forward_passes", "resident_mib"):
             board.add_scalar(name, line[name], now.step)
+        before = max(map(_merit, now.history), default=(-1.0, 0.0))
         now = now._replace(history=[*now.history, line])
         self.folder.write_history([line], "a")
-        if scores.accuracy > now.best_score:
+        if _merit(line) > before:
             self.folder.keep_best(now.step, trained)
             now = now._replace(best_step=now.step, best_score=scores.accuracy)
         return now
@@ -227,6 +228,11 @@ class _Run:
     def _is_stale(self, now: Progress) -> bool:
         patience = self.config.patience * self.config.eval_every
         return bool(patience) and now.step - now.best_step >= patience
+
+
+def _merit(line: dict[str, float]) -> tuple[float, float]:
+    """What the best step has most of: right answers, and among as many the lower loss."""
+    return line["dev_accuracy"], -line["dev_loss"]
 
 
 def _training_tokens(model: Checkpoint, config: Config) -> data.Tokens:
