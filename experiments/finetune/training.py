@@ -70,7 +70,10 @@ def train(checkpoint: Checkpoint, config: Config, *, progress: bool = True) -> O
     """
     run = _Run(checkpoint, config, progress)
     del checkpoint  # what trains is copied: where the caller keeps none either, there is one
-    return run.outcome()
+    outcome = run.outcome()
+    del run  # and with it programs and examples
+    footprint.give_back()
+    return outcome
 
 
 class _Run:
@@ -125,7 +128,8 @@ class _Run:
                 kept.keep(now)
         trained, now = now.trained, now._replace(trained=[])
         if now.step:
-            del trained
+            del trained, self.step  # and its programs, before the test examples are read
+            footprint.give_back()
             self.folder.forget_best_but(now.best_step)
             trained = self.folder.best(now.best_step, self.shapes)
         params = self.parts.join(trained, self.rest)
