@@ -41,7 +41,7 @@ class Config:
       decay: what is left of the learning rate, or of the density of sparse directions, at the end;
         it falls geometrically.
       structure: of directions in codes, "dense", "rank_one" or "sparse"; "auto" is sparse for codes
-        in place and for zoqo's adapters of at most 4 bits, and dense for others.
+        in place and for zoqo's adapters of at most 4 bits unless dithered, and dense for others.
       query: caq_zo's, "aligned" or "off_grid".
       rounding: caq_zo's, "stochastic", "nearest", "threshold", "error_feedback" or "significant".
       noise: law of zoqo's directions.
@@ -119,7 +119,7 @@ class Config:
             "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0, "test_examples": 0,
             "patience": 0, "checkpoint_every": 1, "seed": 0,
         }  # fmt: skip
-        rates = ("learning_rate", "radius", "density")
+        rates = ("learning_rate", "radius")
         positive = ("decay", "range", "alpha")
         within = {"bits": (2, 8), "density": (0, 1)}
         settings.check(self, least=least, within=within, positive=positive, not_negative=rates)
@@ -142,9 +142,10 @@ class Config:
     @property
     def is_sparse(self) -> bool:
         """Whether directions in codes are sparse."""
-        is_short_of_codes = self.method == "zoqo" and self.bits <= 4
-        auto = self.train == "codes" or is_short_of_codes
-        return self.structure == "sparse" or (self.structure == "auto" and auto)
+        if self.structure != "auto":
+            return self.structure == "sparse"
+        few = self.method == "zoqo" and self.bits <= 4 and self.step_rule == "floor"
+        return self.train == "codes" or few
 
     @property
     def moves_floats(self) -> bool:
