@@ -135,12 +135,11 @@ def _rows() -> Iterator[Row]:
 
     # Each in a process of its own, the first one trains nothing.
     short = {"layers": 0, "steps": 4, "eval_every": 4, "dev_examples": 64, "test_examples": 64}
-    yield row("memory", "inference", **{**short, "steps": 0}, train="codes")
-    yield row("memory", "ZOQO, codes in place, sparse", **short, train="codes")
-    yield row(
-        "memory", "ZOQO, codes in place, rank-one", structure="rank_one", **short, train="codes"
-    )
-    yield row("memory", "CAQ-ZO, codes in place", method="caq_zo", **short, train="codes")
+    own = {**short, "train": "codes"}
+    yield row("memory", "inference", **{**own, "steps": 0})
+    yield row("memory", "ZOQO, codes in place, sparse", **own)
+    yield row("memory", "ZOQO, codes in place, rank-one", structure="rank_one", **own)
+    yield row("memory", "CAQ-ZO, codes in place", method="caq_zo", **own)
     yield row("memory", "ZOQO, 8-bit LoRA", **short)
     yield row("memory", "MeZO, float LoRA", method="mezo", **short)
     yield row("memory", "Adam, float LoRA, back-propagation", method="adam", **short)
