@@ -71,9 +71,9 @@ def lora(
 ) -> PyTree:
     """Give weights low-rank adapters, and freeze everything else.
 
-    A begins uniform in [-1, 1] / sqrt(inputs), as in PEFT, B at zero: the model is what it was. A is
-    rounded to its grid with dither, half a step either way: rounded to nearest, it would be zero on
-    a grid coarser than it is wide, and the first steps would find no slope in A or in B.
+    A begins uniform in [-1, 1] / sqrt(inputs), as in PEFT, B at zero: the model is what it was. A
+    is rounded to its grid with dither, half a step either way: rounded to nearest, it would be zero
+    on a grid coarser than it is wide, and the first steps would find no slope in A or in B.
 
     Args:
         params: any pytree; its quantized leaves are frozen.
