@@ -141,7 +141,9 @@ class Config:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether directions in codes are sparse."""
+        """Whether directions are sparse, of methods that move codes."""
+        if self.moves_floats or self.train == "scales":
+            return False
         if self.structure != "auto":
             return self.structure == "sparse"
         few = self.method == "zoqo" and self.bits <= 4 and self.step_rule == "floor"

@@ -31,10 +31,18 @@ class Progress(NamedTuple):
     step: int
     trained: list[jax.Array]  # the arrays that change
     state: Any  # the optimizer's
-    best_step: int  # `Folder.best` has what trained as it was then
-    best_score: float  # accuracy on the dev examples
     log: np.ndarray  # float32 (steps, queries), written up to `step`
-    history: list[dict[str, float]]
+    history: list[dict[str, float]]  # a line for each look at the dev examples
+
+    @property
+    def best_step(self) -> int:
+        """The step that answered the dev examples best, whose arrays `Folder.best` has, or 0."""
+        return int(max(self.history, key=_merit)["step"]) if self.history else 0
+
+    @property
+    def best_accuracy(self) -> float:
+        """And how many of them it answered right, of all."""
+        return max(map(_merit, self.history), default=(0.0, 0.0))[0]
 
 
 class Folder:
@@ -113,8 +121,6 @@ class Folder:
 class _Checkpoints:
     """A run's checkpoints, of which the last is kept."""
 
-    _FACTS = ("step", "best_step", "best_score", "history")
-
     def __init__(self, manager: ocp.CheckpointManager, folder: Folder) -> None:
         self._manager, self._folder = manager, folder
         self._best_step = 0  # of the last checkpoint
@@ -130,17 +136,19 @@ class _Checkpoints:
                 arrays=ocp.args.StandardRestore(_arrays(start)), facts=ocp.args.JsonRestore()
             ),
         )
-        arrays, self._best_step = found["arrays"], found["facts"]["best_step"]
+        arrays = found["arrays"]
         typed = [
             jax.random.wrap_key_data(jnp.asarray(x)) if _is_key(like) else jnp.asarray(x)
             for x, like in zip(arrays["state"], jax.tree.leaves(start.state), strict=True)
         ]
-        return Progress(
+        now = Progress(
             trained=[jnp.array(x) for x in arrays["trained"]],
             state=jax.tree.unflatten(jax.tree.structure(start.state), typed),
             log=np.array(arrays["log"]),
             **found["facts"],
         )
+        self._best_step = now.best_step
+        return now
 
     def keep(self, now: Progress) -> None:
         """Write a checkpoint, unless this step has one."""
@@ -150,13 +158,18 @@ class _Checkpoints:
         self._manager.wait_until_finished()
         self._folder.forget_best_but(self._best_step, now.best_step)
         self._best_step = now.best_step
-        facts = {name: getattr(now, name) for name in self._FACTS}
+        facts = {"step": now.step, "history": now.history}
         self._manager.save(
             now.step,
             args=ocp.args.Composite(
                 arrays=ocp.args.StandardSave(_arrays(now)), facts=ocp.args.JsonSave(facts)
             ),
         )
+
+
+def _merit(line: dict[str, float]) -> tuple[float, float]:
+    """What the best step has most of: right answers, and among as many the lower loss."""
+    return line["dev_accuracy"], -line["dev_loss"]
 
 
 def _arrays(now: Progress) -> dict[str, Any]:

@@ -19,17 +19,20 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     def falling(start: float) -> Callable[[Any], jax.Array]:
         return optax.exponential_decay(start, max(config.steps, 1), config.decay)
 
-    queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
+    def rate(default: float) -> Any:
+        start = config.learning_rate or default
+        return start if sparse else falling(start)  # of sparse directions the density falls
+
     sparse = config.is_sparse
+    queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
     structure = {"auto": "sparse" if sparse else "dense"}.get(config.structure, config.structure)
     density = {"density": falling(_density(config))} if sparse else {}
     shape = {"structure": structure, **density, **queries}
     if config.method == "zoqo":
-        # In place, and of sparse directions, a step is one code; the density is what falls.
+        # In place, and of sparse directions, a step is one code.
         one_code = 1e-9 if sparse or config.train == "codes" else None
-        rate = config.learning_rate or one_code or 1e-2
         return zq.zoqo(
-            rate if sparse else falling(rate),
+            rate(one_code or 1e-2),
             config.radius or one_code or 5e-3,
             noise=config.noise,
             step=config.step_rule,
@@ -38,18 +41,16 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     if config.method == "caq_zo":
         radius = (config.radius or 0.1) if config.query == "off_grid" else None
         asked = {"query": config.query, "radius": radius, "rounding": config.rounding}
-        rate = falling(config.learning_rate or 1.0)
-        return zq.caq_zo(rate, boundary="clamp", **asked, **shape)
+        return zq.caq_zo(rate(1.0), boundary="clamp", **asked, **shape)
     if config.method in ("quzo", "qes"):
         rule = zq.quzo if config.method == "quzo" else zq.qes
-        return rule(falling(config.learning_rate or 1.0), config.radius or 1.0, **shape)
+        return rule(rate(1.0), config.radius or 1.0, **shape)
     if config.method == "qzo":
-        return zq.qzo(falling(config.learning_rate or 1e-7), config.radius or 1e-4, **queries)
+        return zq.qzo(rate(1e-7), config.radius or 1e-4, **queries)
     if config.method == "adam":
-        return optax.with_extra_args_support(optax.adam(falling(config.learning_rate or 1e-3)))
-    rate = falling(config.learning_rate or 1e-2)
+        return optax.with_extra_args_support(optax.adam(rate(1e-3)))
     rule = optax.sign_sgd if config.method == "zo_signsgd" else optax.sgd
-    return optax.chain(zq.spsa(config.radius or 2e-3, **queries), rule(rate))
+    return optax.chain(zq.spsa(config.radius or 2e-3, **queries), rule(rate(1e-2)))
 
 
 def _density(config: Config) -> float:

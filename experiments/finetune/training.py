@@ -182,7 +182,7 @@ class _Run:
         state = self.tx.init(trained if self.config.moves_floats else params)
         log = np.zeros((self.config.steps, self.config.num_queries), np.float32)
         fresh = [jnp.array(x) for x in trained]  # copies, that steps may write over
-        return Progress(0, fresh, state, 0, -1.0, log, [])
+        return Progress(0, fresh, state, log, [])
 
     def _advance(self, now: Progress, bar: Any, board: SummaryWriter) -> Progress:
         """The next step, and a look at the dev examples when it is time."""
@@ -197,7 +197,7 @@ class _Run:
         bar.update()
         bar.set_postfix_str(
             f"{self.forward_passes(1) / seconds:.1f} forward passes/s, loss {float(seen):.3f}, "
-            f"dev {max(now.best_score, 0):.1%} at {now.best_step}, {footprint.peak():.0f} MiB",
+            f"dev {now.best_accuracy:.1%} at {now.best_step}, {footprint.peak():.0f} MiB",
             refresh=False,
         )
         if now.step % config.eval_every and now.step != config.steps:
@@ -214,12 +214,10 @@ class _Run:
         }
         for name in ("dev_loss", "dev_accuracy", "forward_passes", "resident_mib"):
             board.add_scalar(name, line[name], now.step)
-        before = max(map(_merit, now.history), default=(-1.0, 0.0))
         now = now._replace(history=[*now.history, line])
         self.folder.write_history([line], "a")
-        if _merit(line) > before:
+        if now.best_step == now.step:
             self.folder.keep_best(now.step, trained)
-            now = now._replace(best_step=now.step, best_score=scores.accuracy)
         return now
 
     def _batch(self, step: int) -> objective.Batch:
@@ -232,11 +230,6 @@ class _Run:
     def _is_stale(self, now: Progress) -> bool:
         patience = self.config.patience * self.config.eval_every
         return bool(patience) and now.step - now.best_step >= patience
-
-
-def _merit(line: dict[str, float]) -> tuple[float, float]:
-    """What the best step has most of: right answers, and among as many the lower loss."""
-    return line["dev_accuracy"], -line["dev_loss"]
 
 
 def _training_tokens(model: Checkpoint, config: Config) -> data.Tokens:
