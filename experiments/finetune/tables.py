@@ -121,16 +121,19 @@ def _rows() -> Iterator[Row]:
         yield row("sst2", name, 3, query=query, rounding="error_feedback", **on_nf4)
     yield row("sst2", "QuZO, 4-bit LoRA", method="quzo", bits=4, range=0.2, learning_rate=5.0)
 
-    in_place = {"train": "codes", "decay": 1 / 32}
-    whole = {"layers": 0, "density": 2.0**-9, **in_place, "decay": 1 / 128}
-    yield row("sst2", "ZOQO, all 4-bit codes in place", 3, **whole)
-    ten = {"density": 2.0**-8, **in_place}
+    ten = {"train": "codes", "density": 2.0**-8, "decay": 1 / 32}
     yield row("sst2", "ZOQO, 4-bit codes of ten layers", **ten)
     population = {"num_queries": 4, "steps": 150}
     yield row("sst2", "ZOQO, 4-bit codes of ten layers, 4 directions", **population, **ten)
-    for rounding in ("stochastic", "error_feedback"):
-        name = f"CAQ-ZO, 4-bit codes of ten layers, {rounding.replace('_', ' ')}"
-        yield row("sst2", name, method="caq_zo", learning_rate=20.0, rounding=rounding, **ten)
+    # Directions are sparser, as steps are of several codes where the loss differs much.
+    by_size = {"train": "codes", "method": "caq_zo", "density": 2.0**-10, "learning_rate": 400.0}
+    for rounding in ("nearest", "stochastic"):
+        name = f"CAQ-ZO, 4-bit codes of ten layers, {rounding}"
+        yield row("sst2", name, rounding=rounding, **by_size)
+    whole = {"train": "codes", "layers": 0, "density": 2.0**-9, "decay": 1 / 128}
+    yield row("sst2", "ZOQO, all 4-bit codes in place", **whole)
+    longer = {**by_size, "layers": 0, "density": 2.0**-11, "steps": 1200, "eval_every": 200}
+    yield row("sst2", "CAQ-ZO, all 4-bit codes in place", 3, rounding="nearest", **longer)
     yield row("sst2", "QZO, scales of the 4-bit file", method="qzo", train="scales")
 
     # Each in a process of its own, the first one trains nothing.
