@@ -28,6 +28,7 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     structure = {"auto": "sparse" if sparse else "dense"}.get(config.structure, config.structure)
     density = {"density": falling(_density(config))} if sparse else {}
     shape = {"structure": structure, **density, **queries}
+    codes = 400.0 if sparse else 10.0  # for each nat that two losses differ by
     if config.method == "zoqo":
         # In place, and of sparse directions, a step is one code.
         one_code = 1e-9 if sparse or config.train == "codes" else None
@@ -41,10 +42,10 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     if config.method == "caq_zo":
         radius = (config.radius or 0.1) if config.query == "off_grid" else None
         asked = {"query": config.query, "radius": radius, "rounding": config.rounding}
-        return zq.caq_zo(rate(1.0), boundary="clamp", **asked, **shape)
+        return zq.caq_zo(rate(codes), boundary="clamp", **asked, **shape)
     if config.method in ("quzo", "qes"):
         rule = zq.quzo if config.method == "quzo" else zq.qes
-        return rule(rate(1.0), config.radius or 1.0, **shape)
+        return rule(rate(codes), config.radius or 1.0, **shape)
     if config.method == "qzo":
         return zq.qzo(rate(1e-7), config.radius or 1e-4, **queries)
     if config.method == "adam":
