@@ -36,7 +36,8 @@ class Config:
       batch_size: examples a step.
       max_tokens: longer training examples are left out; at most the model's context.
       learning_rate: eta; value units (zoqo, zo_signsgd, mezo, adam), code units (caq_zo, quzo,
-        qes) or scale units (qzo); 0: the method's default.
+        qes; all layers in place bear about 0.05 / density) or scale units (qzo); 0: the method's
+        default.
       radius: mu, in the same units, or 0; of caq_zo's off-grid queries a fraction of the range.
       decay: what is left of the learning rate, or of the density of sparse directions, at the end;
         it falls geometrically.

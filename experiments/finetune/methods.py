@@ -28,7 +28,9 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     structure = {"auto": "sparse" if sparse else "dense"}.get(config.structure, config.structure)
     density = {"density": falling(_density(config))} if sparse else {}
     shape = {"structure": structure, **density, **queries}
-    codes = 400.0 if sparse else 10.0  # for each nat that two losses differ by
+    # Codes a step for each nat that two losses differ by; what models bear goes as 1 / density.
+    borne = 0.05 if config.train == "codes" else 4.0
+    codes = borne / _density(config) if sparse else 10.0
     if config.method == "zoqo":
         # In place, and of sparse directions, a step is one code.
         one_code = 1e-9 if sparse or config.train == "codes" else None
