@@ -49,7 +49,7 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
         rule = zq.quzo if config.method == "quzo" else zq.qes
         return rule(rate(codes), config.radius or 1.0, **shape)
     if config.method == "qzo":
-        return zq.qzo(rate(1e-7), config.radius or 1e-4, **queries)
+        return zq.qzo(rate(1e-6), config.radius or 1e-4, **queries)
     if config.method == "adam":
         return optax.with_extra_args_support(optax.adam(rate(1e-3)))
     rule = optax.sign_sgd if config.method == "zo_signsgd" else optax.sgd

@@ -136,7 +136,8 @@ def _rows() -> Iterator[Row]:
     longer = {"layers": 0, "density": 2.0**-14, "learning_rate": 800.0, "steps": 1200}
     longer = {**by_size, **longer, "eval_every": 200}
     yield row("sst2", "CAQ-ZO, all 4-bit codes in place", 3, rounding="nearest", **longer)
-    yield row("sst2", "QZO, scales of the 4-bit file", method="qzo", train="scales")
+    scales = {"method": "qzo", "learning_rate": 4e-6}
+    yield row("sst2", "QZO, scales of the 4-bit file", train="scales", **scales)
 
     # Each in a process of its own, the first one trains nothing.
     short = {"layers": 0, "steps": 4, "eval_every": 4, "dev_examples": 64, "test_examples": 64}
