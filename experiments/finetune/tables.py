@@ -113,8 +113,6 @@ def _rows() -> Iterator[Row]:
     for bits, reach, density in ((4, 0.4, 0.035), (3, 0.4, 0.006), (2, 0.2, 0.0045)):
         sparse = {"structure": "sparse", "range": reach, "density": density, "decay": 1 / 64}
         yield row("sst2", f"ZOQO, {bits}-bit LoRA, sparse", 3, bits=bits, **sparse)
-    error_feedback = {"method": "qes", "range": 0.3, "learning_rate": 10.0}
-    yield row("sst2", "QES, 4-bit LoRA", bits=4, **error_feedback)
     on_nf4 = {"method": "caq_zo", "grid": "nf4", "bits": 4, "learning_rate": 10.0}
     for query in ("aligned", "off_grid"):
         name = f"CAQ-ZO, NF4 LoRA, {query.replace('_', '-')} probes"
