@@ -131,7 +131,9 @@ def _descents(config: Config, method: str, bits: int, structure: str) -> dict[st
         losses, codes = descents.descend(tx, problem.loss, start, config.steps, excess_and_codes)
         floor = loss_floor(spacing, problem.hessian)
         span, turns = swings(codes[-last:])
-        return losses[-last:].mean() / floor, losses.min() / floor, span.mean(), turns.sum()
+        least = losses[-last:].min()  # no mean of what lies above it rounds to less
+        end = least + (losses[-last:] - least).mean()
+        return end / floor, losses.min() / floor, span.mean(), turns.sum()
 
     keys = jax.random.split(jax.random.key(1), config.seeds * config.runs)
     shape = (len(descents.RATES), config.seeds, config.runs)
