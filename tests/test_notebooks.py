@@ -1,6 +1,7 @@
 """Every notebook runs from its first cell to its last, and its pair holds the same cells."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import jupytext
@@ -34,8 +35,8 @@ def test_pair_holds_the_same_cells(path):
     ],
 )
 def test_runs(path, monkeypatch):
-    if path.stem in _SLOW:
-        pytest.importorskip(_SLOW[path.stem])
+    if path.stem in _SLOW and find_spec(_SLOW[path.stem]) is None:  # its file is read, not its code
+        pytest.skip(f"{_SLOW[path.stem]} is not installed: make finetune does")
     monkeypatch.setenv("QUICKSTART_STEPS", "100")
     monkeypatch.setenv("FINETUNE_STEPS", "4")
     monkeypatch.setenv(
