@@ -26,11 +26,12 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     sparse = config.is_sparse
     queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
     structure = {"auto": "sparse" if sparse else "dense"}.get(config.structure, config.structure)
-    density = {"density": falling(_density(config))} if sparse else {}
+    probed = _density(config)
+    density = {"density": falling(probed)} if sparse else {}
     shape = {"structure": structure, **density, **queries}
     # Codes a step for each nat that two losses differ by; what models bear goes as 1 / density.
     borne = 0.05 if config.train == "codes" else 4.0
-    codes = borne / _density(config) if sparse else 10.0
+    codes = borne / probed if sparse else 10.0
     if config.method == "zoqo":
         # In place, and of sparse directions, a step is one code.
         one_code = 1e-9 if sparse or config.train == "codes" else None

@@ -131,9 +131,9 @@ def _rows() -> Iterator[Row]:
     whole = {"train": "codes", "layers": 0, "density": 2.0**-9, "decay": 1 / 128}
     yield row("sst2", "ZOQO, all 4-bit codes in place", **whole)
     # Of all layers the rate times the density has to be an eighth: the first ones are sensitive.
-    longer = {"layers": 0, "density": 2.0**-14, "learning_rate": 800.0, "steps": 1200}
-    longer = {**by_size, **longer, "eval_every": 200}
-    yield row("sst2", "CAQ-ZO, all 4-bit codes in place", 3, rounding="nearest", **longer)
+    sparser = {**by_size, "layers": 0, "density": 2.0**-14, "learning_rate": 800.0}
+    longer = {"steps": 1200, "eval_every": 200, "rounding": "nearest"}
+    yield row("sst2", "CAQ-ZO, all 4-bit codes in place", 3, **sparser, **longer)
     scales = {"method": "qzo", "learning_rate": 4e-6}
     yield row("sst2", "QZO, scales of the 4-bit file", train="scales", **scales)
 
