@@ -52,7 +52,7 @@ style: $(STAMP)
 
 notebook: $(SMOLLM2)  ## write each notebook from its .py pair and execute it
 	@$(RUN) -m jupytext --quiet --to ipynb --update $(NOTEBOOKS)
-	@PYTHONPATH="$(CURDIR)" $(RUN) -m jupyter execute --inplace $(NOTEBOOKS:.py=.ipynb)
+	@$(RUN) -m jupyter execute --inplace $(NOTEBOOKS:.py=.ipynb)
 
 docs: $(MKDOCS)  ## build the documentation, site/index.html (to search it: python3 -m http.server -d site)
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet

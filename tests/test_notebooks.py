@@ -1,6 +1,8 @@
 """Every notebook runs from its first cell to its last, and its pair holds the same cells."""
 
-import os
+import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +29,42 @@ def test_pair_holds_the_same_cells(path):
     )
 
 
+def _first_program(path):
+    return next(cell.source for cell in jupytext.read(path).cells if cell.cell_type == "code")
+
+
+def test_all_find_the_project_in_the_same_way():
+    assert len({_first_program(path) for path in _NOTEBOOKS}) == 1
+
+
+@pytest.mark.parametrize("where", ["root", "notebooks", "beside", "elsewhere", "wheel"])
+def test_first_cell_finds_the_project(where, tmp_path):
+    """Wherever Jupyter was started: "beside" is the folder that the repository lies in."""
+    (tmp_path / "zoqo_jax").symlink_to(_ROOT)
+    library = tmp_path / "library"  # the package alone, as pip installs it
+    shutil.copytree(_ROOT / "zoqo_jax", library / "zoqo_jax")
+    mine = tmp_path / "mine"
+    (mine / "experiments").mkdir(parents=True)  # the reader's own, which has nothing of ours
+    folder, path = {
+        "root": (_ROOT, ""),
+        "notebooks": (_ROOT / "notebooks", ""),
+        "beside": (tmp_path, ""),
+        "elsewhere": (mine, _ROOT),
+        "wheel": (mine, library),
+    }[where]
+    program = f"{_first_program(_NOTEBOOKS[0])}\nimport experiments.attack as a; print(a.__file__)"
+    # -S: what is installed here does not help.
+    command = [sys.executable, "-S", "-c", program]
+    environment = {"PYTHONPATH": str(path)} if path else {}
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if where == "wheel":
+        assert "no folder above" in process.stderr and "pip install -e" in process.stderr
+    else:
+        assert process.returncode == 0, process.stderr
+        found = Path(process.stdout.strip())
+        assert found.samefile(_ROOT / "experiments" / "attack" / "__init__.py")
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -39,12 +77,11 @@ def test_runs(path, monkeypatch):
         pytest.skip(f"{_SLOW[path.stem]} is not installed: make finetune does")
     monkeypatch.setenv("QUICKSTART_STEPS", "100")
     monkeypatch.setenv("FINETUNE_STEPS", "4")
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
-    )
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     notebook = jupytext.read(path)
-    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    here = {"metadata": {"path": str(path.parent)}}  # as Jupyter has it
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=here).execute()
     pictures = [
         output
         for cell in notebook.cells
