@@ -1,5 +1,6 @@
 """The project as a stranger meets it: what the wheel holds, an import costs, and make offers."""
 
+import ast
 import configparser
 import os
 import re
@@ -15,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
+_GUIDES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "howto").glob("*.md"))
 
 
 def _run(*command: str | Path, **kwargs) -> str:
@@ -105,6 +107,35 @@ def test_readme_names_the_first_two_commands():
     text = readme.read_text(encoding="utf-8")
     assert "make demo" in text
     assert "make test" in text
+
+
+def _imported(program: str) -> set[str]:
+    """Top-level names of what a program imports."""
+    found = set()
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", *_GUIDES])
+def test_programs_need_no_more_than_the_page_installs(page):
+    """What a page's programs import comes with the core, or in a `pip install` of that page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    listed = config["options"]["install_requires"].split("\n")
+    core = {canonicalize_name(Requirement(line).name) for line in listed if line}
+    core |= {"zoqo-jax", *map(canonicalize_name, sys.stdlib_module_names)}
+    installs = " ".join(re.findall(r"pip install ([^`\n]*)", text))
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert programs
+    for program in programs:
+        for name in _imported(program):
+            found = canonicalize_name(name)
+            assert found in core or re.search(rf"\b{name}\b", installs), f"{page}: {name}"
 
 
 def test_every_requirement_is_pinned_within_its_bounds():
