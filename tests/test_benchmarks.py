@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks import tables
 
 _ROOT = Path(__file__).parents[1]
 
@@ -42,3 +45,26 @@ def test_every_table_has_its_place_in_the_document():
     places = {line.split()[2] for line in document.splitlines() if line.startswith("<!-- table:")}
     names = {line.split('"')[1] for line in tables.split("TABLES:")[1].splitlines() if '"' in line}
     assert places == names
+
+
+def test_readme_says_what_performance_found():
+    (one,) = tables.load(_ROOT / "benchmarks" / "results")
+    found = tables.found(one)
+    assert found in (_ROOT / "docs" / "performance.md").read_text()
+    (row,) = (
+        line
+        for line in (_ROOT / "README.md").read_text().splitlines()
+        if line.startswith("| [performance]")
+    )
+    ranges = re.findall(r"\d\.\d+ to \d\.\d+", row)
+    assert len(ranges) >= 3
+    assert all(words in found for words in ranges)
+
+
+def test_readme_says_what_the_memory_table_says():
+    page = (_ROOT / "docs" / "finetune.md").read_text()
+    table = page.split("<!-- table: memory -->")[1].split("<!-- end -->")[0]
+    ratios = sorted(re.findall(r"in place.*\| +([\d.]+) \|", table))
+    assert len(ratios) == 3
+    for name in ("README.md", "docs/index.md"):
+        assert f"{ratios[0]} to {ratios[-1]}" in (_ROOT / name).read_text()
