@@ -193,7 +193,8 @@ def found(one: Measured) -> str:
     verdicts = targets(one)
     met, missed = verdicts.count(_MET), verdicts.count(_MISSED)
     lines.append(
-        f"**Of {met + missed} targets, one for each storage, {met} are met**: see [Targets](#targets)."
+        f"**Of {met + missed} targets, one for each storage, {met} are met**: "
+        "see [Targets](#targets)."
     )
     return "\n".join(f"- {line}" for line in lines)
 

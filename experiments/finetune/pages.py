@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments import drawing
 from experiments.markdown import filled, interval, table
 
 if TYPE_CHECKING:
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
 __all__ = ["write"]
 
 _HEAD = ["what trains", "seeds", "forward passes", "accuracy, %", "loss", "minutes", "peak, MiB"]
+
+_DRAWN = {  # rows of the figure, and how they are called there
+    "Adam, float LoRA, back-propagation": "Adam, float,\nback-propagation",
+    "ZO-SignSGD, float LoRA": "ZO-SignSGD, float",
+    "ZOQO, 8-bit LoRA, dithered step": "ZOQO, 8 bits",
+    "ZOQO, 4-bit LoRA, sparse": "ZOQO, 4 bits, sparse",
+    "ZOQO, 2-bit LoRA, sparse": "ZOQO, 2 bits, sparse",
+    "ZOQO, 4-bit LoRA, the paper's step": "ZOQO, 4 bits,\nthe paper's step",
+    "CAQ-ZO, 4-bit codes of ten layers, nearest": "CAQ-ZO, ten layers",
+    "ZOQO, 4-bit codes of ten layers": "ZOQO, ten layers",
+    "CAQ-ZO, all 4-bit codes in place": "CAQ-ZO, all codes",
+    "ZOQO, all 4-bit codes in place": "ZOQO, all codes",
+    "QZO, scales of the 4-bit file": "QZO, scales",
+}
 
 Found = tuple["Row", list[dict[str, Any]]]
 
@@ -69,30 +84,30 @@ def _memory(found: Sequence[Found]) -> str:
 
 
 def _draw(found: Sequence[Found], path: Path) -> None:
-    """Loss and accuracy of the dev examples against forward passes, means over seeds.
+    """Accuracy on the dev examples against forward passes, means over seeds.
 
-    Adapters have the upper row, and what moves the file's own codes or scales the lower one.
+    Adapters are on the left, and what moves the file's own codes or scales on the right; of each
+    the most telling rows are drawn (`_DRAWN`), all where none of these is there.
     """
     from matplotlib.figure import Figure
 
-    adapters = [one for one in found if one[0].config.train == "lora"]
-    others = [one for one in found if one[0].config.train != "lora"]
+    some = [one for one in found if one[0].name in _DRAWN] or list(found)
+    adapters = [one for one in some if one[0].config.train == "lora"]
+    others = [one for one in some if one[0].config.train != "lora"]
     groups = [group for group in (adapters, others) if group]
-    fig = Figure(figsize=(12.0, 4.4 * len(groups)), layout="constrained")
-    for group, axes in zip(groups, fig.subplots(len(groups), 2, squeeze=False), strict=True):
+    titles = ("adapters", "the file's own codes or scales")
+    fig = Figure(figsize=(6.2 * len(groups), 4.2), layout="constrained")
+    for group, axis in zip(groups, fig.subplots(1, len(groups), squeeze=False)[0], strict=True):
         for number, (row, outcomes) in enumerate(group):
-            style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "lw": 1.2}
             looks = min(len(outcome["history"]) for outcome in outcomes)
             passes = [line["forward_passes"] for line in outcomes[0]["history"][:looks]]
-            for axis, name, factor in zip(
-                axes, ("dev_loss", "dev_accuracy"), (1, 100), strict=True
-            ):
-                lines = [[line[name] for line in one["history"][:looks]] for one in outcomes]
-                axis.plot(passes, factor * np.mean(lines, axis=0), label=row.name, **style)
-        axes[0].set_ylabel("loss of the dev examples, nats")
-        axes[1].set_ylabel("accuracy on the dev examples, %")
-        axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
-        for axis in axes:
-            axis.set_xlabel("forward passes of a batch")
-            axis.grid(alpha=0.3)
+            lines = [[line["dev_accuracy"] for line in one["history"][:looks]] for one in outcomes]
+            label = _DRAWN.get(row.name, row.name)
+            values = 100 * np.mean(lines, axis=0)
+            axis.plot(passes, values, label=label, **drawing.style(number))
+        axis.set_title(titles[group is not adapters], fontsize=10)
+        axis.set_ylabel("accuracy on the dev examples, %")
+        axis.set_xlabel("forward passes of a batch")
+        axis.grid(alpha=0.3)
+        drawing.label_ends(axis)
     fig.savefig(path, dpi=130)

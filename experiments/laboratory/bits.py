@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import zoqo_jax as zq
-from experiments import markdown, settings
+from experiments import drawing, markdown, settings
 from experiments.laboratory.claim import Cell, Claim, Measurement
 from experiments.laboratory.networks import methods, tasks, training
 from experiments.laboratory.networks.models import Params
 from experiments.laboratory.networks.tasks import Task
-from experiments.laboratory.pages import errorbar, grouped, percent
+from experiments.laboratory.pages import grouped, percent
 
 __all__ = ["CLAIM", "Config", "codebook_samples", "quantizer"]
 
@@ -170,23 +170,27 @@ def _table(found: list[Measurement]) -> str:
 
 
 def _draw(found: list[Measurement], fig: Any) -> None:
+    """Accuracy against bits, many to few, where grids part; quantiles are in the table alone."""
     fig.set_size_inches(11.0, 6.0)
     axes = fig.subplots(len(_MODELS), len(_TRAINED), sharex=True, sharey="row", squeeze=False)
     for row, model in zip(axes, _MODELS, strict=True):
         for axis, trained in zip(row, _TRAINED, strict=True):
             here = [x for x in found if (x["model"], x["trained"]) == (model, trained)]
-            for (grid,), line in grouped(here, "grid").items():
-                accuracies = [100 * np.array(one["accuracy"]) for one in line]
-                marker = "." if len(line) > 1 else "d"
-                errorbar(axis, [x["bits"] for x in line], accuracies, marker=marker, label=grid)
+            lines = grouped([x for x in here if x["grid"] != "quantile"], "grid").items()
+            for number, ((grid,), line) in enumerate(lines):
+                accuracies = [100 * np.mean(one["accuracy"]) for one in line]
+                style = drawing.style(number)
+                axis.plot([x["bits"] for x in line], accuracies, label=grid, **style)
             axis.axhline(100 * np.mean(here[0]["floats"]), color="grey", linewidth=0.8)
-        row[0].set_ylabel(f"{_MODELS[model]}\naccuracy, %")
+        row[0].set_ylabel(f"{_MODELS[model]}\naccuracy, % (grey: floats)")
+        row[0].invert_xaxis() if model == next(iter(_MODELS)) else None
+        row[-1].set_xticks(sorted({x["bits"] for x in found}))
     for axis, trained in zip(axes[0], _TRAINED, strict=True):
         axis.set_title(trained, fontsize="medium")
     for axis in axes[-1]:
         axis.set_xlabel("bits")
-    names = axes[0][0].get_legend_handles_labels()
-    fig.legend(*names, loc="outside lower center", ncols=len(_GRIDS), frameon=False)
+    for row in axes:
+        drawing.label_ends(row[-1])
 
 
 CLAIM = Claim("bits", Config, _cells, _measure, _table, _draw)
