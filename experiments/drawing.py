@@ -54,7 +54,8 @@ def label_ends(axis: Any, *, size: float = 8.0, lines: Sequence[Any] | None = No
     for line in lines:
         x, y = (np.asarray(values, float) for values in line.get_data(orig=False))
         known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-        place = axis.transData.transform((x[known[-1]], y[known[-1]]))
+        points = axis.transData.transform(np.stack([x[known], y[known]], axis=-1))
+        place = points[points[:, 0].argmax()]  # an axis may run from right to left
         ends.append(axis.transAxes.inverted().transform(place))
     rows = [line.get_label().count("\n") + 1 for line in lines]
     heights = spread([float(y) for _, y in ends], [1.25 * size * n / height for n in rows])
@@ -71,8 +72,9 @@ def label_ends(axis: Any, *, size: float = 8.0, lines: Sequence[Any] | None = No
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-",
-                "color": line.get_color(),
-                "lw": 0.6,
+                "color": "0.55",  # no line's
+                "linestyle": ":",
+                "lw": 0.8,
                 "shrinkA": 1,
                 "shrinkB": 2,
             },
