@@ -6,9 +6,11 @@ them, `.. math::`. Browsers draw MathML by themselves, so no page needs a script
 
 from __future__ import annotations
 
+import configparser
 import html
 import posixpath
 import re
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,9 +46,37 @@ _OUTWARD = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)\s]*)\)")
 
 
 def on_config(config: Any) -> Any:
-    """Let Markdown know the docstrings' directive for formulas."""
+    """Let Markdown know the docstrings' directive for formulas, and pages the repository."""
     config.markdown_extensions.append(_Directives())
+    address = config.repo_url or _repository()
+    if address:
+        config.repo_url, config.repo_name = address, "/".join(address.split("/")[-2:])
+        config.theme["icon"]["repo"] = "material/source-repository"
     return config
+
+
+def _repository() -> str:
+    """The project's address: `url` in setup.cfg, or where this copy was cloned from, if anywhere."""
+    root = Path(__file__).resolve().parent.parent
+    metadata = configparser.ConfigParser()
+    metadata.read(root / "setup.cfg", encoding="utf-8")
+    if url := metadata.get("metadata", "url", fallback=""):
+        return url
+    command = ["git", "-C", str(root), "config", "remote.origin.url"]
+    try:
+        origin = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
+    return public(origin)
+
+
+def public(origin: str) -> str:
+    """A clone's origin as a page's address, without anybody's name or password; "" for a folder."""
+    found = re.fullmatch(
+        r"(?:https://|ssh://|)(?:[^@/]+@)?([\w-]+(?:\.[\w-]+)+)[:/](?:\d+/)?(.+?)(?:\.git)?/?",
+        origin,
+    )
+    return f"https://{found[1]}/{found[2]}" if found else ""
 
 
 def on_files(files: Any, *, config: Any) -> Any:

@@ -184,3 +184,25 @@ def test_site_builds_without_warnings(tmp_path):
             r"<(?:script|link|img)\b[^>]*(?:src|href)=\"(https?:[^\"]*)", page.read_text()
         )
         assert fetched == [], f"{page.name} asks another server"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("latex2mathml") is None, reason="needs what the extra docs brings"
+)
+@pytest.mark.parametrize(
+    ("origin", "address"),
+    [
+        ("https://forge.example/team/zoqo.git", "https://forge.example/team/zoqo"),
+        ("https://me:secret@forge.example/team/zoqo", "https://forge.example/team/zoqo"),
+        ("git@forge.example:team/zoqo.git", "https://forge.example/team/zoqo"),
+        ("ssh://git@forge.example:22/team/zoqo.git", "https://forge.example/team/zoqo"),
+        ("/home/me/zoqo", ""),
+        ("../zoqo.git", ""),
+        ("", ""),
+    ],
+)
+def test_pages_lead_to_where_the_repository_is(origin, address):
+    spec = importlib.util.spec_from_file_location("site_hooks", DOCS / "site_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert hooks.public(origin) == address

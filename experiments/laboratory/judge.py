@@ -194,13 +194,14 @@ def _draw(found: list[Measurement], fig: Any) -> None:
         left.plot(np.mean(one.errors), np.mean(one.queries), **style)
         right.plot(np.mean(one.predicted), np.mean(one.costs), **style)
     errors = jnp.linspace(0, 0.46, 50)
-    for votes, color in colors.items():
+    for (votes, color), dashes in zip(colors.items(), ("-", "--", ":") * len(colors), strict=False):
         cost = np.mean(rows[0].queries) / np.mean(rows[0].costs)
         theory = cost * votes / np.asarray(lean(errors, votes))
         left.plot(
             100 * errors,
             theory,
             color=color,
+            linestyle=dashes,
             label=f"{votes} vote{'s' if votes > 1 else ''}, predicted",
         )
     for name, _, marker in _KINDS.values():
@@ -208,7 +209,8 @@ def _draw(found: list[Measurement], fig: Any) -> None:
     right.axline((1, 1), (10, 10), color="0.6")
     left.set(yscale="log", xlabel="wrong answers, %", ylabel="queries to the target")
     right.set(xscale="log", yscale="log", xlabel="predicted cost", ylabel="cost")
-    left.legend(fontsize=7)
+    names = left.get_legend_handles_labels()
+    fig.legend(*names, loc="outside lower center", ncols=6, frameon=False, fontsize=7)
     for ax in (left, right):
         ax.grid(alpha=0.3)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import serialize_executable
 
-from experiments import footprint, markdown, settings
+from experiments import drawing, footprint, markdown, settings
 from experiments.laboratory.claim import Cell, Claim, Measurement
 from experiments.laboratory.networks.steps import METHODS, counted, problem
 from experiments.laboratory.pages import grouped
@@ -162,14 +162,15 @@ def _draw(found: list[Measurement], fig: Any) -> None:
         for (name,), mine in grouped(found, "method").items():
             known = [one for one in mine if total(one, how)]
             values = [total(one, how) / _MB for one in known]
-            ax.plot([one["width"] for one in known], values, "o-", label=METHODS[name].label)
+            line = {**drawing.style(list(METHODS).index(name)), "label": METHODS[name].label}
+            ax.plot([one["width"] for one in known], values, **line)
         ax.set(xscale="log", yscale="log", xlabel="width of the layers", title=title)
         ax.set_xticks(sorted({one["width"] for one in found}), minor=False)
         ax.set_xticklabels(sorted({one["width"] for one in found}), rotation=45)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("MB")
-    axes[0].legend(fontsize=7)
+    drawing.label_ends(axes[-1])
 
 
 def _megabytes(count: float | None) -> str:

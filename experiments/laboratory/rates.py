@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 import zoqo_jax as zq
-from experiments import markdown, settings
+from experiments import drawing, markdown, settings
 from experiments.laboratory.claim import Cell, Claim, Measurement
 from experiments.laboratory.convex import descents, problems
 from experiments.laboratory.convex.descents import FLOATS, METHODS
@@ -185,9 +185,17 @@ def _plateau(one: Measurement) -> str:
     return markdown.interval(ratios.tolist(), 1)
 
 
+_IN_THE_TABLE_ALONE = ("CAQ-ZO, nearest", "QES, no feedback")  # lines that others cover
+
+
 def _draw(found: list[Measurement], fig: Any) -> None:
     finest = max(_widths(found))
-    by_problem = grouped([one for one in found if one["bits"] in (finest, 32)], "problem")
+    drawn = [
+        one
+        for one in found
+        if one["bits"] in (finest, 32) and one["method"] not in _IN_THE_TABLE_ALONE
+    ]
+    by_problem = grouped(drawn, "problem")
     axes = fig.subplots(1, len(by_problem), squeeze=False)[0]
     for axis, ((problem,), mine) in zip(axes, by_problem.items(), strict=True):
         axis.axhline(np.mean(mine[0]["floor"]), color="gray", lw=0.8)
@@ -195,15 +203,15 @@ def _draw(found: list[Measurement], fig: Any) -> None:
         for power in (-0.5, -1.0):
             axis.loglog(steps, first * steps**power, "--", color="gray", lw=0.8)
         for i, one in enumerate(mine):
-            style = "k:" if one["method"] == FLOATS else f"C{i}-"
-            axis.loglog(steps, one["curve"], style, lw=1.2, label=one["method"])
+            style = {**drawing.style(i), "markevery": (0.1 * i / len(mine), 0.25)}
+            axis.loglog(steps, one["curve"], label=one["method"], **style)
         axis.set_title(
             f"{problem}, {finest} bit (gray: floor, $T^{{-1/2}}$, $T^{{-1}}$)", fontsize=9
         )
         axis.set_xlabel("steps T")
         axis.set_ylabel("mean squared gradient of T steps")
         axis.grid(alpha=0.3)
-    fig.axes[0].legend(fontsize=6)
+        drawing.label_ends(axis, size=7)
 
 
 CLAIM = Claim("rates", Config, _cells, _measure, _table, _draw)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 import zoqo_jax as zq
-from experiments import markdown, settings
+from experiments import drawing, markdown, settings
 from experiments.laboratory.claim import Cell, Claim, Measurement
 from experiments.laboratory.convex import descents, problems, residuals
 from experiments.laboratory.pages import grouped
@@ -210,6 +210,7 @@ def _table(found: list[Measurement]) -> str:
 
 
 def _draw(found: list[Measurement], fig: Any) -> None:
+    fig.set_size_inches(9.0, 5.0)
     left, middle, right = fig.subplots(1, 3)
     by_part = grouped([one for one in found if one["loss"] == found[0]["loss"]], "part")
     measured = by_part[("residual",)]
@@ -217,36 +218,49 @@ def _draw(found: list[Measurement], fig: Any) -> None:
     _draw_spans(([one for one in measured if one["bits"] == 4] or measured)[-1], middle)
     for one in by_part[("descent",)]:
         ratios = [np.mean(each) for each in one["excess"]]
-        right.plot(_DESCENTS, ratios, "o-", ms=4, label=one["grid"])
+        number = list(grouped(measured, "grid")).index((one["grid"],))
+        right.plot(_DESCENTS, ratios, label=one["grid"], **drawing.style(number))
     right.set_yscale("log")
     right.tick_params(axis="x", rotation=60, labelsize=8)
     right.set_ylabel("excess loss / that of the rounded optimum")
-    right.legend(fontsize=7)
     for axis in (left, middle):
         axis.set_xscale("log", base=2)
     for axis in (left, middle, right):
         axis.grid(alpha=0.3)
+    names = left.get_legend_handles_labels()
+    fig.legend(*names, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
 
 
 def _draw_residuals(measured: list[Measurement], axis: Any) -> None:
     """Of each grid at its most bits, which come last."""
     for i, ((grid,), (*_, one)) in enumerate(grouped(measured, "grid").items()):
         name = f"{grid}, {one['bits']} bit"
-        axis.loglog(one["radii"], one["z"], "o-", ms=3, color=f"C{i}", label=name)
-        axis.loglog(one["radii"], one["weights"], ":", color=f"C{i}")
+        style = drawing.style(i)
+        axis.loglog(one["radii"], one["z"], label=name, **style)
+        faint = {**style, "linestyle": ":", "markerfacecolor": "none", "lw": 0.9}
+        axis.loglog(one["radii"], one["weights"], **faint)
     axis.loglog(_RADII, 1 / (12 * _RADII**2), color="black", lw=0.8, label="$1 / (12 \\mu^2)$")
-    axis.set_xlabel("radius $\\mu$, grid steps (dotted: of the weights)")
+    axis.set_xlabel("radius $\\mu$, grid steps (hollow: of the weights)")
     axis.set_ylabel("squared residual / squared estimate")
-    axis.legend(fontsize=7)
 
 
 def _draw_spans(one: Measurement, axis: Any) -> None:
     shares = 100 * np.asarray(one["spans"]).T
-    axis.stackplot(one["radii"], shares, labels=_SPANS, alpha=0.8)
+    areas = axis.stackplot(
+        one["radii"],
+        shares,
+        colors=["0.35", "0.6", "0.8", "0.95"],
+        hatch=["", "//", "", ".."],
+        edgecolor="black",
+        linewidth=0.5,
+    )
+    names = dict(zip(_SPANS, areas, strict=True))
+    axis.legend(
+        names.values(), names, loc="lower center", bbox_to_anchor=(0.5, 1.12), ncols=2, fontsize=7
+    )
     axis.set_title(f"{one['grid']}, {one['bits']} bit", fontsize=10)
     axis.set_xlabel("radius in weights, mean grid steps")
     axis.set_ylabel("share of the codes, %")
-    axis.legend(fontsize=7, loc="upper left")
 
 
 CLAIM = Claim("residual", Config, _cells, _measure, _table, _draw)
