@@ -56,7 +56,7 @@ def on_config(config: Any) -> Any:
 
 
 def _repository() -> str:
-    """The project's address: `url` in setup.cfg, or where this copy was cloned from, if anywhere."""
+    """The project's address: `url` in setup.cfg, or where this copy was cloned from."""
     root = Path(__file__).resolve().parent.parent
     metadata = configparser.ConfigParser()
     metadata.read(root / "setup.cfg", encoding="utf-8")

@@ -43,6 +43,8 @@ def label_ends(axis: Any, *, size: float = 8.0, lines: Sequence[Any] | None = No
     """
     if lines is None:
         lines = [one for one in axis.get_lines() if not one.get_label().startswith("_")]
+    # What was measured nowhere has no end.
+    lines = [one for one in lines if np.isfinite(np.asarray(one.get_xydata(), float)).all(1).any()]
     if not lines:
         return
     figure = axis.get_figure(root=True)

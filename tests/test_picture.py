@@ -68,7 +68,10 @@ def test_names_at_ends_of_lines_do_not_overlap():
         axis.plot(
             [0, 1], [number, 3 + number / 100], label=f"line {number}", **drawing.style(number)
         )
+    axis.plot([], [], label="measured nowhere")
+    axis.plot([0, 1], [np.nan, np.nan], label="nor this")
     drawing.label_ends(axis)
+    assert len(axis.texts) == 6
     fig.draw_without_rendering()
     boxes = sorted((Text.get_window_extent(text) for text in axis.texts), key=lambda box: box.y0)
     assert all(a.y1 <= b.y0 + 1 for a, b in itertools.pairwise(boxes))
