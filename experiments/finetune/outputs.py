@@ -155,7 +155,7 @@ def _report(config: Config, outcome: Outcome, seconds: float, trained: str) -> s
 
 Step {outcome.best_step} answered the dev examples best (by accuracy, then by loss); `{trained}` is
 what it left.
-{_examples(outcome)}
+{"".join(f"{chr(10)}{remark}{chr(10)}" for remark in outcome.remarks)}{_examples(outcome)}
 {seconds:.0f} seconds in all, {footprint.peak():.0f} MiB resident at most.
 
 ![loss and dev accuracy](curves.png)
@@ -176,7 +176,7 @@ def _in_figures(outcome: Outcome, seconds: float) -> dict[str, Any]:
     }
     spent = {"forward_passes": outcome.forward_passes, "seconds": seconds}
     found = {**scores, "best_step": outcome.best_step, **spent, "resident_mib": footprint.peak()}
-    return {**found, "history": outcome.history}
+    return {**found, "remarks": outcome.remarks, "history": outcome.history}
 
 
 def _examples(outcome: Outcome, count: int = 4) -> str:
