@@ -26,6 +26,7 @@ __all__ = [
     "load",
     "load_gguf",
     "load_hugging_face",
+    "module_names",
     "split",
     "stack",
     "unstack",
@@ -130,6 +131,16 @@ def load(path: str | Path) -> Checkpoint:
     """
     path = places.find(path)
     return load_hugging_face(path) if path.is_dir() else load_gguf(path)
+
+
+def module_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """What transformers calls each matrix of a model's layers, "{}" for the layer, by our names."""
+    names = checkpoint.names if checkpoint.path.is_dir() else _LLAMA
+    return {
+        name: names[f"layers/{name}/weight"].removesuffix(".weight")
+        for name in MODULES
+        if f"layers/{name}/weight" in checkpoint.names
+    }
 
 
 def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint | None, Checkpoint]:
