@@ -29,6 +29,10 @@ FAMILIES = {
         {**LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": False},
     ),
     "llama 3": ("LlamaConfig", {**LLAMA, "rope_theta": 5e5, "rope_scaling": LONG}),
+    "llama, linear": (
+        "LlamaConfig",
+        {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    ),
     "qwen2": ("Qwen2Config", {**LLAMA, "num_key_value_heads": 1}),
     "opt": (
         "OPTConfig",

@@ -31,10 +31,29 @@ def tokenizer_metadata():
     }
 
 
-def write_model(path, seed=0):
-    """A model of the llama architecture with Q4_0 matrices and a Q8_0 embedding."""
+def sentence_piece_metadata(words=("great", "terrible", "It", "was")):
+    """SentencePiece's tokens: bytes, letters, and words that are one token after a space."""
+    letters = [*map(chr, range(33, 127)), "▁"]
+    made = [f"▁{word[:end]}" for word in words for end in range(1, len(word) + 1)]
+    pieces = [*letters, *dict.fromkeys(made)]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
+    scores = -np.arange(len(tokens), dtype=np.float32)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+    }
+
+
+def write_model(path, seed=0, words=None, **changes):
+    """A model of the llama architecture with Q4_0 matrices and a Q8_0 embedding.
+
+    Metadata of another tokenizer, and of all else, may be given; of those, None takes a key away.
+    """
     rng = np.random.default_rng(seed)
-    words = tokenizer_metadata()
+    words = tokenizer_metadata() if words is None else words
     vocabulary = len(words["tokenizer.ggml.tokens"])
     metadata = {
         "general.architecture": "llama",
@@ -46,7 +65,9 @@ def write_model(path, seed=0):
         "llama.attention.head_count_kv": KV_HEADS,
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
         **words,
+        **changes,
     }
+    metadata = {key: value for key, value in metadata.items() if value is not None}
 
     def codes(bits, *shape):
         values = jnp.asarray(rng.normal(size=shape) / shape[-1] ** 0.5, jnp.float32)

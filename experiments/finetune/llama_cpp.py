@@ -78,7 +78,8 @@ def compare(asked: Asked, *, progress: bool = True) -> Both:
         raise ValueError(f"data must have choices, {asked.data} has completions.")
     tokens = data.encode(texts, checkpoint.tokenizer, checkpoint.architecture.context)
     ours = objective.evaluator(checkpoint.decoder)(checkpoint.params, tokens)
-    theirs = answers(str(checkpoint.path), texts.prompts, tokens.words.tolist(), progress=progress)
+    prompts = [ids.tolist() for ids in tokens.sequences]
+    theirs = answers(str(checkpoint.path), prompts, tokens.words.tolist(), progress=progress)
     right = [said == answer for said, answer in zip(theirs, texts.answers, strict=True)]
     same = [said == our for said, our in zip(theirs, ours.said, strict=True)]
     count = len(theirs)
@@ -86,13 +87,13 @@ def compare(asked: Asked, *, progress: bool = True) -> Both:
 
 
 def answers(
-    path: str, prompts: Sequence[str], words: Sequence[int], *, progress: bool = True
+    path: str, prompts: Sequence[list[int]], words: Sequence[int], *, progress: bool = True
 ) -> list[int]:
     """The number of the word that llama.cpp finds likeliest after each prompt.
 
     Args:
       path: of a GGUF file.
-      prompts: what comes before.
+      prompts: tokens of what comes before.
       words: tokens to choose from.
       progress: whether to show a progress bar.
     """

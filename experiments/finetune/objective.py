@@ -84,6 +84,8 @@ def evaluator(model: Decoder, batch_size: int = 32) -> Callable[[Any, Tokens], S
         return zq.quaxify(lambda params: _answered(model, params, batch))(params)
 
     def evaluate(params: Any, tokens: Tokens) -> Scores:
+        if not len(tokens):
+            raise ValueError("tokens: there are no examples to read.")
         found = np.zeros((3, len(tokens)), np.float32)
         for places, count in in_order(tokens, batch_size):
             answers = read(params, batch_of(tokens, places))

@@ -15,7 +15,7 @@ from experiments import footprint, markdown
 from experiments.files import write_json
 from experiments.finetune import seed_log
 from experiments.finetune.config import Config
-from experiments.finetune.models.loading import MODULES, Checkpoint, unstack
+from experiments.finetune.models.loading import Checkpoint, module_names, unstack
 from experiments.finetune.training import Outcome
 from zoqo_jax.arrays import is_trained
 from zoqo_jax.interop import bitsandbytes, gguf, safetensors
@@ -96,15 +96,16 @@ def _put_back(tensors: dict[str, Any], checkpoint: Checkpoint, params: Any) -> N
 def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params: Any) -> None:
     """An adapter as PEFT reads it, in float32."""
     folder.mkdir(exist_ok=True)
-    tensors = {}
-    for name, module in MODULES.items():
-        leaf = params["layers"].get(name, {}).get("weight")
+    tensors, targets = {}, set()
+    for name, module in module_names(checkpoint).items():
+        leaf = params["layers"][name]["weight"]
         if not is_lora(leaf):
             continue
+        targets.add(module.rpartition(".")[2])
         for factor, kind in ((leaf.a, "A"), (leaf.b, "B")):
             layers = np.asarray(zq.dequantize(factor))
             for number, layer in zip(checkpoint.span, layers, strict=True):
-                place = f"base_model.model.model.layers.{number}.{module}.lora_{kind}.weight"
+                place = f"base_model.model.{module.format(number)}.lora_{kind}.weight"
                 tensors[place] = _half_split(layer, name, kind, checkpoint)
     safetensors.save(folder / "adapter_model.safetensors", tensors)
     settings = {
@@ -115,8 +116,10 @@ def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params:
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(MODULES[name].split(".")[1] for name in config.matrices),
+        "target_modules": sorted(targets),
     }
+    if len(checkpoint.span) < checkpoint.architecture.depth:
+        settings["layers_to_transform"] = list(checkpoint.span)
     write_json(folder / "adapter_config.json", settings)
 
 
@@ -155,7 +158,7 @@ def _report(config: Config, outcome: Outcome, seconds: float, trained: str) -> s
 
 Step {outcome.best_step} answered the dev examples best (by accuracy, then by loss); `{trained}` is
 what it left.
-{_examples(outcome)}
+{"".join(f"{chr(10)}{remark}{chr(10)}" for remark in outcome.remarks)}{_examples(outcome)}
 {seconds:.0f} seconds in all, {footprint.peak():.0f} MiB resident at most.
 
 ![loss and dev accuracy](curves.png)
@@ -176,7 +179,7 @@ def _in_figures(outcome: Outcome, seconds: float) -> dict[str, Any]:
     }
     spent = {"forward_passes": outcome.forward_passes, "seconds": seconds}
     found = {**scores, "best_step": outcome.best_step, **spent, "resident_mib": footprint.peak()}
-    return {**found, "history": outcome.history}
+    return {**found, "remarks": outcome.remarks, "history": outcome.history}
 
 
 def _examples(outcome: Outcome, count: int = 4) -> str:

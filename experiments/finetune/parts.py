@@ -17,9 +17,12 @@ def adapt(checkpoint: Checkpoint, config: Config) -> Any:
     """A model's parameters, ready to be trained: all but what trains frozen.
 
     Raises:
-      ValueError: there is nothing to train.
+      ValueError: there is nothing to train, or a target that the model does not have.
     """
     params = checkpoint.params
+    for name in config.targets:
+        if name not in params["layers"]:
+            raise ValueError(f"targets: {config.model} has no {name!r}.")
 
     def is_chosen(path: tuple[Any, ...], leaf: Any) -> bool:
         keys = [getattr(key, "key", None) for key in path]

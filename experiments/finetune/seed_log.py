@@ -19,6 +19,7 @@ from experiments.finetune.methods import transformation
 from experiments.finetune.models import loading
 from experiments.finetune.models.loading import Checkpoint
 from experiments.finetune.parts import adapt
+from zoqo_jax.interop import gguf
 from zoqo_jax.interop.files import replacing
 
 __all__ = ["rebuild", "save"]
@@ -65,7 +66,7 @@ _PLACES = ("model", "data", "output", "cache")
 def _digest(path: Path) -> str:
     """Sixteen letters that tell a file of weights, or a folder of them, from another."""
     digest = hashlib.sha256()
-    for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+    for part in sorted(path.glob("*.safetensors")) if path.is_dir() else gguf.parts(path):
         with part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -6,6 +6,7 @@ everything else is read from the model's file again.
 """
 
 import functools
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class Outcome(NamedTuple):
       history: what was measured on the way, a dictionary for each look at the dev examples.
       forward_passes: of a batch, in training.
       test: the test examples.
+      remarks: what a reader of the scores should know of the examples.
     """
 
     model: Checkpoint
@@ -55,6 +57,7 @@ class Outcome(NamedTuple):
     history: list[dict[str, float]]
     forward_passes: int
     test: data.Texts
+    remarks: list[str]
 
 
 def train(checkpoint: Checkpoint, config: Config, *, progress: bool = True) -> Outcome:
@@ -88,13 +91,14 @@ class _Run:
         self.parts = Parts.of(self.params, config)
         trained, self.rest = self.parts.split(self.params)
         self.shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in trained]
-        texts = {
-            "dev": data.load(config.data, "dev").sample(config.dev_examples, config.seed),
-            "test": data.load(config.data, "test").sample(config.test_examples, config.seed),
-        }
-        self.test_texts = texts["test"]
-        tokens = {"train": _training_tokens(whole, config)}
-        for part in texts:
+        texts = data.load_all(config.data)
+        for part, count in (("dev", config.dev_examples), ("test", config.test_examples)):
+            texts[part] = texts[part].sample(count, config.seed)
+        self.test_texts, self.remarks = texts["test"], data.remarks(texts)
+        for remark in self.remarks:
+            print(f"data: {remark}", file=sys.stderr)
+        tokens = {"train": _training_tokens(texts["train"], whole, config)}
+        for part in ("dev", "test"):
             tokens[part] = data.encode(texts[part], whole.tokenizer, whole.architecture.context)
         self.folder = Folder(config)
         if below is not None:
@@ -143,6 +147,7 @@ class _Run:
             history=now.history,
             forward_passes=self.forward_passes(now.step),
             test=self.test_texts,
+            remarks=self.remarks,
         )
 
     def forward_passes(self, steps: int) -> int:
@@ -232,14 +237,14 @@ class _Run:
         return bool(patience) and now.step - now.best_step >= patience
 
 
-def _training_tokens(model: Checkpoint, config: Config) -> data.Tokens:
+def _training_tokens(texts: data.Texts, model: Checkpoint, config: Config) -> data.Tokens:
     """The training examples that are short enough."""
     window = model.architecture.context
     if config.max_tokens > window:
         raise ValueError(
             f"max_tokens must be at most {window}, the model's context, got {config.max_tokens}."
         )
-    tokens = data.encode(data.load(config.data, "train"), model.tokenizer, window)
+    tokens = data.encode(texts, model.tokenizer, window)
     short = np.flatnonzero([len(ids) <= config.max_tokens for ids in tokens.sequences])
     if len(short) < config.batch_size:
         raise ValueError(

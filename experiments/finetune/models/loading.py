@@ -7,7 +7,7 @@ the file, which is read again for that: nothing is held twice.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ __all__ = [
     "load",
     "load_gguf",
     "load_hugging_face",
+    "module_names",
     "split",
     "stack",
     "unstack",
@@ -132,6 +133,16 @@ def load(path: str | Path) -> Checkpoint:
     return load_hugging_face(path) if path.is_dir() else load_gguf(path)
 
 
+def module_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """What transformers calls each matrix of a model's layers, "{}" for the layer, by our names."""
+    names = checkpoint.names if checkpoint.path.is_dir() else _LLAMA
+    return {
+        name: names[f"layers/{name}/weight"].removesuffix(".weight")
+        for name in MODULES
+        if f"layers/{name}/weight" in checkpoint.names
+    }
+
+
 def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint | None, Checkpoint]:
     """The layers below, if there are any, and the last `count` of them; 0: all.
 
@@ -174,7 +185,7 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
     table = dict(_OPT if settings["model_type"] == "opt" else _LLAMA)
     copies = {table.pop("output")} if arch.tied else set()
     try:
-        params, names = _tree(tensors, table, arch.depth, copies)
+        params, names = _tree(tensors, table, arch, copies)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     tokenizer = _tokenizer(folder)
@@ -186,7 +197,10 @@ def _tokenizer(folder: Path) -> Any:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.is_file() else None
+    try:
+        return Tokenizer.from_file(str(path)) if path.is_file() else None
+    except Exception as error:  # the package raises bare exceptions
+        raise ValueError(f"{path}: no tokenizer: {error}.") from error
 
 
 def _architecture_of_hugging_face(settings: Mapping[str, Any]) -> Architecture:
@@ -203,12 +217,7 @@ def _architecture_of_hugging_face(settings: Mapping[str, Any]) -> Architecture:
     }
     head_width = settings.get("head_dim") or common["width"] // max(common["heads"], 1)
     if kind == "opt":
-        odd = {"do_layer_norm_before": True, "enable_bias": True, "activation_function": "relu"}
-        for name, usual in odd.items():
-            if settings.get(name, usual) != usual:
-                raise ValueError(f"{name}={settings[name]!r} is not read.")
-        if settings.get("word_embed_proj_dim", common["width"]) != common["width"]:
-            raise ValueError("an embedding of another width than the layers' is not read.")
+        _refuse_other(settings, {**_USUAL, **_USUAL_OPT, "word_embed_proj_dim": common["width"]})
         return Architecture(
             **common,
             kv_heads=common["heads"],
@@ -220,10 +229,9 @@ def _architecture_of_hugging_face(settings: Mapping[str, Any]) -> Architecture:
             qkv_bias=True,
             bias=True,
         )
-    odd = {"use_sliding_window": False, "hidden_act": "silu", "attention_bias": False}
-    for name, usual in {**odd, "mlp_bias": False}.items():
-        if (settings.get(name) or usual) != usual:
-            raise ValueError(f"{name}={settings[name]!r} is not read.")
+    _refuse_other(settings, {**_USUAL, **_USUAL_LLAMA})
+    if kinds := sorted(set(settings.get("layer_types") or ()) - {"full_attention"}):
+        raise ValueError(f"layer_types={kinds[0]!r} is not read.")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     base = float(settings.get("rope_theta") or rope.get("rope_theta") or 10_000.0)
     return Architecture(
@@ -238,13 +246,42 @@ def _architecture_of_hugging_face(settings: Mapping[str, Any]) -> Architecture:
     )
 
 
+_USUAL = {"is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False}
+_USUAL_OPT = {
+    "do_layer_norm_before": True, "enable_bias": True, "activation_function": "relu",
+    "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False,
+}  # fmt: skip
+_USUAL_LLAMA = {
+    "use_sliding_window": False, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+}  # fmt: skip
+"""Settings that say how a decoder computes, and the only values that are read; None is as good."""
+
+
+def _refuse_other(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> None:
+    for name, value in usual.items():
+        if settings.get(name) is not None and settings[name] != value:
+            raise ValueError(f"{name}={settings[name]!r:.40} is not read.")
+
+
 def _rope_factors(rope: Mapping[str, Any], base: float, head_width: int) -> tuple[float, ...]:
-    """What Llama 3 divides slow frequencies by, so that they reach further than in training."""
+    """What frequencies are divided by.
+
+    All by the same ("linear"), or slow ones so that they reach further than in training ("llama3").
+    """
     kind = rope.get("rope_type", rope.get("type", "default"))
+    known = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
+    if kind not in known:
+        raise ValueError(f"rope_type must be {', '.join(known)}, got {kind!r:.40}.")
+    rest = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *known[kind]}
+    for name, value in rope.items():
+        if name not in rest and value is not None:
+            raise ValueError(f"{name}={value!r:.40} is not read for rope_type {kind!r}.")
+    _refuse_other(rope, {"partial_rotary_factor": 1.0})
     if kind == "default":
         return ()
-    if kind != "llama3":
-        raise ValueError(f"rope_type must be default or llama3, got {kind!r:.40}.")
+    if kind == "linear":
+        return (float(rope["factor"]),) * (head_width // 2)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     factors = []
     for i in range(0, head_width, 2):
@@ -254,21 +291,53 @@ def _rope_factors(rope: Mapping[str, Any], base: float, head_width: int) -> tupl
     return tuple(factors)
 
 
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def load_gguf(path: str | Path) -> Checkpoint:
-    """A decoder from a GGUF file of the llama or qwen2 architecture.
+    """A decoder from a GGUF file of the llama or qwen2 architecture, or from all of its parts.
 
     Raises:
-      ValueError: another architecture, or tensors or metadata that do not make a decoder.
+      ValueError: another architecture, tensors or metadata that do not make a decoder, or metadata
+        that are not known and may say how it computes.
     """
+    path = gguf.parts(path)[0]
     file = gguf.load(path)
     try:
         arch = _architecture_of_gguf(file)
-        params, names = _tree(file.tensors, _GGUF, arch.depth, {"rope_freqs.weight"})
+        params, names = _tree(file.tensors, _GGUF, arch, {"rope_freqs.weight"})
+        count = file.tokenizer.get_vocab_size() if file.tokenizer else 0
+        if count > arch.vocabulary:
+            raise ValueError(
+                f"token_embd.weight has {arch.vocabulary} rows, for {count} of the tokenizer."
+            )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return Checkpoint(
-        arch, params, file.tokenizer, Path(path), file.metadata, names, range(arch.depth)
-    )
+    return Checkpoint(arch, params, file.tokenizer, path, file.metadata, names, range(arch.depth))
+
+
+_READ = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length",
+    "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
+    "attention.key_length", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
+    "rope.scale_linear",
+}  # fmt: skip
+_SAYS_NOTHING = {
+    # About the vocabulary and how the file was made; what only yarn and longrope, which are
+    # refused, would read; and the epsilon of a norm that these architectures have not.
+    "vocab_size", "tensor_data_layout", "rope.scaling.finetuned",
+    "rope.scaling.original_context_length", "attention.layer_norm_epsilon",
+}  # fmt: skip
+_USUAL_GGUF = {
+    "attention.causal": True, "attention.scale": 0.0, "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0, "attention.sliding_window": 0, "attn_logit_softcapping": 0.0,
+    "expert_count": 0, "expert_used_count": 0, "expert_shared_count": 0,
+    "final_logit_softcapping": 0.0, "logit_scale": 1.0, "embedding_scale": 1.0,
+    "residual_scale": 1.0, "pooling_type": 0, "rope.scaling.attn_factor": 1.0,
+    "use_parallel_residual": False,
+}  # fmt: skip
+"""Metadata of an architecture: those that are read, those that do not change what is computed, and
+the only values of others. All else is refused: it may change what is computed."""
 
 
 def _architecture_of_gguf(file: gguf.File) -> Architecture:
@@ -282,8 +351,23 @@ def _architecture_of_gguf(file: gguf.File) -> Architecture:
             raise ValueError(f"{kind}.{name} must be a number, got {value!r:.40}.")
         return value.item() if isinstance(value, np.number) else value
 
-    width, heads = number("embedding_length"), number("attention.head_count")
-    factors = file.tensors.get("rope_freqs.weight")
+    width, heads, context = (
+        number(name) for name in ("embedding_length", "attention.head_count", "context_length")
+    )
+    head_width = number("attention.key_length", width // max(heads, 1))
+    usual = {
+        **_USUAL_GGUF,
+        "attention.value_length": head_width,
+        "rope.dimension_count": head_width,
+    }
+    for key, value in file.metadata.items():
+        name = key.removeprefix(f"{kind}.")
+        if name == key or name in _READ or name in _SAYS_NOTHING:
+            continue
+        if name == "attention.sliding_window" and number(name) >= context:
+            continue  # no token is further away
+        if name not in usual or not np.array_equal(value, usual[name]):
+            raise ValueError(f"{key}={value!r:.40} is not read: it may change what is computed.")
     if "token_embd.weight" not in file.tensors:
         raise ValueError("there is no tensor token_embd.weight.")
     return Architecture(
@@ -293,33 +377,58 @@ def _architecture_of_gguf(file: gguf.File) -> Architecture:
         heads=heads,
         kv_heads=number("attention.head_count_kv", heads),
         hidden=number("feed_forward_length"),
-        context=number("context_length"),
-        head_width=number("attention.key_length", width // max(heads, 1)),
+        context=context,
+        head_width=head_width,
         epsilon=number("attention.layer_norm_rms_epsilon"),
         positions="pairs" if kind == "llama" else "halves",
         rope_base=number("rope.freq_base", 10_000.0),
-        rope_factors=() if factors is None else tuple(np.asarray(factors, np.float64).tolist()),
+        rope_factors=_rope_factors_of_gguf(file, kind, head_width, number),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         bias="blk.0.attn_output.bias" in file.tensors,
         tied="output.weight" not in file.tensors,
     )
 
 
+def _rope_factors_of_gguf(
+    file: gguf.File, kind: str, head_width: int, number: Callable[..., Any]
+) -> tuple[float, ...]:
+    """What frequencies are divided by: the tensor's numbers, times the factor of all."""
+    scaling = file.metadata.get(f"{kind}.rope.scaling.type", "linear")
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"{kind}.rope.scaling.type must be none or linear, got {scaling!r:.40}.")
+    factor = number("rope.scaling.factor", number("rope.scale_linear", 0.0))
+    if not 0.0 <= factor < math.inf:
+        raise ValueError(f"{kind}.rope.scaling.factor must be finite and positive, got {factor}.")
+    if scaling == "none" or factor == 0.0:  # as llama.cpp reads it
+        factor = 1.0
+    tensor = file.tensors.get("rope_freqs.weight")
+    if tensor is not None and kind != "llama":
+        raise ValueError(f"rope_freqs.weight is not read in a {kind} model.")
+    if tensor is None and factor == 1.0:
+        return ()
+    each = np.ones(head_width // 2) if tensor is None else np.asarray(tensor, np.float64)
+    return tuple((factor * each).tolist())
+
+
 def _tree(
-    tensors: Mapping[str, Any], table: Mapping[str, str], depth: int, apart: set[str]
+    tensors: Mapping[str, Any], table: Mapping[str, str], arch: Architecture, apart: set[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors as `Decoder.apply` takes them, stacked by layer, and where each went."""
     params: dict[str, Any] = {}
     names, used = {}, set(apart)
+    expected = _shapes(arch)
     for place, name in table.items():
-        of_layers = [name.format(i) for i in range(depth)] if "{}" in name else [name]
-        if of_layers[0] not in tensors:
+        if place not in expected:
             continue
+        of_layers = [name.format(i) for i in range(arch.depth)] if "{}" in name else [name]
         missing = [one for one in of_layers if one not in tensors]
         if missing:
             raise ValueError(f"there is no tensor {missing[0]}.")
         found = [tensors[one] for one in of_layers]
         leaf = stack(found) if "{}" in name else found[0]
+        if tuple(leaf.shape) != expected[place]:
+            shape = expected[place][1:] if "{}" in name else expected[place]
+            raise ValueError(f"tensor {of_layers[0]} must be {shape}, got {found[0].shape}.")
         *folders, last = place.split("/")
         folder = params
         for step in folders:
@@ -331,6 +440,16 @@ def _tree(
     if unknown:
         raise ValueError(f"tensors without a place in the decoder: {', '.join(unknown[:3])}.")
     return params, names
+
+
+def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter that a decoder reads."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tree = jax.eval_shape(Decoder(arch).init, jax.random.key(0), tokens)["params"]
+    return {
+        "/".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _in_float32(leaf: Any) -> Any:
