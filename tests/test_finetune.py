@@ -257,7 +257,7 @@ def test_the_log_makes_the_same_file_again(files, tmp_path, train):
     name = "model.gguf" if train == "codes" else "adapter/adapter_model.safetensors"
     assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     other = tiny_model.write_model(tmp_path / "other.gguf", seed=1)
-    with pytest.raises(ValueError, match="output: .* holds other things"):
+    with pytest.raises(ValueError, match=r"output: .* holds other things"):
         replay.main(replay.Places(str(log), files[0], str(again)))
     again = tmp_path / "refused"
     with pytest.raises(ValueError, match=r"model: .*other.gguf has digest"):

@@ -56,7 +56,7 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path):
     assert (tmp_path / "page" / "squares.png").stat().st_size > 1000
 
     # Measurements with other settings are neither taken for these nor written over.
-    with pytest.raises(ValueError, match="squares.json has measurements with another numbers, 3"):
+    with pytest.raises(ValueError, match="has measurements with another numbers, 3"):
         check(make([]), Config(numbers=1), **where)
     assert len(json.loads((tmp_path / "results" / "squares.json").read_text())["cells"]) == 3
 

@@ -24,8 +24,8 @@ def table(runs: Sequence[Metrics]) -> str:
             [
                 run.config.name,
                 f"{run.failure_rate:.3f}",
-                f"{run.mean_queries:.1f}",
-                f"{run.median_queries:.0f}",
+                f"{run.mean_queries:.1f}" if run.success.any() else "-",
+                f"{run.median_queries:.0f}" if run.success.any() else "-",
                 f"{run.seconds:.1f}",
                 f"{run.images_per_second:.1f}",
             ]

@@ -89,9 +89,8 @@ def test_flags_are_read_with_dashes_and_without():
 def test_an_empty_list_is_refused_where_there_is_a_default():
     status, _, err = run("experiments.attack", "--bits=")
     assert (status, err) == (2, "error: --bits must not be empty.\n")
-    (config,) = settings.Line(
-        ["--model=a", "--output=b", "--targets="], [finetune.Config]
-    ).settings()
+    line = settings.Line(["--model=a", "--output=b", "--targets="], [finetune.Config])
+    (config,) = line.settings()
     assert config.targets == ()
 
 
@@ -123,11 +122,11 @@ def test_a_claimed_folder_names_the_process_and_a_kill_frees_it(tmp_path):
         [sys.executable, "-c", program], cwd=_ROOT, stdout=subprocess.PIPE, text=True
     )
     assert child.stdout.readline() == "in\n"
-    with pytest.raises(ValueError, match=f"output: process {child.pid} is at work"):
-        with files.claimed("output", tmp_path / "run"):
-            pytest.fail("two at once")
+    refused = pytest.raises(ValueError, match=f"output: process {child.pid} is at work")
+    with refused, files.claimed("output", tmp_path / "run"):
+        pytest.fail("two at once")
     child.kill()
-    child.wait()
+    child.communicate()
     with files.claimed("output", tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
     assert not (tmp_path / "run" / ".lock").exists()
