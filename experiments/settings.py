@@ -221,7 +221,7 @@ class _Flag(flags.ArgumentParser):
             (hint,) = set(typing.get_args(hint)) - {type(None)}
         self.kind, self.name, self.default, self.hint = kind, field.name, field.default, hint
         self.required = field.default is dataclasses.MISSING
-        self.text = _descriptions(kind)[field.name]
+        self.text = _descriptions(kind).get(field.name, "")
         self.choices = _choices(kind).get(field.name)
 
     def absl(self) -> flags.Flag:

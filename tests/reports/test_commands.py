@@ -179,8 +179,8 @@ def test_a_run_stopped_before_its_first_checkpoint_goes_on(tmp_path, number):
     while "step/s" not in child.stderr.readline():
         pass
     child.send_signal(number)
-    rest = child.stderr.read()
-    assert child.wait() == 128 + number, rest
+    rest = child.communicate()[1]
+    assert child.returncode == 128 + number, rest
     kept = int(re.search(r"goes on from step (\d+) of 1000000", rest)[1])
     assert kept > 0 and " ".join(line[1:]) in rest
     child = start(*line)
