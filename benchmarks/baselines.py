@@ -17,11 +17,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from experiments.command import say
+
+if __name__ == "__main__":
+    say("benchmark baselines: loading JAX")  # which the imports below take seconds for
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from absl import flags
 
 import zoqo_jax as zq
 from benchmarks import models, results
@@ -190,5 +194,4 @@ def _clipped(array: zq.QuantizedArray, u: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(results)
     results.run("baselines", cells, measure)

@@ -18,10 +18,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from experiments.command import say
+
+if __name__ == "__main__":
+    say("benchmark dequantization: loading JAX")  # which the imports below take seconds for
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from benchmarks import results
 from benchmarks.timing import Effort, Program, report_of
@@ -121,5 +125,4 @@ def ways(bits: int, dtype: Any) -> dict[str, Decode]:
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(results)
     results.run("dequantization", cells, measure)

@@ -19,10 +19,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from experiments.command import say
+
+if __name__ == "__main__" and "ZOQO_JOB" not in os.environ:
+    say("benchmark memory: loading JAX")  # which the imports below take seconds for
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 import zoqo_jax as zq
 from benchmarks import baselines, models, results, timing
@@ -185,5 +189,4 @@ if __name__ == "__main__":
     if (job := footprint.job()) is not None:
         _child(**job)
     else:
-        flags.adopt_module_key_flags(results)
         results.run("memory", cells, measure)

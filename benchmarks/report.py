@@ -7,22 +7,30 @@ the tables go to the screen, and the figures into the folder of the results.
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
-
-from benchmarks import figures, results
-from benchmarks.results import ROOT, folder
+from benchmarks import figures
+from benchmarks.results import ROOT, Places
 from benchmarks.tables import ABSENT, TABLES, Measured, load
-from experiments import markdown
+from experiments import command, markdown
+from experiments.files import writable, write_text
 
 __all__ = ["filled"]
 
-_DOCUMENT = flags.DEFINE_string(
-    "document", str(ROOT.parent / "docs" / "performance.md"), "what to write the tables into"
-)
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """What the tables go into.
+
+    Attributes:
+      document: what to write the tables into.
+    """
+
+    document: str = str(ROOT.parent / "docs" / "performance.md")
+
+
 _FIGURES = {"step": "step", "size": "scaling", "growth": "memory"}
 
 
@@ -48,30 +56,27 @@ def filled(document: str, measured: Sequence[Measured]) -> str:
     return markdown.filled(document, body)
 
 
-def main(argv: Sequence[str]) -> None:
+def main(places: Places, into: Document) -> None:
     """Write the document and its figures, or show the tables."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    where, document = folder(), Path(_DOCUMENT.value)
-    try:
-        measured = load(where)
-        if not measured:
-            sys.exit(f"error: {where} holds no results: run make bench first.")
-        if flags.FLAGS.quick:
-            for one in measured:
-                figures.draw(one, where)
-                for name, of in TABLES.items():
-                    print(f"\n{name}\n\n{of(one)}")
-            return
-        text_ = filled(document.read_text(encoding="utf-8"), measured)
+    where, document = places.folder, Path(into.document)
+    measured = load(where)
+    if not measured:
+        raise ValueError(f"results: {where} holds none: run make bench first.")
+    if places.quick:
         for one in measured:
-            figures.draw(one, document.parent)
-        document.write_text(text_, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+            figures.draw(one, where)
+            for name, of in TABLES.items():
+                print(f"\n{name}\n\n{of(one)}")
+        return
+    writable("document", document)
+    text_ = filled(document.read_text(encoding="utf-8"), measured)
+    for one in measured:
+        figures.draw(one, document.parent)
+    write_text(document, text_)
     print(f"tables and figures: {document}")
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(results)
-    app.run(main)
+    command.run(
+        main, Places, Document, about=__doc__ or "", leave_out=["fresh", "progress", "only"]
+    )

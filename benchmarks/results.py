@@ -15,21 +15,42 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
 from tqdm import tqdm
 
 from benchmarks.timing import Effort
-from experiments import footprint
+from experiments import command, footprint
+from experiments.command import say
+from experiments.files import claimed
 
-__all__ = ["ROOT", "Results", "folder", "machine", "name_of", "run"]
+__all__ = ["ROOT", "Places", "Results", "machine", "name_of", "run"]
 
 ROOT = Path(__file__).resolve().parent
 
-_QUICK = flags.DEFINE_bool("quick", False, "a network of a million parameters and few rounds")
-_FRESH = flags.DEFINE_bool("fresh", False, "measure again what is in the results already")
-_RESULTS = flags.DEFINE_string("results", "", "folder of the results; empty: benchmarks/results")
-_PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
-_ONLY = flags.DEFINE_string("only", "", "measure only the cells whose name holds this text")
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """What a benchmark measures, and where the results lie.
+
+    Attributes:
+      quick: a network of a million parameters and few rounds.
+      fresh: measure again what is in the results already.
+      results: folder of the results; empty: benchmarks/results.
+      progress: show a progress bar.
+      only: measure only the cells whose name holds this text.
+    """
+
+    quick: bool = False
+    fresh: bool = False
+    results: str = ""
+    progress: bool = True
+    only: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Where the results lie."""
+        base = Path(self.results) if self.results else ROOT / "results"
+        return base / "quick" if self.quick else base
+
 
 Cells = Callable[[bool], Sequence[Any]]
 Measure = Callable[[Any, Effort], dict[str, Any]]
@@ -101,12 +122,6 @@ def name_of(cell: Any) -> str:
     return " ".join([type(cell).__name__, *(f"{key}={value}" for key, value in fields)])
 
 
-def folder() -> Path:
-    """Where the flags say that results lie."""
-    base = Path(_RESULTS.value) if _RESULTS.value else ROOT / "results"
-    return base / "quick" if _QUICK.value else base
-
-
 def run(name: str, cells: Cells, measure: Measure) -> None:
     """A script: measure the cells that are not in the results yet.
 
@@ -116,40 +131,40 @@ def run(name: str, cells: Cells, measure: Measure) -> None:
         measure: `measure(cell, effort)` -> what JSON can hold.
     """
 
-    def main(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        logging.set_verbosity(logging.WARNING)  # JAX tells of each accelerator it did not find
-        effort = Effort(rounds=5, seconds=2.0) if _QUICK.value else Effort()
+    def main(places: Places) -> None:
+        say(f"measuring {name}, results in {places.folder}")
+        with claimed("results", places.folder, lambda name: True):
+            _measure(places)
+
+    def _measure(places: Places) -> None:
+        effort = Effort(rounds=5, seconds=2.0) if places.quick else Effort()
+        path = places.folder / f"{name}_{jax.default_backend()}.json"
+        results = _open(path, places.fresh)
+        chosen = [cell for cell in cells(places.quick) if places.only in name_of(cell)]
+        todo = [c for c in chosen if places.fresh or name_of(c) not in results.cells]
         try:
-            results = _open(folder() / f"{name}_{jax.default_backend()}.json")
-        except ValueError as error:
-            sys.exit(f"error: {error}")
-        chosen = [cell for cell in cells(_QUICK.value) if _ONLY.value in name_of(cell)]
-        todo = [c for c in chosen if _FRESH.value or name_of(c) not in results.cells]
-        try:
-            with tqdm(todo, desc=name, unit="cell", disable=not _PROGRESS.value) as bar:
+            with tqdm(todo, desc=name, unit="cell", disable=not places.progress) as bar:
                 for cell in bar:
                     bar.set_postfix_str(name_of(cell))
                     results.put(cell, measure(cell, effort))
                     jax.clear_caches()  # or compiled programs pile up
         except KeyboardInterrupt:
-            print(f"interrupted; what was measured is in {results.path}", file=sys.stderr)
-            sys.exit(130)
+            raise command.Stopped(f"what was measured is in {results.path}") from None
         there = len(chosen) - len(todo)
         print(f"{name}: {len(todo)} cells measured, {there} were there: {results.path}")
 
-    app.run(main)
+    about = sys.modules["__main__"].__doc__ or name
+    command.run(main, Places, about=about)
 
 
-def _open(path: Path) -> Results:
+def _open(path: Path, fresh: bool) -> Results:
     here = machine()
     if not path.exists():
         return Results(path, here, {})
     results = Results.load(path)
     if results.machine == here:
         return results
-    if _FRESH.value:
+    if fresh:
         return Results(path, here, {})
     differs = sorted(key for key in here if results.machine.get(key) != here[key])
     raise ValueError(

@@ -13,8 +13,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from experiments.command import say
+
+if __name__ == "__main__":
+    say("benchmark scaling: loading JAX")  # which the imports below take seconds for
+
 import jax
-from absl import flags
 
 import zoqo_jax as zq
 from benchmarks import floor, models, results
@@ -94,5 +98,4 @@ def _queries(cell: Queries, effort: Effort) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(results)
     results.run("scaling", cells, measure)

@@ -16,8 +16,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from experiments.command import say
+
+if __name__ == "__main__":
+    say("benchmark step: loading JAX")  # which the imports below take seconds for
+
 import jax
-from absl import flags
 
 import zoqo_jax as zq
 from benchmarks import floor, models, results
@@ -107,5 +111,4 @@ def stepper(
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(results)
     results.run("step", cells, measure)

@@ -1,21 +1,28 @@
 """Settings of experiments: frozen dataclasses, which are their own command lines.
 
-A dataclass says what each setting is once, under "Attributes:" of its docstring; `define` makes
-flags of it, and `check` refuses what its types do not allow. What is wrong is named, and its value.
+A dataclass says what each setting is once, under "Attributes:" of its docstring; `Line` reads a
+command line for it, and `check` refuses what its types do not allow. What is wrong is named, and
+its value.
 """
 
 import dataclasses
+import difflib
 import math
+import re
 import sys
+import textwrap
+import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
-from absl import app, flags
+from absl import flags
 
-__all__ = ["arguments", "check", "define", "parser"]
+__all__ = ["Line", "arguments", "check"]
 
-flags.disclaim_key_flags()  # they belong to the command that asks for them, and to its --help
+_HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false"}
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def check(
@@ -75,49 +82,6 @@ def check(
         refuse(name, "finite and not negative", lambda x: 0 <= x < math.inf)
 
 
-def define(kind: type, leave_out: Collection[str] = ()) -> Callable[[], dict[str, Any]]:
-    """Define a flag for each setting, which without a default must be given.
-
-    Args:
-      kind: a dataclass of bools, numbers, strings, choices, and tuples of strings or whole numbers.
-      leave_out: settings that get none.
-
-    Returns:
-      A function that gives the settings as the flags have them, once these were parsed.
-    """
-    texts, choices, hints = _descriptions(kind), _choices(kind), typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in leave_out]
-    makers: dict[type, Callable[..., Any]] = {
-        bool: flags.DEFINE_bool,
-        int: flags.DEFINE_integer,
-        float: flags.DEFINE_float,
-        str: flags.DEFINE_string,
-    }
-    for name in names:
-        default, text = kind.__dataclass_fields__[name].default, texts[name]
-        required = default is dataclasses.MISSING
-        default = None if required else default
-        if name in choices:
-            flags.DEFINE_enum(name, default, choices[name], text, required=required)
-        elif typing.get_origin(hints[name]) is tuple:
-            flags.DEFINE_list(name, list(map(str, default or ())), text, required=required)
-        else:
-            makers[hints[name]](name, default, text, required=required)
-
-    def given() -> dict[str, Any]:
-        values = {name: getattr(flags.FLAGS, name) for name in names}
-        return {name: items(name, x) if isinstance(x, list) else x for name, x in values.items()}
-
-    def items(name: str, given: list[str]) -> tuple[Any, ...]:
-        if typing.get_args(hints[name])[0] is str:
-            return tuple(given)
-        if bad := [one for one in given if not one.strip().isdigit()]:
-            raise ValueError(f"{name} must be whole numbers, got {bad[0]!r}.")
-        return tuple(map(int, given))
-
-    return given
-
-
 def arguments(config: Any) -> list[str]:
     """The command line that gives these settings to `parser`.
 
@@ -136,20 +100,179 @@ def arguments(config: Any) -> list[str]:
     ]
 
 
-def parser(kind: type) -> Callable[[list[str]], Any]:
-    """Define its flags; a `flags_parser` for `absl.app.run` whose main function takes a `kind`."""
-    given = define(kind)
+class Line:
+    """A command line of dataclasses' settings.
 
-    def parse(argv: list[str]) -> Any:
-        rest = app.parse_flags_with_usage(argv)[1:]
+    Args:
+      argv: the arguments.
+      kinds: dataclasses of bools, numbers, strings, choices, and tuples of strings or whole
+        numbers; any of them may be None by default. Of a name that several have, the flag is the
+        first one's.
+      leave_out: settings that get no flag and have their defaults.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Config:
+      ...   learning_rate: float
+      ...   bits: tuple[int, ...] = (4, 8)
+      >>> Line(["--learning-rate=0.5", "--bits", "2"], [Config]).settings()
+      [Config(learning_rate=0.5, bits=(2,))]
+      >>> Line(["--learning_rat=0.5"], [Config]).settings()
+      Traceback (most recent call last):
+      ValueError: unknown flag --learning_rat: is it --learning_rate?
+    """
+
+    def __init__(
+        self, argv: Sequence[str], kinds: Sequence[type], leave_out: Collection[str] = ()
+    ) -> None:
+        self._kinds = kinds
+        self._fields: dict[str, _Flag] = {}
+        for kind in kinds:
+            for field in dataclasses.fields(kind):
+                if field.name not in leave_out:
+                    self._fields.setdefault(field.name, _Flag(kind, field))
+        self._names: dict[str, str] = {}  # as they were typed
+        self._argv = [self._normal(one) for one in argv]
+        self.asks_for_help = any(one in _HELP for one in argv)
+
+    def settings(self) -> list[Any]:
+        """An object of each kind.
+
+        Raises:
+          ValueError: the line does not say what the kinds need, or something that they refuse.
+        """
+        values = flags.FlagValues()  # the command's own: libraries define flags, too
+        for flag in self._fields.values():
+            flags.DEFINE_flag(flag.absl(), values)
         try:
-            if rest:
-                raise ValueError(f"unknown arguments: {' '.join(rest)}")
-            return kind(**given())
-        except ValueError as error:
-            sys.exit(f"error: {error}\nPass --help to see every setting.")
+            rest = values(["", *self._argv])[1:]
+        except flags.UnrecognizedFlagError as error:
+            name = self._names.get(error.flagname, error.flagname)
+            raise ValueError(f"unknown flag --{name}: {self._meant(error.flagname)}") from None
+        except _Refused as error:
+            raise ValueError(str(error)) from None
+        except (flags.Error, ValueError) as error:
+            raise ValueError(f"{error}.") from None
+        if rest:
+            raise ValueError(f"unknown argument {rest[0]!r}: settings are given as --NAME=VALUE.")
+        given = {name: values[name].value for name in self._fields}
+        given = {name: value for name, value in given.items() if value is not None}
+        missing = [f for f in self._fields.values() if f.required and f.name not in given]
+        if missing:
+            raise ValueError(f"{missing[0].name} must be given: {missing[0].text}")
+        return [
+            kind(**{name: x for name, x in given.items() if self._fields[name].kind is kind})
+            for kind in self._kinds
+        ]
 
-    return parse
+    def typed(self, message: str) -> str:
+        """A message whose first word is a setting, with the flag in its place as it was typed.
+
+        Example:
+          >>> @dataclasses.dataclass(frozen=True)
+          ... class Config:
+          ...   num_images: int = 3
+          >>> Line(["--num-images=0"], [Config]).typed("num_images must be at least 1, got 0.")
+          '--num-images must be at least 1, got 0.'
+        """
+        found = re.match(r"\w+", message)
+        if found is None or found[0] not in self._fields:
+            return message
+        return f"--{self._names.get(found[0], found[0])}{message[found.end() :]}"
+
+    def help(self, about: str) -> str:
+        """What the command is for, and every setting in the order of the dataclasses."""
+        needed = [f"--{flag.name}=..." for flag in self._fields.values() if flag.required]
+        usage = " ".join(["usage: python -m", _module(), *needed, "[--NAME=VALUE ...]"])
+        listed = "\n".join(flag.help() for flag in self._fields.values())
+        return f"{about.strip()}\n\n{usage}\n\n{listed}"
+
+    def _normal(self, argument: str) -> str:
+        """The argument with the flag's own name; how it was typed is remembered."""
+        head, equals, value = argument.partition("=")
+        if not head.startswith("--") or head == "--":
+            return argument
+        typed = head.removeprefix("--")
+        name = typed.replace("-", "_")
+        off = name.removeprefix("no_")
+        if off != name and off in self._fields:
+            name = f"no{off}"
+        self._names[name] = typed
+        self._names.setdefault(name.removeprefix("no"), typed)
+        return f"--{name}{equals}{value}"
+
+    def _meant(self, name: str) -> str:
+        """The flag that was perhaps meant."""
+        close = difflib.get_close_matches(name, self._fields, 1)
+        close = close or [one for one in self._fields if name in one]
+        return f"is it --{close[0]}?" if close else "--help lists all."
+
+
+class _Refused(Exception):
+    """What a flag cannot be; absl would give a ValueError its own words."""
+
+
+class _Flag(flags.ArgumentParser):
+    """The flag of a setting, which reads its values."""
+
+    def __init__(self, kind: type, field: Any) -> None:
+        hint = typing.get_type_hints(kind)[field.name]
+        if typing.get_origin(hint) in (types.UnionType, typing.Union):
+            (hint,) = set(typing.get_args(hint)) - {type(None)}
+        self.kind, self.name, self.default, self.hint = kind, field.name, field.default, hint
+        self.required = field.default is dataclasses.MISSING
+        self.text = _descriptions(kind).get(field.name, "")
+        self.choices = _choices(kind).get(field.name)
+
+    def absl(self) -> flags.Flag:
+        """The flag for absl, which says nothing of a default: the dataclass has it."""
+        return flags.Flag(self, None, self.name, None, self.text, boolean=self.hint is bool)
+
+    def parse(self, argument: Any) -> Any:
+        """A value from its text."""
+        text = str(argument)
+        if text.startswith("--"):
+            raise _Refused(f"{self.name} needs a value, got the flag {text!r}.")
+        if not text.strip() and self.default not in ("", ()):
+            raise _Refused(f"{self.name} must not be empty.")
+        if self.choices is not None:
+            if text not in self.choices:
+                raise _Refused(f"{self.name} must be one of {self.choices}, got {text!r}.")
+            return text
+        if typing.get_origin(self.hint) is not tuple:
+            return self._one(text, self.hint)
+        items = [item.strip() for item in text.split(",")] if text.strip() else []
+        if "" in items:
+            raise _Refused(f"{self.name} must have no empty item, got {text!r}.")
+        return tuple(self._one(item, typing.get_args(self.hint)[0]) for item in items)
+
+    def _one(self, text: str, kind: type) -> Any:
+        try:
+            found = _TRUTH[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            found = None
+        if found is None or (kind is float and not math.isfinite(found)):
+            raise _Refused(f"{self.name} must be {_KINDS[kind]}, got {text!r}.")
+        return found
+
+    def help(self) -> str:
+        """What --help says of it."""
+        value = self.default
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        head = f"  --[no]{self.name}" if self.hint is bool else f"  --{self.name}"
+        if self.required:
+            head += "=...  (required)"
+        elif self.hint is bool:
+            head += f"  (default: {str(value).lower()})"
+        elif value is not None:
+            head += f"={value}"
+        return f"{head}\n{textwrap.indent(textwrap.fill(self.text, 90), ' ' * 6)}"
+
+
+def _module() -> str:
+    """What `python -m` runs."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else sys.argv[0]
 
 
 def _choices(kind: type) -> dict[str, tuple[Any, ...]]:

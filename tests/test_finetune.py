@@ -257,11 +257,15 @@ def test_the_log_makes_the_same_file_again(files, tmp_path, train):
     name = "model.gguf" if train == "codes" else "adapter/adapter_model.safetensors"
     assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     other = tiny_model.write_model(tmp_path / "other.gguf", seed=1)
-    with pytest.raises(SystemExit, match=r"model: .*other.gguf has digest"):
+    with pytest.raises(ValueError, match=r"output: .* holds other things"):
+        replay.main(replay.Places(str(log), files[0], str(again)))
+    again = tmp_path / "refused"
+    with pytest.raises(ValueError, match=r"model: .*other.gguf has digest"):
         replay.main(replay.Places(str(log), str(other), str(again)))
     log.write_bytes(log.read_bytes()[:100])
-    with pytest.raises(SystemExit, match=r"log: .* is no seed log"):
+    with pytest.raises(ValueError, match=r"log: .* is no seed log"):
         replay.main(replay.Places(str(log), files[0], str(again)))
+    assert not again.exists()
 
 
 def test_a_folder_of_another_run_is_left_alone(files, tmp_path):

@@ -55,10 +55,17 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path):
     assert "<!-- table: b -->\nx<!-- end -->" in text
     assert (tmp_path / "page" / "squares.png").stat().st_size > 1000
 
-    other = []  # with other settings, nothing of it holds
-    check(make(other), Config(numbers=1), **where)
-    assert other == [0]
-    assert len(json.loads((tmp_path / "results" / "squares.json").read_text())["cells"]) == 1
+    # Measurements with other settings are neither taken for these nor written over.
+    with pytest.raises(ValueError, match="has measurements with another numbers, 3"):
+        check(make([]), Config(numbers=1), **where)
+    assert len(json.loads((tmp_path / "results" / "squares.json").read_text())["cells"]) == 3
+
+
+def test_a_page_of_its_own_lies_beside_the_measurements(tmp_path):
+    where = {"results": tmp_path, "document": tmp_path / "squares.md", "progress": False}
+    check(make([]), Config(numbers=1), **where)
+    assert {x.name for x in tmp_path.iterdir()} == {"squares.json", "squares.md", "squares.png"}
+    assert "numbers 1" in (tmp_path / "squares.md").read_text()
 
 
 def test_what_is_not_finite_is_refused(tmp_path):

@@ -7,76 +7,93 @@ and ZO-SignSGD, prints a table, and writes the table and a figure to `results/at
 
 import csv
 import dataclasses
-import sys
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-from absl import app, flags, logging
-
-from experiments import settings
-from experiments.attack import config, report
+from experiments import command, settings
+from experiments.attack import config
 from experiments.attack.config import Config
-from experiments.attack.run import Metrics, run
+from experiments.command import say
 
-_GIVEN = settings.define(Config, leave_out=["method", "bits", "structure", "epsilon"])
-_BITS = flags.DEFINE_list("bits", ["8", "4"], "bit widths of the ZOQO runs, 2 to 8")
-_STRUCTURES = flags.DEFINE_list(
-    "structures",
-    ["coarse_to_fine", "dense"],
-    f"structures of the ZOQO runs' directions: {', '.join(get_args(config.Structure))}",
-)
-_BASELINES = flags.DEFINE_bool("baseline", True, "run SignHunter, Square Attack and ZO-SignSGD too")
-_OUTPUT = flags.DEFINE_string("output", "results/attack", "folder for the table and the figure")
-_PROGRESS = flags.DEFINE_bool("progress", True, "show a progress bar")
-_EPSILON = flags.DEFINE_float(
-    "epsilon", None, "radius of the l_inf ball, pixels in [0, 1]; default: 0.3, CIFAR-10 12/255"
-)
+if TYPE_CHECKING:
+    from experiments.attack.run import Metrics
+
+_FILES = ("table.md", "images.csv", "figure.png")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run the attacks that the flags name; finished ones are reported even when interrupted."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)  # or JAX tells of each accelerator that it did not find
-    try:
-        configs = _configs()
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Which attacks to run, and where their table goes.
+
+    Attributes:
+      bits: bit widths of the ZOQO runs, 2 to 8.
+      structures: structures of the ZOQO runs' directions: coarse_to_fine, dense, rank_one, sparse.
+      baseline: run SignHunter, Square Attack and ZO-SignSGD too.
+      output: folder for the table and the figure; those of an earlier run are replaced.
+      progress: show a progress bar.
+      epsilon: radius of the l_inf ball, pixels in [0, 1]; by default 0.3, of CIFAR-10 12/255.
+    """
+
+    bits: tuple[int, ...] = (8, 4)
+    structures: tuple[str, ...] = ("coarse_to_fine", "dense")
+    baseline: bool = True
+    output: str = "results/attack"
+    progress: bool = True
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check what no later room would check."""
+        settings.check(self, within={"bits": (2, 8)})
+        for one in self.structures:
+            if one not in get_args(config.Structure):
+                allowed = get_args(config.Structure)
+                raise ValueError(f"structures must be of {allowed}, got {one!r}.")
+
+
+def main(wanted: Runs, base: Config) -> None:
+    """Run the attacks; finished ones are reported even when the command is stopped."""
+    configs = _configs(wanted, base)
+    say(f"{len(configs)} attacks on {base.dataset}, network {base.weights}: loading JAX")
+    from experiments.attack.run import run
+    from experiments.files import claimed
+
+    folder = Path(wanted.output)
     runs: list[Metrics] = []
-    try:
-        for config in configs:
-            runs.append(run(config, progress=_PROGRESS.value))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    if runs:
-        _report(runs, Path(_OUTPUT.value))
-    if len(runs) < len(configs):
-        sys.exit(130)
+    with claimed("output", folder, _FILES.__contains__):
+        say("choosing images that the network reads correctly")
+        try:
+            for one in configs:
+                runs.append(run(one, progress=wanted.progress))
+        except KeyboardInterrupt:
+            if not runs:
+                raise
+            _report(runs, folder)
+            done = f"{len(runs)} of {len(configs)} attacks are done and in {folder}"
+            raise command.Stopped(f"{done}; all begin anew") from None
+        _report(runs, folder)
 
 
-def _configs() -> list[Config]:
-    given = _GIVEN()
-    usual = 12 / 255 if given["weights"] == "cifar10" else Config.epsilon
-    base = Config(**given, epsilon=usual if _EPSILON.value is None else _EPSILON.value)
-    configs = []
-    for structure in _STRUCTURES.value:
-        for bits in _BITS.value:
-            if not bits.strip().isdigit():
-                raise ValueError(f"bits must be whole numbers, got {bits!r}.")
-            configs.append(dataclasses.replace(base, bits=int(bits), structure=structure))
-    if _BASELINES.value:
+def _configs(wanted: Runs, base: Config) -> list[Config]:
+    usual = 12 / 255 if base.weights == "cifar10" else Config.epsilon
+    epsilon = usual if wanted.epsilon is None else wanted.epsilon
+    base = dataclasses.replace(base, epsilon=epsilon)
+    configs = [
+        dataclasses.replace(base, bits=bits, structure=structure)
+        for structure in wanted.structures
+        for bits in wanted.bits
+    ]
+    if wanted.baseline:
         others = (name for name in get_args(config.MethodName) if name != "zoqo")
         configs.extend(dataclasses.replace(base, method=name) for name in others)
-    if not configs:
-        raise ValueError("bits must name a width when baseline is off, got none.")
     return configs
 
 
-def _report(runs: Sequence[Metrics], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _report(runs: "Sequence[Metrics]", folder: Path) -> None:
+    from experiments.attack import report
+    from experiments.files import write_text
+
     text = report.table(runs)
     first = runs[0]
     print(
@@ -84,9 +101,11 @@ def _report(runs: Sequence[Metrics], folder: Path) -> None:
         f"l_inf ball of {first.config.epsilon:g}, at most {first.config.budget} queries an image; "
         "queries over successes\n"
     )
+    used = "\n".join(f"- {one.config.name}: {report.settings(one)}" for one in runs)
+    text = f"{text}\n\nSettings as used:\n\n{used}\n"
     print(text)
-    (folder / "table.md").write_text(text + "\n")
-    with (folder / "images.csv").open("w", newline="") as file:
+    write_text(folder / "table.md", text)
+    with io.StringIO(newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["attack", "place", "label", "read_as", "success", "queries"])
         for one in runs:
@@ -101,9 +120,10 @@ def _report(runs: Sequence[Metrics], folder: Path) -> None:
                         int(one.queries[place]),
                     ]
                 )
+        write_text(folder / "images.csv", file.getvalue())
     report.figure(runs, folder / "figure.png")
     print(f"\ntable, figure and single images: {folder}/")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main, Runs, Config, about=__doc__ or "", leave_out=["method", "structure"])

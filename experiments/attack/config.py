@@ -83,6 +83,30 @@ class Config:
         if not (2 <= self.weight_bits <= 8 or self.weight_bits == 32):
             raise ValueError(f"weight_bits must be in [2, 8] or 32, got {self.weight_bits}.")
 
+    def used(self, coloured: bool = False) -> "Config":
+        """These settings with the method's defaults in place of 0, for grey or coloured images.
+
+        Shares of first squares, and of blocks, stay 0: their methods have them.
+        """
+        grey, colours = (0.1, 0.1, 10), (2 / 255, 2.55 / 255, 20)  # SignHunter's
+        rate, radius, count = colours if coloured else grey
+        density = self.density
+        if self.method == "zoqo":
+            # On a coarse grid a step is a long one, so its sign has to be surer.
+            rate = radius = self.epsilon / 3
+            count = 1 if self.bits > 5 else 5
+            if self.structure in ("dense", "rank_one"):
+                density = 1.0
+            elif self.structure == "sparse":
+                density = density or 0.1
+        return dataclasses.replace(
+            self,
+            learning_rate=self.learning_rate or rate,
+            radius=self.radius or radius,
+            num_queries=self.num_queries or count,
+            density=density,
+        )
+
     @property
     def name(self) -> str:
         """How tables call the run, e.g. "ZOQO, 8 bit, coarse to fine"."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from experiments.files import write_text
 from experiments.markdown import filled, interval, table
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def write(document: Path, found: Sequence[Runs]) -> None:
         return markdown(some) if some else "*not attacked yet*"
 
     if document.is_file():
-        document.write_text(filled(document.read_text(), body))
+        write_text(document, filled(document.read_text(), body))
 
 
 def markdown(found: Sequence[Runs]) -> str:

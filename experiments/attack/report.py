@@ -1,14 +1,16 @@
 """What a person sees of attack runs: one table and one figure."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from experiments import markdown
+from experiments.attack.methods import coarse_to_fine, square
 from experiments.attack.run import Metrics
 
-__all__ = ["figure", "table"]
+__all__ = ["figure", "settings", "table"]
 
 _SHOWN = 5  # images to a row of the figure
 
@@ -22,13 +24,42 @@ def table(runs: Sequence[Metrics]) -> str:
             [
                 run.config.name,
                 f"{run.failure_rate:.3f}",
-                f"{run.mean_queries:.1f}",
-                f"{run.median_queries:.0f}",
+                f"{run.mean_queries:.1f}" if run.success.any() else "-",
+                f"{run.median_queries:.0f}" if run.success.any() else "-",
                 f"{run.seconds:.1f}",
                 f"{run.images_per_second:.1f}",
             ]
         )
     return markdown.table(head, rows)
+
+
+def settings(run: Metrics) -> str:
+    """The settings that a run read, as it used them, in a line."""
+    config = run.config
+    used = dataclasses.asdict(config.used(coloured=run.clean.shape[-1] == 3))
+    used["num_images"] = run.images
+    names = {"dataset", "weights", "weight_bits", "num_images", "epsilon", "budget", "loss"}
+    names |= {"targeted", "seed", "batch_size", "model_batch"}
+    of_method = {
+        "zo_sign_sgd": {"learning_rate", "radius", "num_queries"},
+        "square": {"density"},
+        "sign_hunter": set(),
+        "zoqo": {"bits", "structure"},
+    }
+    names |= of_method[config.method]
+    if config.method == "square":
+        used["density"] = config.density or square.SHARE
+    elif config.method == "zoqo" and config.structure == "coarse_to_fine":
+        names.add("density")
+        used["density"] = coarse_to_fine.share(config, run.clean.shape[-1])
+    elif config.method == "zoqo":
+        names |= {"noise", "step", "learning_rate", "decay_steps", "radius", "num_queries"}
+        names |= {"density"} if config.structure == "sparse" else set()
+    return ", ".join(
+        f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in used.items()
+        if name in names
+    )
 
 
 def figure(runs: Sequence[Metrics], path: str | Path) -> None:

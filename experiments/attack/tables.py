@@ -10,21 +10,25 @@ adversarial images, too.
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import command
+from experiments.command import say
+
+if __name__ == "__main__":
+    say("tables of attacks: loading JAX")  # which the imports below take seconds for
+
 import jax
 import numpy as np
-from absl import app, logging
 from tqdm import tqdm
 
-from experiments import settings
 from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
 from experiments.attack.run import Case, load_case
+from experiments.files import claimed, writable
 from zoqo_jax.interop.files import replacing
 
 __all__ = ["ROWS", "Places", "Row", "Runs", "load"]
@@ -180,8 +184,13 @@ def load(folder: Path, row: Row) -> Runs:
 
 def main(places: Places) -> None:
     """Attack what is left, and write the tables."""
-    logging.set_verbosity(logging.WARNING)
-    folder, document = Path(places.results), Path(places.document)
+    folder, document = Path(places.results), writable("document", Path(places.document))
+    with claimed("results", folder, lambda name: True):
+        _rows_left(places, folder, document)
+    print(f"tables and figures: {document}")
+
+
+def _rows_left(places: Places, folder: Path, document: Path) -> None:
     chosen = [row for row in ROWS if _is_chosen(row, places)]
     try:
         for row in [] if places.render else chosen:
@@ -193,11 +202,7 @@ def main(places: Places) -> None:
             if all(len(load(folder, r).queries) == r.seeds for r in ROWS if r.table == table):
                 _draw(table, places, document.parent / document.stem / f"examples_{table}.png")
     except KeyboardInterrupt:
-        print(f"interrupted; what was found is in {folder}", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    print(f"tables and figures: {document}")
+        raise command.Stopped(f"what was found is in {folder}") from None
 
 
 def _is_chosen(row: Row, places: Places) -> bool:
@@ -301,4 +306,4 @@ def _write(folder: Path, row: Row, seed: int, queries: np.ndarray, seconds: floa
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=settings.parser(Places))
+    command.run(main, Places, about=__doc__ or "")

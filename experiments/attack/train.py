@@ -21,18 +21,22 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from experiments import command, settings
+
+if __name__ == "__main__":
+    command.say("training a classifier: loading JAX")  # which the imports below take seconds for
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app
 from flax import serialization
 from tqdm import tqdm
 
-from experiments import settings
 from experiments.attack.data import load
 from experiments.attack.models import CNN, LogitsFn, ResNet, fold, load_classifier, save_params
+from experiments.files import writable
 from zoqo_jax.interop.files import replacing
 
 __all__ = ["TrainConfig", "accuracy", "train"]
@@ -138,8 +142,7 @@ def train(config: TrainConfig) -> dict[str, float]:
         learning_rate=config.learning_rate or recipe.learning_rate,
     )
     output = Path(config.output)
-    if output.is_dir():
-        raise ValueError(f"output must name a file, got the folder {config.output!r}.")
+    writable("output", output)
     images, labels = load(config.data, split="train")
     test_images, test_labels = load(config.data, split="test")
     if len(images) < recipe.batch_size:
@@ -328,7 +331,12 @@ def _resume(config: TrainConfig, training: _Training) -> tuple[int, _Training]:
 
 
 def _main(config: TrainConfig) -> None:
-    metrics = train(config)
+    try:
+        metrics = train(config)
+    except KeyboardInterrupt:
+        path = _checkpoint(config)
+        kept = f"it goes on after the last whole epoch, kept in {path}" if path.is_file() else ""
+        raise command.Stopped(kept) from None
     print(
         f"test accuracy {metrics['test_accuracy']:.2%} (float16 weights in {config.output}), "
         f"train loss {metrics['train_loss']:.4f}, {metrics['seconds']:.0f} s"
@@ -336,4 +344,4 @@ def _main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    app.run(_main, flags_parser=settings.parser(TrainConfig))
+    command.run(_main, TrainConfig, about=__doc__ or "")

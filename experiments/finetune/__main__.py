@@ -7,35 +7,40 @@ kind of file, a log that rebuilds it (`zq.replay`), and a report with curves. A 
 goes on when the same command is given again.
 """
 
-import sys
+import math
 import time
 
-from absl import app, logging
-
-from experiments import settings
-from experiments.finetune import outputs, training
+from experiments import command
+from experiments.command import say
 from experiments.finetune.config import Config
-from experiments.finetune.models import loading
 
 
 def main(config: Config) -> None:
     """Run, and say what came of it."""
-    logging.set_verbosity(logging.WARNING)  # of the checkpoints, which tell much
+    say(f"fine-tuning {config.model} by {config.name} in {config.output}: loading JAX")
+    from experiments.finetune import outputs, training
+    from experiments.finetune.kept import Folder
+    from experiments.finetune.models import loading
+
     start = time.perf_counter()
-    try:
-        outcome = training.train(loading.load(config.model), config)
-        written = outputs.write(config, outcome, time.perf_counter() - start)
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from {config.output}", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    with Folder(config) as folder:
+        try:
+            say(f"{folder.where()}\nreading {config.model}")
+            outcome = training.train(loading.load(config.model), config, folder=folder)
+            say("writing what was trained, and the report")
+            written = outputs.write(config, outcome, time.perf_counter() - start)
+        except KeyboardInterrupt:
+            raise command.Stopped(folder.where()) from None
     print(
         f"{config.name}: test accuracy {outcome.before.accuracy:.1%} before, "
         f"{outcome.after.accuracy:.1%} after {outcome.best_step} steps; wrote "
         f"{', '.join(map(str, written))}"
     )
+    losses = {"before training": outcome.before.loss, "after it": outcome.after.loss}
+    for when, loss in losses.items():
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss of the test examples {when} is {loss}.")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=settings.parser(Config))
+    command.run(main, Config, about=__doc__ or "")

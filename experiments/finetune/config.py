@@ -1,13 +1,15 @@
 """What a fine-tuning run is: one frozen dataclass, checked when it is made."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from experiments import settings
-from zoqo_jax.projection import Rounding
-from zoqo_jax.transforms.caq_zo import Query
 
-__all__ = ["Config", "Method", "Train"]
+__all__ = ["Config", "Method", "Query", "Rounding", "Train"]
+
+# Those of `zq.caq_zo`, which a test compares: importing it takes seconds, and --help none.
+Query = Literal["aligned", "off_grid"]
+Rounding = Literal["stochastic", "nearest", "error_feedback", "threshold", "significant"]
 
 Method = Literal["zoqo", "caq_zo", "quzo", "qes", "qzo", "mezo", "zo_signsgd", "adam"]
 Train = Literal["codes", "lora", "scales"]
@@ -134,6 +136,64 @@ class Config:
         bad = [name for name in self.targets if name not in _MATRICES]
         if bad:
             raise ValueError(f"targets must be of {_MATRICES}, got {bad[0]!r}.")
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """The settings that the method reads, with its defaults in place of 0 and "auto".
+
+        Example:
+          >>> Config(model="model.gguf", output="run").used["density"]
+          0.0009765625
+        """
+        found = dataclasses.asdict(self) | {"targets": self.matrices}
+        adapters, floats = self.train == "lora", self.moves_floats
+        moves_codes = not floats and self.train != "scales"
+        rate, radius = self._defaults()
+        found |= {"learning_rate": self.learning_rate or rate, "radius": self.radius or radius}
+        found["density"] = self.probed
+        if self.structure == "auto":
+            found["structure"] = "sparse" if self.is_sparse else "dense"
+        drops = {
+            "radius": radius is None,
+            "density": not self.is_sparse,
+            "structure": not moves_codes,
+            "query": self.method != "caq_zo",
+            "rounding": self.method != "caq_zo",
+            "noise": self.method != "zoqo",
+            "step_rule": self.method != "zoqo",
+            "num_queries": self.method == "adam",
+            "query_batch": self.method == "adam",
+            **dict.fromkeys(("bits", "grid", "range"), not adapters or floats),
+            **dict.fromkeys(("rank", "alpha"), not adapters),
+            **dict.fromkeys(("output", "cache"), True),
+        }
+        return {name: x for name, x in found.items() if not drops.get(name)}
+
+    @property
+    def probed(self) -> float:
+        """Density of sparse directions at the start."""
+        if self.density or self.train == "codes":
+            return self.density or 2.0**-10
+        code = 2 * self.range / (2**self.bits - 1)  # in value units
+        return min(1.0, (0.01 / code) ** 2)
+
+    def _defaults(self) -> tuple[float, float | None]:
+        """Learning rate and radius of the method, which may have no radius."""
+        if self.method == "zoqo":
+            # In place, and of sparse directions, a step is one code.
+            one_code = self.is_sparse or self.train == "codes"
+            return (1e-9, 1e-9) if one_code else (1e-2, 5e-3)
+        if self.method in ("caq_zo", "quzo", "qes"):
+            # Codes a step for each nat that two losses differ by; what models bear goes as
+            # 1 / density.
+            borne = 0.05 if self.train == "codes" else 4.0
+            codes = borne / self.probed if self.is_sparse else 10.0
+            if self.method != "caq_zo":
+                return codes, 1.0
+            return codes, 0.1 if self.query == "off_grid" else None
+        if self.method == "qzo":
+            return 1e-6, 1e-4
+        return (1e-3, None) if self.method == "adam" else (1e-2, 2e-3)
 
     @property
     def matrices(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ the dev examples best lies in `best/`, and not in memory.
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.files import plain, read_json, write_json
+from experiments.command import whole
+from experiments.files import claimed, plain, read_json, writable, write_json
 from experiments.finetune.config import Config
 from experiments.finetune.objective import Scores
 from zoqo_jax.interop.files import replacing
@@ -33,6 +34,7 @@ class Progress(NamedTuple):
     state: Any  # the optimizer's
     log: np.ndarray  # float32 (steps, queries), written up to `step`
     history: list[dict[str, float]]  # a line for each look at the dev examples
+    last: dict[str, float]  # the last step's loss and seconds
 
     @property
     def best_step(self) -> int:
@@ -46,29 +48,66 @@ class Progress(NamedTuple):
 
 
 class Folder:
-    """The folder of a run.
+    """The folder of a run, which no other process writes to between its `with` and the end.
 
     Args:
       config: the run's settings.
 
     Raises:
-      ValueError: a run with other settings is there.
+      ValueError: another run has it, or it holds a run with other settings or other things, or
+        cannot be written to.
     """
 
     def __init__(self, config: Config) -> None:
-        self.path = Path(config.output)
-        path = self.path / "config.json"
-        settings = plain(dataclasses.asdict(config))
-        if other := read_json(path):
-            changed = [key for key in settings if other.get(key) != settings[key]]
-            changed = [key for key in changed if key != "output"]
-            if changed:
-                raise ValueError(
-                    f"output: {self.path} holds a run with another {changed[0]}, "
-                    f"{other.get(changed[0])!r} instead of {settings[changed[0]]!r}: name another "
-                    "folder, or delete this one."
-                )
-        write_json(path, settings)
+        self.path, self._steps = Path(config.output), config.steps
+        self._settings = plain(dataclasses.asdict(config))
+        self._cache, self._exits = config.cache, ExitStack()
+
+    def __enter__(self) -> "Folder":
+        other = self._other()
+        with ExitStack() as exits:
+            exits.enter_context(claimed("output", self.path, lambda name: bool(other)))
+            if self._cache:
+                writable("cache", Path(self._cache) / "states")
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exits.close()
+
+    def begin(self) -> None:
+        """Write whose folder it is; nothing is there before."""
+        write_json(self.path / "config.json", self._settings)
+
+    def where(self) -> str:
+        """From where a run goes on that begins now, in words."""
+        found = (self.path / "checkpoints").glob("*")
+        steps = [int(path.name) for path in found if path.name.isdigit()]
+        if not steps:
+            return "no step is kept yet: begins at step 0"
+        return f"goes on from step {max(steps)} of {self._steps}, kept in {self.path}/checkpoints"
+
+    def _other(self) -> dict[str, Any]:
+        """The settings of the run that is there, which must be this one's."""
+        try:
+            other = read_json(self.path / "config.json")
+        except ValueError as error:
+            raise ValueError(f"output: {error}") from None
+        if other and not {"method", "train", "steps"} <= other.keys():
+            raise ValueError(
+                f"output: {self.path} holds other things, such as 'config.json': name a new or an "
+                "empty folder."
+            )
+        settings = self._settings
+        changed = [key for key in settings if other and other.get(key) != settings[key]]
+        changed = [key for key in changed if key != "output"]
+        if changed:
+            raise ValueError(
+                f"output: {self.path} holds a run with another {changed[0]}, "
+                f"{other.get(changed[0])!r} instead of {settings[changed[0]]!r}: name another "
+                "folder, or delete this one."
+            )
+        return other
 
     def once(self, name: str, measure: Callable[[], Scores]) -> Scores:
         """Scores that were measured before, or are measured now and kept."""
@@ -152,13 +191,17 @@ class _Checkpoints:
 
     def keep(self, now: Progress) -> None:
         """Write a checkpoint, unless this step has one."""
-        if self._manager.latest_step() == now.step:
-            return
+        if self._manager.latest_step() == now.step or any(x.is_deleted() for x in now.trained):
+            return  # a step that was broken off had been given the memory of what trains
+        with whole("the checkpoint"):
+            self._write(now)
+
+    def _write(self, now: Progress) -> None:
         # A run that is killed while this is written goes on from the one before, with its best.
         self._manager.wait_until_finished()
         self._folder.forget_best_but(self._best_step, now.best_step)
         self._best_step = now.best_step
-        facts = {"step": now.step, "history": now.history}
+        facts = {"step": now.step, "history": now.history, "last": now.last}
         self._manager.save(
             now.step,
             args=ocp.args.Composite(

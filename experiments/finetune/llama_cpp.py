@@ -11,10 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from absl import app
 from tqdm import tqdm
 
-from experiments import settings
+from experiments import command, settings
 from experiments.finetune import data, objective
 from experiments.finetune.models import loading
 
@@ -133,4 +132,4 @@ def main(asked: Asked) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=settings.parser(Asked))
+    command.run(main, Asked, about=__doc__ or "")

@@ -12,7 +12,7 @@ import numpy as np
 
 import zoqo_jax as zq
 from experiments import footprint, markdown
-from experiments.files import write_json
+from experiments.files import write_json, write_text
 from experiments.finetune import seed_log
 from experiments.finetune.config import Config
 from experiments.finetune.models.loading import Checkpoint, module_names, unstack
@@ -37,9 +37,9 @@ def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
         seed_log.save(folder / "replay.npz", config, outcome.model, outcome.log)
         written.append(folder / "replay.npz")
     _draw(outcome, folder / "curves.png")
-    write_json(folder / "outcome.json", _in_figures(outcome, seconds))
+    write_json(folder / "outcome.json", _in_figures(config, outcome, seconds))
     report = folder / "report.md"
-    report.write_text(_report(config, outcome, seconds, trained.name))
+    write_text(report, _report(config, outcome, seconds, trained.name))
     return [*written, report]
 
 
@@ -151,7 +151,10 @@ def _report(config: Config, outcome: Outcome, seconds: float, trained: str) -> s
             for line in outcome.history
         ],
     )
-    settings = json.dumps({k: v for k, v in vars(config).items() if k != "output"}, indent=1)
+    if outcome.dev_before is not None:
+        start = outcome.dev_before
+        looks += f"\n\nBefore training: dev loss {start.loss:.3f}, accuracy {start.accuracy:.1%}."
+    settings = json.dumps(_used(config, outcome), indent=1)
     return f"""# {config.name}
 
 {table}
@@ -171,15 +174,25 @@ what it left.
 """
 
 
-def _in_figures(outcome: Outcome, seconds: float) -> dict[str, Any]:
+def _in_figures(config: Config, outcome: Outcome, seconds: float) -> dict[str, Any]:
     """What a run came to, for other programs."""
     scores = {
         when: {"accuracy": one.accuracy, "loss": one.loss}
         for when, one in (("before", outcome.before), ("after", outcome.after))
     }
     spent = {"forward_passes": outcome.forward_passes, "seconds": seconds}
+    scores["settings"] = _used(config, outcome)
+    if outcome.dev_before is not None:
+        before = outcome.dev_before
+        scores["dev_before"] = {"accuracy": before.accuracy, "loss": before.loss}
     found = {**scores, "best_step": outcome.best_step, **spent, "resident_mib": footprint.peak()}
     return {**found, "remarks": outcome.remarks, "history": outcome.history}
+
+
+def _used(config: Config, outcome: Outcome) -> dict[str, Any]:
+    """The settings as the run used them."""
+    count = {f"{part}_examples": n for part, n in outcome.examples.items() if part != "train"}
+    return {**config.used, "layers": len(outcome.model.span), **count}
 
 
 def _examples(outcome: Outcome, count: int = 4) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments import drawing
+from experiments.files import write_text
 from experiments.markdown import filled, interval, table
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def write(document: Path, all_found: Sequence[Found]) -> None:
         return table(_HEAD, [_before(lines), *map(_cells, lines)])
 
     if document.is_file():
-        document.write_text(filled(document.read_text(), body))
+        write_text(document, filled(document.read_text(), body))
 
 
 def _before(found: Sequence[Found]) -> list[str]:

@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app
 
-import zoqo_jax as zq
-from experiments import drawing, settings
-from experiments.files import read_json, write_json
-from experiments.finetune import data, tables
+from experiments import command, drawing
+from experiments.command import say
+from experiments.files import read_json, writable, write_json
+from experiments.finetune import data
 from experiments.finetune.models import places as files
-from zoqo_jax.interop import gguf
 
 __all__ = ["draw", "summary"]
 
@@ -94,6 +91,9 @@ def _answers(texts: data.Texts, before: list[int], after: list[int]) -> dict[str
 
 def _compared(base: Path, trained: Path) -> dict[str, Any]:
     """Two GGUF files: their sizes, how many codes differ, and whether anything else does."""
+    import zoqo_jax as zq  # with JAX, which drawing alone does not need
+    from zoqo_jax.interop import gguf
+
     old, new = (gguf.load(path, tokenizer=False).tensors for path in (base, trained))
     codes = moved = by_one = others = 0
     for name, tensor in old.items():
@@ -212,22 +212,24 @@ def _draw_answers(axis: Any, found: dict[str, Any]) -> None:
 
 def main(places: Places) -> None:
     """Keep what a run left, if one is named, and draw."""
-    try:
-        if places.run:
-            write_json(_KEPT, summary(Path(places.run)))
-        found = read_json(_KEPT)
-        if not found:
-            raise FileNotFoundError(f"run must be given: there is no {_KEPT}.")
-        rows = {row.name: row for row in tables.ROWS if row.table == "memory"}
-        peaks = [
-            max(one["resident_mib"] for one in tables.found(_KEPT.parent, rows[name]))
-            for name in ("inference", "ZOQO, codes in place, sparse")
-        ]
-        draw(found, (peaks[0], peaks[1]), Path(places.output))
-    except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"error: {error}")
+    say(f"drawing {places.output}")
+    writable("output", Path(places.output))
+    from experiments.finetune import tables
+
+    if places.run:
+        say(f"reading the run in {places.run}")
+        write_json(_KEPT, summary(Path(places.run)))
+    found = read_json(_KEPT)
+    if not found:
+        raise ValueError(f"run must be given: there is no {_KEPT}.")
+    rows = {row.name: row for row in tables.ROWS if row.table == "memory"}
+    peaks = [
+        max(one["resident_mib"] for one in tables.found(_KEPT.parent, rows[name]))
+        for name in ("inference", "ZOQO, codes in place, sparse")
+    ]
+    draw(found, (peaks[0], peaks[1]), Path(places.output))
     print(f"picture: {places.output}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=settings.parser(Places))
+    command.run(main, Places, about=__doc__ or "")

@@ -4,13 +4,10 @@ python -m experiments.finetune.replay --log=run/replay.npz --model=model.gguf --
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
-from absl import app
-
-from experiments import settings
-from experiments.finetune import outputs, seed_log
+from experiments import command
+from experiments.command import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +27,19 @@ class Places:
 
 def main(places: Places) -> None:
     """Rebuild, and say where the trained file is."""
-    try:
+    say(f"rebuilding {places.output} from {places.log} and {places.model}: loading JAX")
+    from experiments.files import claimed
+    from experiments.finetune import outputs, seed_log
+
+    if not Path(places.log).is_file():
+        raise ValueError(f"log: there is no file {places.log}.")
+    output = Path(places.output)
+    with claimed("output", output):
+        say("replaying the steps")
         config, model, params = seed_log.rebuild(Path(places.log), places.model)
-        written = outputs.write_trained(Path(places.output), config, model, params)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        written = outputs.write_trained(output, config, model, params)
     print(f"{config.name}, made again: wrote {written}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=settings.parser(Places))
+    command.run(main, Places, about=__doc__ or "")

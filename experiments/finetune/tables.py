@@ -17,10 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import app, logging
+from experiments import command, settings
+from experiments.command import say
 
-from experiments import settings
-from experiments.files import plain, read_json, write_json
+if __name__ == "__main__":
+    say("tables of fine-tuning: loading JAX")  # which the imports below take seconds for
+
+from experiments.files import claimed, plain, read_json, writable, write_json
 from experiments.finetune import pages
 from experiments.finetune.config import Config
 
@@ -165,8 +168,13 @@ def found(folder: Path, row: Row) -> list[dict[str, Any]]:
 
 def main(places: Places) -> None:
     """Run what is left, and write the tables."""
-    logging.set_verbosity(logging.WARNING)
-    folder, document = Path(places.results), Path(places.document)
+    folder, document = Path(places.results), writable("document", Path(places.document))
+    with claimed("results", folder, lambda name: True):
+        _rows_left(places, folder, document)
+    print(f"tables and figures: {document}")
+
+
+def _rows_left(places: Places, folder: Path, document: Path) -> None:
     chosen = [row for row in ROWS if places.only in f"{row.table} {row.name}"]
     try:
         for row in [] if places.render else chosen:
@@ -175,10 +183,8 @@ def main(places: Places) -> None:
                     _run(places, row, seed)
                     pages.write(document, [(row, found(folder, row)) for row in ROWS])
     except KeyboardInterrupt:
-        print(f"interrupted; what was found is in {folder}", file=sys.stderr)
-        sys.exit(130)
+        raise command.Stopped(f"what was found is in {folder}") from None
     pages.write(document, [(row, found(folder, row)) for row in ROWS])
-    print(f"tables and figures: {document}")
 
 
 def _found(folder: Path, row: Row, seed: int) -> dict[str, Any]:
@@ -220,22 +226,24 @@ def _run(places: Places, row: Row, seed: int) -> None:
     outcome = json.loads((output / "outcome.json").read_text())
     if shares:
         write_json(before, read_json(own))
-    content = {"settings": _settings(row, seed), **outcome}
+    content = {**outcome, "used": outcome["settings"], "settings": _settings(row, seed)}
     write_json(folder / f"{row.stem(seed)}.json", content)
 
 
 def _process(config: Config, name: str, variables: dict[str, str]) -> None:
     """Run one configuration with these environment variables, to its end."""
-    command = [sys.executable, "-m", "experiments.finetune", *settings.arguments(config)]
-    child = subprocess.Popen(command, cwd=_ROOT, env={**os.environ, **variables})
+    line = [sys.executable, "-m", "experiments.finetune", *settings.arguments(config)]
+    # A group of its own: a Ctrl-C reaches it once, through this process, and so does a SIGTERM.
+    child = subprocess.Popen(line, cwd=_ROOT, env={**os.environ, **variables}, process_group=0)
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        child.wait()  # it heard the same Ctrl-C, and keeps what it has
+        child.terminate()  # it keeps what it has
+        child.wait()
         raise
     if code:
         sys.exit(f"error: {name}, ended with status {code}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=settings.parser(Places))
+    command.run(main, Places, about=__doc__ or "")

@@ -6,7 +6,6 @@ everything else is read from the model's file again.
 """
 
 import functools
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 import zoqo_jax as zq
 from experiments import footprint
+from experiments.command import say, whole
 from experiments.finetune import data, objective, states
 from experiments.finetune.config import Config
 from experiments.finetune.kept import Folder, Progress
@@ -42,6 +42,8 @@ class Outcome(NamedTuple):
       log: differences of losses of the steps up to it, float32 (steps, queries); see `zq.replay`.
       before: scores on the test examples before the run.
       after: and at `best_step`.
+      dev_before: scores on the dev examples before the run; None where it has no steps.
+      examples: how many there are, by their split.
       history: what was measured on the way, a dictionary for each look at the dev examples.
       forward_passes: of a batch, in training.
       test: the test examples.
@@ -54,24 +56,32 @@ class Outcome(NamedTuple):
     log: np.ndarray
     before: objective.Scores
     after: objective.Scores
+    dev_before: objective.Scores | None
+    examples: dict[str, int]
     history: list[dict[str, float]]
     forward_passes: int
     test: data.Texts
     remarks: list[str]
 
 
-def train(checkpoint: Checkpoint, config: Config, *, progress: bool = True) -> Outcome:
+def train(
+    checkpoint: Checkpoint, config: Config, *, progress: bool = True, folder: Folder | None = None
+) -> Outcome:
     """Fine-tune a model, or go on where an interrupted run of these settings stopped.
 
     Args:
       checkpoint: the model.
       config: the settings.
-      progress: whether to show a progress bar.
+      progress: whether to show a progress bar, and say what is being done.
+      folder: of the run, where the caller has entered it.
 
     Raises:
       ValueError: data, model and settings that do not fit each other.
     """
-    run = _Run(checkpoint, config, progress)
+    if folder is None:
+        with Folder(config) as folder:
+            return train(checkpoint, config, progress=progress, folder=folder)
+    run = _Run(checkpoint, config, folder, progress)
     del checkpoint  # what trains is copied: where the caller keeps none either, there is one
     outcome = run.outcome()
     del run  # and with it programs and examples
@@ -82,9 +92,10 @@ def train(checkpoint: Checkpoint, config: Config, *, progress: bool = True) -> O
 class _Run:
     """A run's fixed parts; its folder is not touched before all of them fit each other."""
 
-    def __init__(self, whole: Checkpoint, config: Config, progress: bool) -> None:
-        self.config, self.progress = config, progress
-        below, model = loading.split(whole, config.layers)
+    def __init__(self, all_layers: Checkpoint, config: Config, folder: Folder, progress: bool):
+        self.config, self.progress, self.folder = config, progress, folder
+        below, model = loading.split(all_layers, config.layers)
+        self._say("preparing the examples")
         self.tx = transformation(config)
         self.params = adapt(model, config)
         self.model = model._replace(params={})
@@ -96,11 +107,15 @@ class _Run:
             texts[part] = texts[part].sample(count, config.seed)
         self.test_texts, self.remarks = texts["test"], data.remarks(texts)
         for remark in self.remarks:
-            print(f"data: {remark}", file=sys.stderr)
-        tokens = {"train": _training_tokens(texts["train"], whole, config)}
+            say(f"data: {remark}")
+        tokens = {"train": _training_tokens(texts["train"], all_layers, config)}
+        window = all_layers.architecture.context
         for part in ("dev", "test"):
-            tokens[part] = data.encode(texts[part], whole.tokenizer, whole.architecture.context)
-        self.folder = Folder(config)
+            tokens[part] = data.encode(texts[part], all_layers.tokenizer, window)
+            if not len(tokens[part]):
+                raise ValueError(f"data: {config.data} has no {part} examples.")
+        self.counts = {part: len(some) for part, some in tokens.items()}
+        folder.begin()
         if below is not None:
             cache = Path(config.cache or self.folder.path / "states")
             for part in tokens:
@@ -115,7 +130,12 @@ class _Run:
 
     def outcome(self) -> Outcome:
         """Train, and read the test examples before and after."""
+        counts = ", ".join(f"{count:,} {part}" for part, count in self.counts.items())
+        self._say(f"examples: {counts}\nfirst look at the test and dev examples: compiling")
         before = self.folder.once("before", lambda: self.test(self.params))
+        self.dev_before = None
+        if self.config.steps:
+            self.dev_before = self.folder.once("dev_before", lambda: self.dev(self.params))
         with self.folder.checkpoints() as kept:
             now = kept.last(self._start())
             self.folder.write_history(now.history)
@@ -124,12 +144,10 @@ class _Run:
                 total=self.config.steps, initial=now.step, unit="step", disable=not self.progress
             )
             with bar, board:
-                while now.step < self.config.steps and not self._is_stale(now):
-                    now = self._advance(now, bar, board)
-                    if now.step % self.config.checkpoint_every == 0:
-                        kept.keep(now)
-            if now.step:
-                kept.keep(now)
+                if now.step < self.config.steps:
+                    bar.set_postfix_str(f"{self._dev_words(now)}, compiling a step")
+                now = self._steps(now, kept, bar, board)
+        self._say("reading the test examples")
         trained, now = now.trained, now._replace(trained=[])
         if now.step:
             del trained, self.step  # and its programs, before the test examples are read
@@ -144,11 +162,39 @@ class _Run:
             log=now.log[: now.best_step],
             before=before,
             after=self.folder.once("after", lambda: self.test(params)),
+            dev_before=self.dev_before,
+            examples=self.counts,
             history=now.history,
             forward_passes=self.forward_passes(now.step),
             test=self.test_texts,
             remarks=self.remarks,
         )
+
+    def _steps(self, now: Progress, kept: Any, bar: Any, board: SummaryWriter) -> Progress:
+        """All steps that are left. A stop is heard between two of them, and kept."""
+        try:
+            while True:
+                if self._is_due(now):
+                    now = self._look(now, board)
+                if now.step == self.config.steps or self._is_stale(now):
+                    break
+                if now.step and now.step % self.config.checkpoint_every == 0:
+                    kept.keep(now)
+                with whole("this step"):
+                    now = self._advance(now, bar, board)
+        finally:
+            if now.step:
+                kept.keep(now)
+        return now
+
+    def _dev_words(self, now: Progress) -> str:
+        """How well the dev examples were answered at best, and before the run."""
+        words = f"dev {self.dev_before.accuracy:.1%} before" if self.dev_before else ""
+        return f"{words}, {now.best_accuracy:.1%} at {now.best_step}" if now.history else words
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            say(text)
 
     def forward_passes(self, steps: int) -> int:
         """Evaluations of the loss on a batch; a backward pass counts as two."""
@@ -187,34 +233,43 @@ class _Run:
         state = self.tx.init(trained if self.config.moves_floats else params)
         log = np.zeros((self.config.steps, self.config.num_queries), np.float32)
         fresh = [jnp.array(x) for x in trained]  # copies, that steps may write over
-        return Progress(0, fresh, state, log, [])
+        return Progress(0, fresh, state, log, [], {})
 
     def _advance(self, now: Progress, bar: Any, board: SummaryWriter) -> Progress:
-        """The next step, and a look at the dev examples when it is time."""
-        config, began = self.config, time.perf_counter()
+        """The next step."""
+        began = time.perf_counter()
         trained, state, seen, differences = self.step(
             now.trained, now.state, self.rest, self._batch(now.step)
         )
         now.log[now.step] = np.asarray(differences)
         seconds = time.perf_counter() - began
-        now = now._replace(step=now.step + 1, trained=trained, state=state)
+        last = {"loss": float(seen), "seconds_a_step": seconds}
+        now = now._replace(step=now.step + 1, trained=trained, state=state, last=last)
         board.add_scalar("loss", float(seen), now.step)
         bar.update()
         bar.set_postfix_str(
             f"{self.forward_passes(1) / seconds:.1f} forward passes/s, loss {float(seen):.3f}, "
-            f"dev {now.best_accuracy:.1%} at {now.best_step}, {footprint.peak():.0f} MiB",
+            f"{self._dev_words(now)}, {footprint.peak():.0f} MiB",
             refresh=False,
         )
-        if now.step % config.eval_every and now.step != config.steps:
-            return now
-        scores = self.dev(self.parts.join(trained, self.rest))
+        return now
+
+    def _is_due(self, now: Progress) -> bool:
+        """Whether this step wants a look at the dev examples, and has had none."""
+        at_last = now.step == self.config.steps
+        due = now.step > 0 and (at_last or now.step % self.config.eval_every == 0)
+        return due and (not now.history or now.history[-1]["step"] != now.step)
+
+    def _look(self, now: Progress, board: SummaryWriter) -> Progress:
+        """A look at the dev examples."""
+        scores = self.dev(self.parts.join(now.trained, self.rest))
         line = {
             "step": now.step,
-            "loss": float(seen),
+            "loss": now.last["loss"],
             "dev_loss": scores.loss,
             "dev_accuracy": scores.accuracy,
             "forward_passes": self.forward_passes(now.step),
-            "seconds_a_step": seconds,
+            "seconds_a_step": now.last["seconds_a_step"],
             "resident_mib": footprint.peak(),
         }
         for name in ("dev_loss", "dev_accuracy", "forward_passes", "resident_mib"):
@@ -222,7 +277,7 @@ class _Run:
         now = now._replace(history=[*now.history, line])
         self.folder.write_history([line], "a")
         if now.best_step == now.step:
-            self.folder.keep_best(now.step, trained)
+            self.folder.keep_best(now.step, now.trained)
         return now
 
     def _batch(self, step: int) -> objective.Batch:

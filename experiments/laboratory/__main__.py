@@ -1,20 +1,36 @@
 """Check a claim: `python -m experiments.laboratory CLAIM`, with `--help` for its settings.
 
 Each claim takes minutes on two cores, goes on where it was stopped, and writes its table and its
-figure into docs/laboratory.md:
+figure into results/laboratory. Those of docs/laboratory.md are written by
+--results=experiments/laboratory/results --document=docs/laboratory.md.
 
 """
 
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
-from absl import app, flags, logging
+from experiments import command
+from experiments.command import say
 
-from experiments import settings
-from experiments.laboratory.claim import check
 
-_ROOT = Path(__file__).resolve().parents[2]
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where a claim's measurements and its table go.
+
+    Attributes:
+      results: folder of measurements, a file for each claim, and of the table and the figure.
+      document: Markdown to write the table into, in place of a file in `results`.
+      progress: show a progress bar.
+    """
+
+    results: str = "results/laboratory"
+    document: str = ""
+    progress: bool = True
+
+
 _CLAIMS = {
     "residual": "what off-grid queries hear of rounding, and aligned ones do not",
     "floors": "how good a state of a grid can be, and how close each method gets",
@@ -31,37 +47,40 @@ _CLAIMS = {
 def main() -> None:
     """Check the claim that the command line names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name not in _CLAIMS:
+    if name in ("--help", "-help", "-h"):
         listing = "\n".join(f"  {claim:9} {text}" for claim, text in _CLAIMS.items())
-        wrong = "" if name in ("--help", "-h") else f"error: there is no claim {name!r}.\n\n"
-        print(f"{wrong}{__doc__}{listing}", file=sys.stderr if wrong else sys.stdout)
-        sys.exit(1 if wrong else 0)
+        print(f"{__doc__}{listing}")
+        return
+    if name not in _CLAIMS:
+        say(f"error: there is no claim {name!r}: name one of {', '.join(_CLAIMS)}.")
+        sys.exit(2)
+    say(f"{name}: {_CLAIMS[name]} (loading JAX)")
     claim = importlib.import_module(f"experiments.laboratory.{name}").CLAIM
-    here = Path(__file__).resolve().parent
-    results = flags.DEFINE_string("results", str(here / "results"), "folder of measurements")
-    document = flags.DEFINE_string(
-        "document", str(_ROOT / "docs" / "laboratory.md"), "what to write the table into"
-    )
-    progress = flags.DEFINE_bool("progress", True, "show a progress bar")
 
-    def run(config: object) -> None:
-        logging.set_verbosity(logging.WARNING)
-        try:
-            check(
-                claim,
-                config,
-                results=Path(results.value),
-                document=Path(document.value),
-                progress=progress.value,
-            )
-        except KeyboardInterrupt:
-            print(f"interrupted; what was measured is in {results.value}", file=sys.stderr)
-            sys.exit(130)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            sys.exit(f"error: {error}")
-        print(f"table and figure of {name}: {document.value}")
+    def run(config: Any, places: Places) -> None:
+        from experiments.files import claimed, writable
+        from experiments.laboratory.claim import check
 
-    app.run(run, argv=[sys.argv[0], *sys.argv[2:]], flags_parser=settings.parser(claim.config))
+        results, document = Path(places.results), places.document or f"{places.results}/{name}.md"
+        names = {f"{one}{ending}" for one in _CLAIMS for ending in (".json", ".md", ".png")}
+        if Path(document).exists() or places.document:
+            writable("document", Path(document))
+        with claimed("results", results, names.__contains__):
+            try:
+                check(
+                    claim,
+                    config,
+                    results=results,
+                    document=Path(document),
+                    progress=places.progress,
+                )
+            except KeyboardInterrupt:
+                kept = f"what was measured is in {results}/{name}.json"
+                raise command.Stopped(f"{kept}, and is not measured again") from None
+        print(f"table and figure of {name}: {document}")
+
+    about = sys.modules[f"experiments.laboratory.{name}"].__doc__ or ""
+    command.run(run, claim.config, Places, about=about, argv=sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import footprint, markdown
-from experiments.files import read_json, write_json
+from experiments.command import say
+from experiments.files import read_json, write_json, write_text
 
 __all__ = ["Cell", "Claim", "Measurement", "check"]
 
@@ -64,15 +65,22 @@ def check(
       config: of the claim's type.
       results: folder of what was measured, a file NAME.json for each claim.
       document: Markdown; the table goes between `<!-- table: NAME -->` and `<!-- end -->`, the
-        figure into the folder beside it that is called as it is.
+        figure into the folder beside it that is called as it is. A file `results`/NAME.md is all
+        of the claim's, and has its figure beside it.
       progress: whether to show a progress bar.
 
     Returns:
       The measurements, in the order of the cells.
+
+    Raises:
+      ValueError: the folder has measurements of this claim with other settings.
     """
     kept = _Kept(results / f"{claim.name}.json", _plain(dataclasses.asdict(config)))
     cells = [_plain(cell) for cell in claim.cells(config)]
     todo = [cell for cell in cells if kept.find(cell) is None]
+    if progress:
+        there = f"{len(cells) - len(todo)} of {len(cells)} cells are in {results}"
+        say(f"{there}; measuring the others: compiling" if todo else there)
     bar = tqdm(
         todo,
         desc=claim.name,
@@ -87,7 +95,7 @@ def check(
         if number % _CELLS_SHARING_PROGRAMS == 0:
             jax.clear_caches()
     found = [{**cell, **(kept.find(cell) or {})} for cell in cells]
-    _write_page(claim, found, _words(kept, len(cells)), document)
+    _write_page(claim, found, _words(kept, len(cells)), document, document.parent == results)
     return found
 
 
@@ -97,8 +105,14 @@ class _Kept:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
         content = read_json(path)
-        if content.get("settings") != settings:
-            content = {"settings": settings, "seconds": 0.0, "cells": []}
+        other = content.get("settings", settings)
+        if changed := [name for name in settings if other.get(name) != settings[name]]:
+            name = changed[0]
+            raise ValueError(
+                f"results: {path} has measurements with another {name}, {other.get(name)!r} "
+                f"instead of {settings[name]!r}: name another folder, or delete this file."
+            )
+        content = content or {"settings": settings, "seconds": 0.0, "cells": []}
         self.content = content
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
@@ -129,17 +143,21 @@ def _versions() -> list[str]:
     return [*packages, *here]
 
 
-def _write_page(claim: Claim, found: list[Measurement], words: str, document: Path) -> None:
+def _write_page(
+    claim: Claim, found: list[Measurement], words: str, document: Path, is_own: bool
+) -> None:
     from matplotlib.figure import Figure
 
-    folder = document.parent / document.stem
+    folder = document.parent if is_own else document.parent / document.stem
     folder.mkdir(parents=True, exist_ok=True)
     fig = Figure(figsize=(9.0, 3.8), layout="constrained")
     claim.draw(found, fig)
     fig.savefig(folder / f"{claim.name}.png", dpi=130)
-    if document.is_file():
-        parts = {claim.name: f"{claim.table(found)}\n\n*{words}*"}
-        document.write_text(markdown.filled(document.read_text(), parts.get))
+    text = f"{claim.table(found)}\n\n*{words}*"
+    if is_own:
+        write_text(document, f"# {claim.name}\n\n{text}\n\n![{claim.name}]({claim.name}.png)\n")
+    elif document.is_file():
+        write_text(document, markdown.filled(document.read_text(), {claim.name: text}.get))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from experiments.attack.methods.method import Method
 from experiments.attack.methods.square import changed, side, stripes
 from experiments.attack.methods.zoqo import grid
 
-__all__ = ["blocks", "count_of_blocks", "make", "patterns"]
+__all__ = ["blocks", "count_of_blocks", "make", "patterns", "share"]
 
 _PRIME = 10_007  # more than blocks in a round, so that multiples of it visit each of them once
 _PATIENCE = 3  # questions of a search by random squares, at least, for each value of the image
@@ -44,6 +44,11 @@ class _State(NamedTuple):
     key: jax.Array
 
 
+def share(config: Config, channels: int) -> float:
+    """Of the pixels in a search's first square."""
+    return config.density or _SHARES.get(channels, 0.3)
+
+
 def make(config: Config, shape: tuple[int, int, int]) -> Method:
     """Blocks from coarse to fine on the grid of `config.bits` bits."""
     low, high = zq.dequantize(grid(config)(jnp.array([-config.epsilon, config.epsilon])))
@@ -51,7 +56,7 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
     first_search = first_block + count_of_blocks(shape)
     left = max(config.budget - first_search, 1)
     length = left // max(left // (_PATIENCE * math.prod(shape)), 1)  # of a search
-    share = config.density or _SHARES.get(shape[-1], 0.3)
+    first_share = share(config, shape[-1])
 
     def asked(state: _State) -> jax.Array:
         """The signs to try: the patterns, then what has one block flipped, then random squares."""
@@ -59,7 +64,7 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
         begun = state.starts[jnp.minimum(state.count, first_block - 1)]
         flipped = blocks(state.count - first_block, state.key, shape)[..., None]
         place = (state.count - first_search) % length
-        square = changed(state.signs, key, side(place - 1, share, shape, length))
+        square = changed(state.signs, key, side(place - 1, first_share, shape, length))
         random = jnp.where(place == 0, stripes(key, shape), square)
         in_order = jnp.where(flipped, -state.signs, state.signs)
         later = jnp.where(state.count < first_search, in_order, random)

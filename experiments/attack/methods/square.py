@@ -14,9 +14,9 @@ import numpy as np
 from experiments.attack.config import Config
 from experiments.attack.methods.method import Method
 
-__all__ = ["changed", "make", "side", "stripes"]
+__all__ = ["SHARE", "changed", "make", "side", "stripes"]
 
-_SHARE = 0.3
+SHARE = 0.3
 _HALVED_AT = np.array([10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000])  # of 10,000 queries
 
 
@@ -29,7 +29,7 @@ class _State(NamedTuple):
 
 def make(config: Config, shape: tuple[int, int, int]) -> Method:
     """Square Attack with `config.density` as p, the share of the pixels in the first square."""
-    share = config.density or _SHARE
+    share = config.density or SHARE
 
     def asked(state: _State) -> jax.Array:
         key = jax.random.fold_in(state.key, state.count)

@@ -24,10 +24,8 @@ class _State(NamedTuple):
 
 def make(config: Config, shape: tuple[int, int, int]) -> Method:
     """ZO-SignSGD with the config's steps; 0 takes SignHunter's for the image's kind."""
-    coloured = shape[-1] == 3
-    eta = config.learning_rate or (2 / 255 if coloured else 0.1)
-    mu = config.radius or (2.55 / 255 if coloured else 0.1)
-    num_queries = config.num_queries or (20 if coloured else 10)
+    config = config.used(coloured=shape[-1] == 3)
+    eta, mu, num_queries = config.learning_rate, config.radius, config.num_queries
     size = shape[0] * shape[1] * shape[2]
 
     def directions(state: _State) -> jax.Array:

@@ -42,12 +42,11 @@ def grid(config: Config) -> zq.Quantizer:
 def make(config: Config, shape: tuple[int, int, int]) -> Method:
     """ZOQO with the config's noise, structure and step.
 
-    On a coarse grid a step is a long one, so its sign has to be surer: up to 5 bits the default is
-    five directions a step.
+    Where it says 0, `Config.used` has the default.
     """
+    config = config.used()
     quantizer = grid(config)
-    first = config.learning_rate or config.epsilon / 3
-    num_queries = config.num_queries or (1 if config.bits > 5 else 5)
+    first, num_queries = config.learning_rate, config.num_queries
 
     def learning_rate(count: jax.Array) -> jax.Array:
         passed = count / config.decay_steps if config.decay_steps else jnp.zeros(())
@@ -55,12 +54,12 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
 
     tx = zq.zoqo(
         learning_rate=learning_rate,
-        radius=config.radius or config.epsilon / 3,
+        radius=config.radius,
         key=jax.random.key(0),  # `init` gives each image its own
         num_queries=num_queries,
         noise=config.noise,
         structure=config.structure,
-        density=(config.density or 0.1) if config.structure == "sparse" else 1.0,
+        density=config.density if config.structure == "sparse" else 1.0,
         step=config.step,
     )
 
