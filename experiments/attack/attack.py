@@ -39,8 +39,8 @@ class Outcome(NamedTuple):
 
     Attributes:
       success: whether a misclassified point of the ball was found, bool (n,).
-      queries: evaluations of the model, up to and with the question that found it or ran out, int32
-          (n,).
+      queries: evaluations of the model, up to and with the question that found it, or after which
+          the budget or what the method can ask was spent, int32 (n,).
       perturbation: that point, or the one of least loss, in pixel values, float32 in the images'
           shape; add it and cut off at 0 and 1.
     """
@@ -173,7 +173,7 @@ def _work_off(
         is_last = finished + live == count and size == _bucket(1, config.batch_size)
         batch = advance(batch, 0 if is_last else live // 2)
         queries, found = np.asarray(batch.queries), np.asarray(batch.found)
-        done = (place >= 0) & (found | (queries + program.method.asks > config.budget))
+        done = (place >= 0) & ~np.asarray(program.active(batch))
         if done.any():
             who = place[done]
             outcome.success[who] = found[done]
@@ -260,9 +260,10 @@ class _Program:
         return advance
 
     def active(self, batch: _Slot) -> jax.Array:
-        """Which slots hold an image that is neither found nor out of budget, bool (slots,)."""
+        """Which slots hold an image that is not found and has questions left, bool (slots,)."""
         affordable = batch.queries + self.method.asks <= self.config.budget
-        return batch.task.is_there & ~batch.found & affordable
+        is_over = jax.vmap(self.method.is_over)(batch.state)
+        return batch.task.is_there & ~batch.found & affordable & ~is_over
 
     def questions(self, batch: _Slot) -> tuple[jax.Array, jax.Array]:
         """Perturbations, and the images shown, both (slots, asks, height, width, channels)."""

@@ -25,22 +25,25 @@ import numpy as np
 
 import zoqo_jax as zq
 from experiments.attack.config import Config
+from experiments.attack.methods import corners
 from experiments.attack.methods.method import Method
 from experiments.attack.methods.square import changed, side, stripes
 from experiments.attack.methods.zoqo import grid
 
 __all__ = ["blocks", "count_of_blocks", "make", "patterns", "share"]
 
-_PRIME = 10_007  # more than blocks in a round, so that multiples of it visit each of them once
+_STRIDE = 10_007  # between one block of a round and the next, where it visits each of them once
 _PATIENCE = 3  # questions of a search by random squares, at least, for each value of the image
 _SHARES = {1: 0.3, 3: 0.1}  # of the pixels, in a search's first square, by channels
 
 
 class _State(NamedTuple):
     starts: jax.Array  # int8 signs (patterns, height, width, channels)
+    after: jax.Array  # int32 (patterns,), the place of the question that follows each pattern's
     signs: jax.Array  # int8 signs, the image's shape: codes at the upper or the lower edge
     loss: jax.Array  # at them; inf before the first answer of a search
-    count: jax.Array  # int32 (), questions answered
+    count: jax.Array  # int32 (), place of the question, of those that could be asked
+    tried: jax.Array  # bool (corners,), of images with few; see corners.py
     key: jax.Array
 
 
@@ -68,11 +71,14 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
         random = jnp.where(place == 0, stripes(key, shape), square)
         in_order = jnp.where(flipped, -state.signs, state.signs)
         later = jnp.where(state.count < first_search, in_order, random)
-        return jnp.where(state.count < first_block, begun, later)
+        proposed = jnp.where(state.count < first_block, begun, later)
+        return corners.untried(state.tried, proposed, state.signs)
 
     def init(key: jax.Array, image: jax.Array) -> _State:
         starts = patterns(image)
-        return _State(starts, starts[0], jnp.float32(jnp.inf), jnp.int32(0), key)
+        tried = corners.none_tried(shape, config.budget)
+        never, zero = jnp.float32(jnp.inf), jnp.int32(0)
+        return _State(starts, _after(starts), starts[0], never, zero, tried, key)
 
     def ask(state: _State) -> jax.Array:
         return jnp.where(asked(state) > 0, high, low)[None]
@@ -80,12 +86,16 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
     def tell(state: _State, losses: jax.Array) -> _State:
         since = state.count - first_search
         is_new = (since >= 0) & (since % length == 0)
-        better = (losses[0] < state.loss) | is_new
-        signs = jnp.where(better, asked(state), state.signs)
-        loss = jnp.where(better, losses[0], state.loss)
-        return state._replace(signs=signs, loss=loss, count=state.count + 1)
+        better, new = (losses[0] < state.loss) | is_new, asked(state)
+        after = jnp.append(state.after, state.count + 1)[jnp.minimum(state.count, first_block)]
+        return state._replace(
+            signs=jnp.where(better, new, state.signs),
+            loss=jnp.where(better, losses[0], state.loss),
+            count=after,
+            tried=corners.with_one(state.tried, new),
+        )
 
-    return Method(init, ask, tell, 1)
+    return Method(init, ask, tell, 1, lambda state: corners.all_tried(state.tried))
 
 
 def patterns(image: jax.Array) -> jax.Array:
@@ -114,11 +124,23 @@ def patterns(image: jax.Array) -> jax.Array:
     ).astype(jnp.int8)
 
 
+def _after(starts: jax.Array) -> jax.Array:
+    """The place after each pattern's: the next pattern that is no earlier one's like, or the end.
+
+    On an image of three rows, or on a white one, some patterns are the same.
+    """
+    count = len(starts)
+    alike = (starts[:, None] == starts[None]).all(axis=(2, 3, 4))
+    is_new = jnp.append(~jnp.tril(alike, -1).any(axis=1), True)
+    place = jnp.arange(count + 1)
+    return jnp.argmax(is_new & (place > place[:count, None]), axis=1).astype(jnp.int32)
+
+
 def blocks(step: jax.Array, key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """The block that a step flips, bool (height, width).
 
     All squares of side h/2, then h/4 and so on, down to single pixels, each round in order from a
-    random one on, a prime number apart.
+    random one on, so far apart that it visits each of them once.
 
     Example:
       >>> key = jax.random.key(0)
@@ -129,12 +151,23 @@ def blocks(step: jax.Array, key: jax.Array, shape: tuple[int, int, int]) -> jax.
     sides, across, counts = _rounds(shape)
     ends = np.cumsum(counts)
     level = jnp.minimum((step >= jnp.asarray(ends)).sum(), len(sides) - 1)
-    size, row_length, count = (jnp.asarray(x)[level] for x in (sides, across, counts))
+    strides = np.array([_stride(count) for count in counts.tolist()])
+    size, row_length, count, stride, start = (
+        jnp.asarray(x, jnp.int32)[level] for x in (sides, across, counts, strides, ends - counts)
+    )
     first = jax.random.randint(jax.random.fold_in(key, level), (), 0, count)
-    number = ((step - jnp.asarray(ends - counts)[level]) * _PRIME + first) % count
+    number = ((step - start) * stride + first) % count
     top, left = jnp.divmod(number, row_length)
     is_row, is_column = jnp.arange(height) // size == top, jnp.arange(width) // size == left
     return is_row[:, None] & is_column[None, :]
+
+
+def _stride(count: int) -> int:
+    """`_STRIDE`, or less: prime to the count, and what is multiplied by it stays in an int32."""
+    stride = min(_STRIDE, (2**31 - 1) // count - 1)
+    while math.gcd(stride, count) > 1:
+        stride -= 1
+    return stride
 
 
 def count_of_blocks(shape: tuple[int, int, int]) -> int:
@@ -150,7 +183,7 @@ def count_of_blocks(shape: tuple[int, int, int]) -> int:
 def _rounds(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each round the side of its squares, how many lie beside each other, and their count."""
     height, width, _ = shape
-    halvings = range(1, math.ceil(math.log2(max(height, width))) + 1)
+    halvings = range(1, max(math.ceil(math.log2(max(height, width))), 1) + 1)
     sides = np.array([-(-max(height, width) >> k) for k in halvings])
     across = -(-width // sides)
     return sides, across, across * -(-height // sides)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 __all__ = ["Method"]
 
@@ -19,9 +20,11 @@ class Method(NamedTuple):
       ask: state -> perturbations (asks, height, width, channels) to evaluate.
       tell: (state, losses at them, float32 (asks,), less is nearer to success) -> state.
       asks: evaluations of the model that one step spends.
+      is_over: state -> whether all that would follow was asked before, bool ().
     """
 
     init: Callable[[jax.Array, jax.Array], Any]
     ask: Callable[[Any], jax.Array]
     tell: Callable[[Any, jax.Array], Any]
     asks: int
+    is_over: Callable[[Any], jax.Array] = lambda state: jnp.bool(False)

@@ -2,7 +2,8 @@
 
 A sign for each pixel, all + at first. Ranges of the flattened image, halved from round to round,
 are flipped one after another; a flip stays unless the loss is the worse for it. After the round of
-single pixels the search begins anew round the point reached.
+single pixels the search begins anew round the point reached. It draws nothing: round a point where
+it began before it would ask what it asked before, and so it is over.
 """
 
 import math
@@ -23,7 +24,10 @@ class _State(NamedTuple):
     signs: jax.Array  # float32 (size,)
     loss: jax.Array  # at them; inf before the first answer
     round: jax.Array  # int32 ()
-    place: jax.Array  # int32 (), of the range in the round
+    place: jax.Array  # int32 (), of the range in the round; -1 for the start, of no range
+    searches: jax.Array  # int32 (), finished
+    former: jax.Array  # the center after 0, 1, 2, 4, 8, ... searches
+    over: jax.Array  # bool ()
 
 
 def make(config: Config, shape: tuple[int, int, int]) -> Method:
@@ -36,7 +40,7 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
         length = -(-size // (1 << state.round))
         index = jnp.arange(size)
         begin = state.place * length
-        flipped = (index >= begin) & (index < begin + length) & jnp.isfinite(state.loss)
+        flipped = (index >= begin) & (index < begin + length)
         return jnp.where(flipped, -state.signs, state.signs)
 
     def perturbation(state: _State, signs: jax.Array) -> jax.Array:
@@ -44,28 +48,39 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
         in_ball = jnp.clip(moved, -config.epsilon, config.epsilon)
         return jnp.clip(in_ball, -state.image, 1.0 - state.image)
 
+    def search(image: jax.Array, center: jax.Array) -> _State:
+        """The first search round a center."""
+        zero, signs = jnp.int32(0), jnp.ones_like(center)
+        loss, start = jnp.float32(jnp.inf), jnp.int32(-1)
+        return _State(image, center, signs, loss, zero, start, zero, center, jnp.bool(False))
+
     def init(key: jax.Array, image: jax.Array) -> _State:
         del key
-        flat, zero = image.reshape(-1), jnp.int32(0)
-        never = jnp.float32(jnp.inf)
-        return _State(flat, jnp.zeros_like(flat), jnp.ones_like(flat), never, zero, zero)
+        flat = image.reshape(-1)
+        return search(flat, jnp.zeros_like(flat))
 
     def ask(state: _State) -> jax.Array:
         return perturbation(state, asked(state)).reshape(1, *shape)
 
     def tell(state: _State, losses: jax.Array) -> _State:
-        started = jnp.isfinite(state.loss)
         stays = losses[0] <= state.loss
         signs = jnp.where(stays, asked(state), state.signs)
         loss = jnp.where(stays, losses[0], state.loss)
         length = -(-size // (1 << state.round))
-        round_over = started & ((state.place + 1) * length >= size)
-        place = jnp.where(round_over | ~started, 0, state.place + 1)
+        round_over = (state.place + 1) * length >= size
+        place = jnp.where(round_over, 0, state.place + 1)
         round_ = state.round + round_over.astype(jnp.int32)
-        all_over = round_ > last_round
-        center = jnp.where(all_over, perturbation(state, signs), state.center)
-        signs = jnp.where(all_over, jnp.ones_like(signs), signs)
-        loss = jnp.where(all_over, jnp.inf, loss)
-        return _State(state.image, center, signs, loss, jnp.where(all_over, 0, round_), place)
+        going = state._replace(signs=signs, loss=loss, round=round_, place=place)
+        anew = begun_anew(state, perturbation(state, signs))
+        return jax.tree.map(lambda a, b: jnp.where(round_ > last_round, a, b), anew, going)
 
-    return Method(init, ask, tell, 1)
+    def begun_anew(state: _State, reached: jax.Array) -> _State:
+        searches = state.searches + 1
+        is_power_of_two = (searches & (searches - 1)) == 0  # so cycles of any length are found
+        return search(state.image, reached)._replace(
+            searches=searches,
+            former=jnp.where(is_power_of_two, reached, state.former),
+            over=(reached == state.former).all(),
+        )
+
+    return Method(init, ask, tell, 1, lambda state: state.over)
