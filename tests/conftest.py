@@ -10,6 +10,7 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 hypothesis.settings.register_profile("default", deadline=None)  # the first example compiles
@@ -22,3 +23,11 @@ def _strict_promotion():
     """A promotion left to JAX is one nobody thought about; optax.adam itself needs "standard"."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def untyped():
+    """Without the type checks of the tests, which refuse bad arguments before the library can."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

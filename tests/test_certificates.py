@@ -6,7 +6,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -463,14 +462,6 @@ def test_bad_arguments_are_named_with_their_value(make, message):
 
     with pytest.raises(ValueError, match=message):
         make(audit)
-
-
-@pytest.fixture
-def untyped():
-    """Without the type checks of the tests, which refuse such a matrix before the library can."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2), (1, 3, 3)])

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -253,14 +252,6 @@ def test_a_verdict_that_is_not_a_number_moves_nothing_and_is_counted(options):
     params, state, log = run(zoqo(**options), 4, compare_fn=bad)
     assert_same_codes(params, start())
     assert state.skipped == 4 * options.get("num_queries", 1) and not log.any()
-
-
-@pytest.fixture
-def untyped():
-    """Without the type checks of the tests, which refuse such arguments before the library can."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_value_fn_and_compare_fn_together_are_refused():

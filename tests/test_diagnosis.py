@@ -6,7 +6,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -162,14 +161,6 @@ def test_the_table_has_two_lines_for_each_trained_leaf():
     ]
     assert isinstance(told, zq.Diagnosis) and (told.radius, told.unit) == (0.15, "values")
     assert told.leaves[0].codes.shares == (1 / 16, 2 / 16, 4 / 16, 9 / 16)
-
-
-@pytest.fixture
-def untyped():
-    """Without the type checks of the tests, which refuse a wrong unit before the library can."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import inspect
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -587,14 +586,6 @@ def test_losses_of_any_real_dtype_are_taken_as_float32(name, dtype):
     value = lambda params: value_fn(params).astype(dtype)  # noqa: E731
     _, state = tx.update(None, tx.init(start()), start(), value_fn=value)
     assert step_state(state).losses.dtype == jnp.float32
-
-
-@pytest.fixture
-def untyped():
-    """Without the type checks of the tests, which refuse some arguments before the library can."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 POSITIVE = [0, 0.0, -1.0, float("nan"), float("inf")]

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -113,14 +112,6 @@ def test_a_log_of_no_steps_rebuilds_the_base_model():
     base = {"wide": start()["wide"]}
     rebuilt = zq.replay(base, jnp.zeros((0, 1)), RUNS["zoqo"]())
     jax.tree.map(np.testing.assert_array_equal, rebuilt, base)
-
-
-@pytest.fixture
-def untyped():
-    """Without the type checks of the tests, which refuse these logs before the library can."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (5, 1, 1)])

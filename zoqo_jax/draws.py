@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -33,12 +34,14 @@ __all__ = [
     "rows",
     "shared",
     "signs",
+    "threefry",
     "whole",
     "words",
 ]
 
 RESOLUTION = 24  # binary digits of a probability that is not known beforehand
 
+_THREEFRY = "threefry2x32"
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PART = 30  # where a row's number ends and that of its part begins
 _MANY_WORDS = 2**15
@@ -59,6 +62,48 @@ class Rows(eqx.Module):
     index: UInt32[Array, "*rows"]
 
 
+def threefry(key: Any) -> Key[Array, "..."]:
+    """The Threefry key of a run, whatever generator the user's key is of.
+
+    Under `jax.vmap` the generators "rbg" and "unsafe_rbg" draw other bits than one by one, so an
+    update would not move along the direction that was probed. `jax.random.key(seed, impl="rbg")`
+    gives the key of `jax.random.key(seed)`.
+
+    Args:
+        key: a typed key, or words of an old one (uint32); more axes stand for more keys.
+
+    Returns:
+        A typed key; a Threefry key as it is.
+
+    Raises:
+        ValueError: it is no key.
+
+    Examples:
+        >>> of_rbg = threefry(jax.random.key(3, impl="rbg"))
+        >>> bool(of_rbg == jax.random.key(3, impl="threefry2x32"))
+        True
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        if str(jax.random.key_impl(key)) == _THREEFRY:
+            return key
+        words = jax.random.key_data(key)
+    elif dtype == jnp.uint32 and key.ndim and key.shape[-1] >= 2:
+        words = jnp.asarray(key)
+    else:
+        raise ValueError(f"key must be a key such as jax.random.key(0), got {key!r}.")
+    first = jax.random.wrap_key_data(words[..., :2], impl=_THREEFRY)
+    others = [words[..., i] for i in range(2, words.shape[-1])]
+    if not others:
+        return first
+    mixed = first
+    for word in others:
+        mixed = jnp.vectorize(jax.random.fold_in)(mixed, word)
+    # An rbg key made of a seed is a Threefry key, twice.
+    twice = words.shape[-1] == 4 and (words[..., :2] == words[..., 2:]).all(axis=-1)
+    return jnp.where(twice, first, mixed)
+
+
 def rows(key: Key[Array, ""], shape: tuple[int, ...]) -> Rows:
     """Rows for an array of this shape less its last axis.
 
@@ -66,9 +111,7 @@ def rows(key: Key[Array, ""], shape: tuple[int, ...]) -> Rows:
         >>> rows(jax.random.key(0), (2, 3)).index.tolist()
         [[0, 1, 2], [3, 4, 5]]
     """
-    data = jax.random.key_data(key)
-    if data.shape != (2,):  # another generator's key
-        data = jax.random.bits(key, (2,), jnp.uint32)
+    data = jax.random.key_data(threefry(key))
     index = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.uint32).reshape(shape)
     return Rows(jnp.broadcast_to(data[0], shape), jnp.broadcast_to(data[1], shape), index)
 

@@ -20,6 +20,7 @@ import quax
 from jax.core import ShapedArray
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
 
+from zoqo_jax import draws
 from zoqo_jax.arrays import freeze, is_quantized
 from zoqo_jax.quantization import Quantizer
 from zoqo_jax.rules import quaxify
@@ -117,7 +118,7 @@ def lora(
             )
         *stack, outputs, inputs = leaf.shape
         reach = 1.0 / math.sqrt(inputs)
-        of_leaf = jax.random.fold_in(key, count)
+        of_leaf = jax.random.fold_in(draws.threefry(key), count)
         a = jax.random.uniform(of_leaf, (*stack, rank, inputs), minval=-reach, maxval=reach)
         b = jnp.zeros((*stack, outputs, rank))
         count += 1

@@ -300,7 +300,7 @@ class _Program:
         )
 
     def _fresh(self, task: _Task) -> _Slot:
-        state = self.method.init(jax.random.key(task.mark), task.image)
+        state = self.method.init(jax.random.key(task.mark, impl="threefry2x32"), task.image)
         loss = jnp.float32(jnp.inf)
         nothing = jnp.zeros_like(task.image)
         return _Slot(task, state, jnp.int32(0), jnp.bool(False), nothing, loss)

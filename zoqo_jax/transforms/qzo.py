@@ -24,7 +24,7 @@ from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import Schedule, check_positive, inverse_at, value_at
-from zoqo_jax.transforms.state import StepState, initial_state, record, replayed
+from zoqo_jax.transforms.state import StepState, initial_state, record, replayed, step_key
 
 __all__ = ["qzo"]
 
@@ -114,8 +114,8 @@ def qzo(
         del updates, extra
         trained_leaves(params)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
-        step_key = jax.random.fold_in(state.key, state.count)
-        directions = Directions(step_key, num_queries, noise)
+        own_key = step_key(state)
+        directions = Directions(own_key, num_queries, noise)
         mu, eta = value_at(radius, state.count), value_at(learning_rate, state.count)
         scales = [leaf.scale.astype(jnp.float32) if is_trained(leaf) else None for leaf in leaves]
 
@@ -146,7 +146,7 @@ def qzo(
         derivatives = after.differences * (np.float32(0.5) * inverse_at(radius, state.count))
         if clip is not None:
             derivatives = jnp.clip(derivatives, -clip, clip)
-        move_key = jax.random.fold_in(step_key, num_queries)
+        move_key = jax.random.fold_in(own_key, num_queries)
 
         def change(i: int) -> Any:
             zeros = jax.tree.map(jnp.zeros_like, leaves[i])

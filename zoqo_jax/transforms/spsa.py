@@ -21,7 +21,7 @@ from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import Schedule, check_positive, value_at
-from zoqo_jax.transforms.state import StepState, initial_state, record
+from zoqo_jax.transforms.state import StepState, initial_state, record, step_key
 
 __all__ = ["spsa"]
 
@@ -93,8 +93,8 @@ def spsa(
             raise ValueError(
                 f"{missing} must be given: tx.update(None, state, params, value_fn=f)."
             )
-        step_key = jax.random.fold_in(state.key, state.count)
-        directions = Directions(step_key, num_queries, noise)
+        own_key = step_key(state)
+        directions = Directions(own_key, num_queries, noise)
         mu = value_at(radius, state.count)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
 

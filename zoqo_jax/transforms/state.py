@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, Key, PRNGKeyArray
 
-from zoqo_jax import queries
+from zoqo_jax import draws, queries
 
-__all__ = ["StepState", "as_typed", "initial_state", "record", "record_votes", "replayed"]
+__all__ = ["StepState", "initial_state", "record", "record_votes", "replayed", "step_key"]
 
 
 class StepState(NamedTuple):
@@ -18,8 +18,8 @@ class StepState(NamedTuple):
 
     Attributes:
         count: steps taken.
-        key: the run's key, never changed; `state._replace(key=...)` gives vmapped problems their
-            own.
+        key: the run's key, a Threefry key whatever the user's is, never changed;
+            `state._replace(key=...)` gives vmapped problems their own.
         queries: evaluations of the objective so far.
         losses: the last step's (l+, l-) for each query; inf before the first, and after a step by
             comparisons, which has none.
@@ -57,10 +57,17 @@ class StepState(NamedTuple):
 
 
 def initial_state(key: PRNGKeyArray, num_queries: int) -> StepState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Raises:
+        ValueError: `key` is not one key.
+    """
+    key = draws.threefry(key)
+    if key.ndim:
+        raise ValueError(f"key must be one key, got keys of shape {key.shape}.")
     return StepState(
         count=jnp.zeros((), jnp.int32),
-        key=jnp.copy(as_typed(key)),  # the caller keeps his when a state is donated
+        key=jnp.copy(key),  # the caller keeps his when a state is donated
         queries=jnp.zeros((), jnp.int32),
         losses=jnp.full((num_queries, 2), jnp.inf, jnp.float32),
         differences=jnp.zeros((num_queries,), jnp.float32),
@@ -107,8 +114,6 @@ def replayed(state: StepState, differences: Any) -> StepState:
     return state._replace(count=state.count + 1, differences=heard)
 
 
-def as_typed(key: Any) -> Array:
-    """A typed key; old uint32 keys are wrapped."""
-    if jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-        return key
-    return jax.random.wrap_key_data(key)
+def step_key(state: StepState) -> Key[Array, ""]:
+    """The key of the step that a state is before."""
+    return jax.random.fold_in(draws.threefry(state.key), state.count)

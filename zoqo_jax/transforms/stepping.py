@@ -31,7 +31,14 @@ from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
 from zoqo_jax.pieces import Pick, in_place
 from zoqo_jax.stencils import Stencil
-from zoqo_jax.transforms.state import StepState, initial_state, record, record_votes, replayed
+from zoqo_jax.transforms.state import (
+    StepState,
+    initial_state,
+    record,
+    record_votes,
+    replayed,
+    step_key,
+)
 
 __all__ = [
     "QueryTransformation",
@@ -140,8 +147,8 @@ def by_queries(
 
     def keys(state: StepState, leaves: Array) -> Key[Array, "queries_and_move leaves"]:
         """A key for every direction and, in the last row, for every move."""
-        step_key = jax.random.fold_in(state.key, state.count)
-        by_query = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(jnp.arange(num_queries + 1))
+        own_key = step_key(state)
+        by_query = jax.vmap(lambda i: jax.random.fold_in(own_key, i))(jnp.arange(num_queries + 1))
         return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(leaves))(
             by_query
         )
@@ -219,12 +226,12 @@ def by_queries(
 
     def compared(state: StepState, params: PyTree, compare_fn: queries.Comparator) -> StepState:
         """The state after a step's comparisons came in."""
-        step_key = jax.random.fold_in(state.key, state.count)
+        own_key = step_key(state)
 
         def votes(query: Array | int) -> Array:
             keys = None
             if num_comparisons is not None:  # rows of `keys` end at num_queries
-                own = jax.random.fold_in(step_key, num_queries + 1 + query)
+                own = jax.random.fold_in(own_key, num_queries + 1 + query)
                 if axis_name is not None:  # devices err independently
                     own = jax.random.fold_in(own, jax.lax.axis_index(axis_name))
                 keys = jax.random.split(own, num_comparisons)
