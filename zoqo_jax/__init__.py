@@ -31,6 +31,7 @@ from zoqo_jax.quantization import quantize as quantize
 from zoqo_jax.rules import quaxify as quaxify
 from zoqo_jax.transforms import StepState as StepState
 from zoqo_jax.transforms import caq_zo as caq_zo
+from zoqo_jax.transforms import on_floats as on_floats
 from zoqo_jax.transforms import qes as qes
 from zoqo_jax.transforms import quzo as quzo
 from zoqo_jax.transforms import qzo as qzo
@@ -61,6 +62,7 @@ __all__ = [
     "is_quantized",
     "lora",
     "nf4",
+    "on_floats",
     "projection",
     "qes",
     "quantize",

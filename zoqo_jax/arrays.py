@@ -20,6 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import quax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Int16, Integer, PyTree, UInt8
@@ -309,6 +310,51 @@ class QuantizedArray(quax.ArrayValue):
         pairs = zip(self.parts, steps, strict=True)
         moved = [part.packed.astype(jnp.int16) + step.astype(jnp.int16) for part, step in pairs]
         return dataclasses.replace(self, packed=_pack([jnp.clip(n, low, high) for n in moved]))
+
+
+class _WholeOrNothing:
+    """The field `is_frozen`, the last that is set when a tree is put together again.
+
+    Codes and their changes are bytes. Where optax (or another map over a tree) put floats in their
+    place, it scaled, averaged or decayed codes, which have no such thing: adamw behind `spsa` moved
+    509 of 512 frozen codes by the truncation of floats to bytes. What became of a frozen array is
+    then zeros, the update that leaves it as it is; of another array it is refused.
+    """
+
+    def __get__(self, array: Any, of: type | None = None) -> Any:
+        return self if array is None else array.__dict__["is_frozen"]
+
+    def __set__(self, array: Any, is_frozen: bool) -> None:
+        fields = array.__dict__
+        fields["is_frozen"] = is_frozen
+        packed, scale = fields.get("packed"), fields.get("scale")
+        if _is_masked(packed) != _is_masked(scale):
+            raise ValueError(
+                "mask must choose a QuantizedArray as a whole, got one that parts its codes and its "
+                "scale: make it by jax.tree.map(f, params, is_leaf=zoqo_jax.is_quantized)."
+            )
+        if not isinstance(packed, jax.Array | np.ndarray) or not packed.ndim:
+            return
+        if not jnp.issubdtype(packed.dtype, jnp.floating):
+            return
+        if not is_frozen:
+            raise ValueError(
+                f"codes must stay uint8, got {packed.dtype}{list(packed.shape)}: changes of codes "
+                "cannot be scaled, clipped, averaged or decayed. Let it see the other leaves "
+                "alone (zoqo_jax.on_floats), or freeze the codes (zoqo_jax.freeze)."
+            )
+        fields["packed"] = jnp.zeros(packed.shape, jnp.uint8)
+        for name in ("scale", "offset"):
+            if isinstance(fields.get(name), jax.Array | np.ndarray):
+                fields[name] = jnp.zeros_like(fields[name])
+
+
+def _is_masked(child: Any) -> bool:
+    """Whether a mask of optax has taken a child of an array away."""
+    return isinstance(child, optax.MaskedNode)
+
+
+QuantizedArray.is_frozen = _WholeOrNothing()
 
 
 def _per_byte(grid: Grid, shape: tuple[int, ...]) -> int:

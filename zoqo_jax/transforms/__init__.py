@@ -1,6 +1,7 @@
 """Optimizers as optax transformations, one a file; `stepping` is what the quantized ones share."""
 
 from zoqo_jax.transforms.caq_zo import caq_zo as caq_zo
+from zoqo_jax.transforms.on_floats import on_floats as on_floats
 from zoqo_jax.transforms.qes import qes as qes
 from zoqo_jax.transforms.quzo import quzo as quzo
 from zoqo_jax.transforms.qzo import qzo as qzo
@@ -9,4 +10,4 @@ from zoqo_jax.transforms.spsa import spsa as spsa
 from zoqo_jax.transforms.state import StepState as StepState
 from zoqo_jax.transforms.zoqo import zoqo as zoqo
 
-__all__ = ["StepState", "caq_zo", "qes", "quzo", "qzo", "replay", "spsa", "zoqo"]
+__all__ = ["StepState", "caq_zo", "on_floats", "qes", "quzo", "qzo", "replay", "spsa", "zoqo"]

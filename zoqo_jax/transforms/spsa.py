@@ -38,10 +38,15 @@ def spsa(
     r"""Estimate gradients of a tree of floats, g = (l(x + mu u) - l(x - mu u)) / (2 mu) u.
 
     The estimate is the mean over q queries; on a quadratic it is unbiased, elsewhere up to O(mu^2).
-    Integer and quantized leaves are left alone: their updates are zero.
+    Integer and quantized leaves are left alone: their updates are zero. Estimates are made in
+    float32 and have the dtype of their leaf; those beyond its range have its largest magnitude. In
+    float16 and bfloat16, x + mu u is rounded: a query that displaces no entry says nothing, and is
+    counted in `state.skipped`.
 
     Args:
-        radius: mu, value units; a positive number or an optax schedule.
+        radius: mu, value units; a positive number or an optax schedule. It must be at least about
+            half the distance between neighbouring numbers of a leaf's dtype (4e-3 in bfloat16 and
+            5e-4 in float16 at values near 1), or it moves nothing there.
         key: all of the run's randomness.
         num_queries: query pairs a step, q.
         noise: law of an entry of u: "rademacher" or standard "gaussian".
@@ -53,7 +58,8 @@ def spsa(
         `StepState`.
 
     Raises:
-        ValueError: an argument outside what is said above, naming it and its value.
+        ValueError: an argument outside what is said above, naming it and its value; in `tx.init`,
+            a radius that displaces no entry of a leaf, where the parameters are known.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, zoqo_jax as zq
@@ -73,7 +79,7 @@ def spsa(
     mean_over_2 = float(np.float32(0.5 / num_queries))
 
     def init(params: PyTree) -> StepState:
-        del params
+        _check_reach(radius, params)
         return initial_state(key, num_queries)
 
     def update(
@@ -98,26 +104,42 @@ def spsa(
         mu = value_at(radius, state.count)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
 
-        def query_losses(query: Array | int) -> Array:
+        def displaced(query: Array | int, index: int, side: Array) -> Array:
+            leaf = leaves[index]
+            return leaf + (side * mu).astype(leaf.dtype) * directions.draw(query, index, leaf)
+
+        def query_losses(query: Array | int) -> tuple[Array, Array]:
             def loss(side: Array) -> Array:
                 moved = [
-                    leaf + (side * mu).astype(leaf.dtype) * directions.draw(query, index, leaf)
-                    if _is_trained(leaf)
-                    else leaf
+                    displaced(query, index, side) if _is_trained(leaf) else leaf
                     for index, leaf in enumerate(leaves)
                 ]
                 return queries.scalar(quaxify(value_fn)(treedef.unflatten(moved)))
 
-            return both_sides(loss)
+            return both_sides(loss), is_stuck(query)
 
-        pairs = stepping.over_queries(query_losses, num_queries, query_batch)
+        def is_stuck(query: Array | int) -> Array:
+            """Whether both ends are where the parameters are. Of float32 leaves `init` says it."""
+            trained = [index for index, leaf in enumerate(leaves) if _is_trained(leaf)]
+            if any(leaves[index].dtype.itemsize > 2 for index in trained):
+                return jnp.bool(False)
+            stays = [
+                (displaced(query, index, jnp.float32(side)) == leaves[index]).all()
+                for index in trained
+                for side in (1.0, -1.0)
+            ]
+            return jnp.stack(stays).all() if stays else jnp.bool(False)
+
+        pairs, stuck = stepping.over_queries(query_losses, num_queries, query_batch)
         if axis_name is not None:
             pairs = jax.lax.pmean(pairs, axis_name)
-        state = record(state, pairs)
+        state = record(state, pairs, stuck)
 
         def gradient(index: int) -> Array:
             total = directions.total(state.differences, index, leaves[index])
-            return (total * (mean_over_2 / mu)).astype(leaves[index].dtype)
+            dtype = leaves[index].dtype
+            largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
+            return jnp.clip(total * (mean_over_2 / mu), -largest, largest).astype(dtype)
 
         gradients = [
             gradient(index) if _is_trained(leaf) else jax.tree.map(jnp.zeros_like, leaf)
@@ -126,6 +148,24 @@ def spsa(
         return treedef.unflatten(gradients), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_reach(radius: Schedule, params: PyTree) -> None:
+    """Refuse a radius that displaces no entry of a leaf, where both are known."""
+    if callable(radius):
+        return
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]:
+        if not _is_trained(leaf) or isinstance(leaf, jax.core.Tracer) or not jnp.size(leaf):
+            continue
+        x = np.asarray(leaf)
+        mu = np.asarray(radius, x.dtype)
+        if ((x + mu == x) & (x - mu == x)).all():
+            apart = np.abs(x.astype(np.float64)).min() * float(jnp.finfo(x.dtype).eps)
+            name = jax.tree_util.keystr(path) or "params"
+            raise ValueError(
+                f"radius must displace some entry of {name}, whose "
+                f"{x.dtype.name} values are {apart:.1e} or more apart, got {radius}."
+            )
 
 
 def _is_trained(leaf: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
 
 from zoqo_jax import draws, queries
 
@@ -26,8 +26,8 @@ class StepState(NamedTuple):
         differences: the last step's l+ - l-, 16 significant bits of the largest, 0 where a loss
             was not finite; or the votes of its comparisons, -1, 0 or 1. These, `key` and `count`
             determine the step: keep them, and `replay` can rebuild the run.
-        skipped: query pairs so far with a NaN or inf loss, or a NaN among their comparisons; they
-            move nothing.
+        skipped: query pairs so far with a NaN or inf loss, or a NaN among their comparisons, or
+            (spsa) whose radius was too short to displace anything; they move nothing.
         residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
         recent: differences of the last steps, the latest last, where a residual is made from them
             rather than kept; else empty.
@@ -75,9 +75,14 @@ def initial_state(key: PRNGKeyArray, num_queries: int) -> StepState:
     )
 
 
-def record(state: StepState, pairs: Float32[Array, "queries 2"]) -> StepState:
-    """The state after a step's losses came in."""
+def record(
+    state: StepState,
+    pairs: Float32[Array, "queries 2"],
+    stuck: Bool[Array, " queries"] | None = None,
+) -> StepState:
+    """The state after a step's losses came in; queries that displaced nothing were `stuck`."""
     bad = ~jnp.isfinite(pairs).all(axis=-1)
+    bad = bad if stuck is None else bad | stuck
     return state._replace(
         count=state.count + 1,
         queries=state.queries + pairs.size,
