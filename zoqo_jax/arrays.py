@@ -330,7 +330,7 @@ class _WholeOrNothing:
         packed, scale = fields.get("packed"), fields.get("scale")
         if _is_masked(packed) != _is_masked(scale):
             raise ValueError(
-                "mask must choose a QuantizedArray as a whole, got one that parts its codes and its "
+                "mask must choose a QuantizedArray as a whole, got one that splits codes and "
                 "scale: make it by jax.tree.map(f, params, is_leaf=zoqo_jax.is_quantized)."
             )
         if not isinstance(packed, jax.Array | np.ndarray) or not packed.ndim:

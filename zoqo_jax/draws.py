@@ -146,7 +146,7 @@ def words(
     """
     half = -(-count // 2)
     place = jnp.asarray(start, jnp.uint32) + jnp.arange(half, dtype=jnp.uint32)
-    place = place + np.uint32(stream << 26)
+    place = (place + np.uint32(stream << 26)).reshape((1,) * of.index.ndim + (half,))
     key0, key1, index = (field[..., None] for field in (of.key0, of.key1, of.index))
     first, second = _threefry(key0, key1, index, place)
     return jnp.concatenate([first, second], axis=-1)[..., :count]
@@ -262,5 +262,6 @@ def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Ar
 
 def _unpack(packed: UInt32[Array, "*rows words"], count: int) -> UInt32[Array, "*rows count"]:
     """The first `count` bits of each row of words."""
-    bits = (packed[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    digits = jnp.arange(32, dtype=jnp.uint32).reshape((1,) * packed.ndim + (32,))
+    bits = (packed[..., None] >> digits) & 1
     return bits.reshape(*packed.shape[:-1], -1)[..., :count]

@@ -119,13 +119,14 @@ def lora(
         *stack, outputs, inputs = leaf.shape
         reach = 1.0 / math.sqrt(inputs)
         of_leaf = jax.random.fold_in(draws.threefry(key), count)
-        a = jax.random.uniform(of_leaf, (*stack, rank, inputs), minval=-reach, maxval=reach)
-        b = jnp.zeros((*stack, outputs, rank))
+        shape = (*stack, rank, inputs)
+        a = jax.random.uniform(of_leaf, shape, jnp.float32, minval=-reach, maxval=reach)
+        b = jnp.zeros((*stack, outputs, rank), jnp.float32)
         count += 1
         if quantizer is not None:
             b, grid = quantizer(b), quantizer(a)
             dither = jax.random.uniform(
-                jax.random.fold_in(of_leaf, 1), a.shape, minval=-0.5, maxval=0.5
+                jax.random.fold_in(of_leaf, 1), a.shape, jnp.float32, minval=-0.5, maxval=0.5
             )
             a = quantizer(a + grid.spread(grid.step) * dither)
         return LoraArray(leaf, a, b, scaling)

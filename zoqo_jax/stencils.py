@@ -487,7 +487,8 @@ def _scattered_entries(
 
     def entry_and_place() -> Array:
         place = draws.below(rows, cell, cells, _PLACE)
-        column = jnp.minimum(place + cell * jnp.arange(cells, dtype=jnp.int32), columns - 1)
+        first = cell * jnp.arange(cells, dtype=jnp.int32)
+        column = jnp.minimum(place + first.reshape((1,) * (place.ndim - 1) + (cells,)), columns - 1)
 
         def at_places(spread: Array) -> Array:
             if spread.ndim == 0 or spread.shape[-1] == 1:
@@ -501,7 +502,8 @@ def _scattered_entries(
 
     like = jax.ShapeDtypeStruct((*rows.index.shape, cells), jnp.int32)
     drawn = compiler.held(entry_and_place, rows.key0, like)[..., None]
-    is_place = (drawn & (2 * _LONGEST_CELL - 1)) == jnp.arange(cell, dtype=jnp.int32)
+    places = jnp.arange(cell, dtype=jnp.int32).reshape((1,) * (drawn.ndim - 1) + (cell,))
+    is_place = (drawn & (2 * _LONGEST_CELL - 1)) == places
     u = jnp.where(is_place, drawn >> (2 * _LONGEST_CELL).bit_length() - 1, 0).astype(jnp.int16)
     return u.reshape(*rows.index.shape, cells * cell)[..., :columns]
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
 
 from zoqo_jax import draws, queries
@@ -22,7 +23,7 @@ class StepState(NamedTuple):
             `state._replace(key=...)` gives vmapped problems their own.
         queries: evaluations of the objective so far.
         losses: the last step's (l+, l-) for each query; inf before the first, and after a step by
-            comparisons, which has none.
+            comparisons, which has none (under `jax_debug_infs` the largest float32).
         differences: the last step's l+ - l-, 16 significant bits of the largest, 0 where a loss
             was not finite; or the votes of its comparisons, -1, 0 or 1. These, `key` and `count`
             determine the step: keep them, and `replay` can rebuild the run.
@@ -69,7 +70,7 @@ def initial_state(key: PRNGKeyArray, num_queries: int) -> StepState:
         count=jnp.zeros((), jnp.int32),
         key=jnp.copy(key),  # the caller keeps his when a state is donated
         queries=jnp.zeros((), jnp.int32),
-        losses=jnp.full((num_queries, 2), jnp.inf, jnp.float32),
+        losses=jnp.full((num_queries, 2), _no_loss(), jnp.float32),
         differences=jnp.zeros((num_queries,), jnp.float32),
         skipped=jnp.zeros((), jnp.int32),
     )
@@ -100,7 +101,7 @@ def record_votes(
     return state._replace(
         count=state.count + 1,
         queries=state.queries + evaluations,
-        losses=jnp.full_like(state.losses, jnp.inf),
+        losses=jnp.full_like(state.losses, _no_loss()),
         differences=jnp.where(bad, 0.0, jnp.sign(votes)),
         skipped=state.skipped + bad.sum(dtype=jnp.int32),
     )
@@ -117,6 +118,11 @@ def replayed(state: StepState, differences: Any) -> StepState:
         raise ValueError(f"differences must have shape {expected}, got {shape}.")
     heard = jnp.asarray(differences, jnp.float32)
     return state._replace(count=state.count + 1, differences=heard)
+
+
+def _no_loss() -> float:
+    """What stands where there is no loss: inf, or the largest number where JAX looks for infs."""
+    return float(np.finfo(np.float32).max) if jax.config.jax_debug_infs else float("inf")
 
 
 def step_key(state: StepState) -> Key[Array, ""]:
