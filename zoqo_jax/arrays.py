@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +195,7 @@ class QuantizedArray(quax.ArrayValue):
             >>> QuantizedArray.from_codes(jnp.array([[3, 0]]), jnp.ones((1, 1)), None, grid).codes
             Array([[3, 0]], dtype=uint8)
         """
+        register_with_flax()
         per_byte = _per_byte(grid, codes.shape)
         packed = _pack([cut(codes, i, per_byte) for i in range(per_byte)])
         return cls(packed, scale, offset, grid, block, jnp.dtype(value_dtype), per_byte)
@@ -357,6 +359,37 @@ def _is_masked(child: Any) -> bool:
 QuantizedArray.is_frozen = _WholeOrNothing()
 
 
+def register_with_flax() -> None:
+    """Let `flax.serialization` take quantized arrays apart, once somebody has imported Flax.
+
+    The codes, scale and offset are serialized; grid and block come from the array restored to.
+    """
+    flax = sys.modules.get("flax.serialization")
+    if flax is None or flax.is_serializable(QuantizedArray):
+        return
+
+    def to_state(array: QuantizedArray) -> dict[str, Any]:
+        names = ("packed", "scale", "offset")
+        return {name: getattr(array, name) for name in names if getattr(array, name) is not None}
+
+    def from_state(array: QuantizedArray, state: dict[str, Any]) -> QuantizedArray:
+        here = to_state(array)
+        for name, own in here.items():
+            if name not in state or np.shape(state[name]) != np.shape(own):
+                got = f"shape {np.shape(state[name])}" if name in state else "none"
+                raise ValueError(f"{name} must have shape {np.shape(own)}, got {got}.")
+        extra = sorted(set(state) - set(here))
+        if extra:
+            raise ValueError(f"state must hold {sorted(here)}, got {extra[0]!r} as well.")
+        new = {name: jnp.asarray(state[name], own.dtype) for name, own in here.items()}
+        return dataclasses.replace(array, **new)
+
+    flax.register_serialization_state(QuantizedArray, to_state, from_state)
+
+
+register_with_flax()
+
+
 def _per_byte(grid: Grid, shape: tuple[int, ...]) -> int:
     """How many codes of a grid to keep in a byte of an array of this shape."""
     fits = {1: 256, 2: 16, 4: 4}
@@ -407,6 +440,7 @@ def trained_leaves(params: PyTree | None) -> dict[str, QuantizedArray]:
         >>> list(trained_leaves(params))
         ["['w']"]
     """
+    register_with_flax()
     if params is None:
         raise ValueError("params must be given: codes move from where they are.")
     paths = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]

@@ -54,7 +54,7 @@ def stochastic(words: UInt32[Array, "..."], step: Float[Array, "..."]) -> Int32[
 
 
 def error_feedback(
-    step: Float[Array, "..."], residual: Int32[Array, "..."], decay: float = 1.0
+    step: Float[Array, "..."], residual: Int32[Array, "..."], decay: float | Array = 1.0
 ) -> tuple[Int32[Array, "..."], Int32[Array, "..."]]:
     """Round to nearest the sum of the step and all that was not applied before, and keep the rest.
 
@@ -75,14 +75,14 @@ def error_feedback(
         0 0.5
         1 -0.25
     """
-    if decay != 1.0:
+    if isinstance(decay, Array) or decay != 1.0:
         residual = jnp.round(residual.astype(jnp.float32) * decay).astype(jnp.int32)
     total = residual + jnp.round(_bounded(step) * 2.0**_POINT).astype(jnp.int32)
     moved = (total + (2 ** (_POINT - 1) - 1)) >> _POINT  # a half stays behind
     return moved, total - (moved << _POINT)
 
 
-def threshold(step: Float[Array, "..."], least: float) -> Int32[Array, "..."]:
+def threshold(step: Float[Array, "..."], least: float | Array) -> Int32[Array, "..."]:
     """One code in the step's direction where the step is at least `least` codes long, else none.
 
     Examples:
@@ -93,7 +93,7 @@ def threshold(step: Float[Array, "..."], least: float) -> Int32[Array, "..."]:
 
 
 def significant(
-    votes: Float[Array, "..."], heard: Int32[Array, " queries"], least: float
+    votes: Float[Array, "..."], heard: Int32[Array, " queries"], least: float | Array
 ) -> Int32[Array, "..."]:
     """One code in the direction of a sum of votes where it is significant, else none.
 

@@ -23,7 +23,15 @@ from zoqo_jax.projection import Rounding
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.schedules import Schedule, check_positive, inverse_at, value_at
+from zoqo_jax.transforms.schedules import (
+    ONE,
+    Count,
+    Schedule,
+    check_positive,
+    inverse_at,
+    is_traced,
+    value_at,
+)
 from zoqo_jax.transforms.state import StepState
 from zoqo_jax.transforms.stepping import Rules
 
@@ -36,15 +44,15 @@ def caq_zo(
     learning_rate: Schedule,
     *,
     key: PRNGKeyArray,
-    num_queries: int = 1,
+    num_queries: Count = ONE,
     query: Query = "aligned",
     radius: Schedule | None = None,
     structure: Structure = "dense",
     density: Schedule | Array = 1.0,
     rounding: Rounding = "stochastic",
-    threshold: float | None = None,
+    threshold: float | Array | None = None,
     boundary: Boundary = "mask",
-    query_batch: int | None = 1,
+    query_batch: Count | None = ONE,
     sides: Sides = "together",
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -127,10 +135,11 @@ def caq_zo(
     if rounding == "significant":
         if structure == "sparse":
             raise ValueError(f"rounding={rounding!r} is not for structure={structure!r}.")
-        if least**2 > num_queries:
+        if not is_traced(least) and least**2 > num_queries:
             most = f"sqrt(num_queries={num_queries})"
             raise ValueError(f"threshold must be at most {most} for {rounding!r}, got {least}.")
-    mean_over_2 = np.float32(0.5 / max(num_queries, 1))
+    num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
+    mean_over_2 = np.float32(0.5 / num_queries)
 
     def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
         return stencils.describe(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
@@ -22,11 +23,13 @@ from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Structure
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent, weigh
-from zoqo_jax.transforms.schedules import Schedule
+from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_count, is_traced
 from zoqo_jax.transforms.state import StepState
 from zoqo_jax.transforms.stepping import Rules
 
 __all__ = ["qes"]
+
+_FIFTY = np.int64(50)  # as `ONE`
 
 
 def qes(
@@ -34,14 +37,14 @@ def qes(
     radius: Schedule = 1.0,
     *,
     key: PRNGKeyArray,
-    window: int | None = 50,
-    decay: float = 0.9,
-    num_queries: int = 1,
+    window: Count | None = _FIFTY,
+    decay: float | Array = 0.9,
+    num_queries: Count = ONE,
     noise: Noise = "gaussian",
     structure: Structure = "dense",
     density: Schedule | Array = 1.0,
     boundary: Boundary = "clamp",
-    query_batch: int | None = 1,
+    query_batch: Count | None = ONE,
     sides: Sides = "together",
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -106,9 +109,8 @@ def qes(
         learning_rate, radius, num_queries, noise, structure, density, boundary
     )
     descent.check()
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 or None, got {window}.")
-    if not 0.0 < decay <= 1.0:
+    check_count("window", window, or_none=True)
+    if not is_traced(decay) and not 0.0 < decay <= 1.0:
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
 
     def move(

@@ -20,7 +20,7 @@ from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent, weigh
-from zoqo_jax.transforms.schedules import Schedule
+from zoqo_jax.transforms.schedules import ONE, Count, Schedule
 from zoqo_jax.transforms.state import StepState
 from zoqo_jax.transforms.stepping import Rules
 
@@ -32,12 +32,12 @@ def quzo(
     radius: Schedule = 1.0,
     *,
     key: PRNGKeyArray,
-    num_queries: int = 1,
+    num_queries: Count = ONE,
     noise: Noise = "gaussian",
     structure: Structure = "dense",
     density: Schedule | Array = 1.0,
     boundary: Boundary = "clamp",
-    query_batch: int | None = 1,
+    query_batch: Count | None = ONE,
     sides: Sides = "together",
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -23,7 +23,7 @@ from zoqo_jax.arrays import is_quantized, is_trained, trained_leaves
 from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
-from zoqo_jax.transforms.schedules import Schedule, check_positive, inverse_at, value_at
+from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, inverse_at, value_at
 from zoqo_jax.transforms.state import StepState, initial_state, record, replayed, step_key
 
 __all__ = ["qzo"]
@@ -34,10 +34,10 @@ def qzo(
     radius: Schedule,
     *,
     key: PRNGKeyArray,
-    clip: float | None = 100.0,
-    num_queries: int = 1,
+    clip: float | Array | None = 100.0,
+    num_queries: Count = ONE,
     noise: Noise = "gaussian",
-    query_batch: int | None = 1,
+    query_batch: Count | None = ONE,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Descent on the scales of quantized arrays, two forward passes for each query.
@@ -95,7 +95,7 @@ def qzo(
     if clip is not None:
         check_positive("clip", clip)
     stencils.check_choice("noise", noise, get_args(Noise))
-    stepping.check_query_count(num_queries, query_batch)
+    num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
     mean = float(np.float32(1 / num_queries))
 
     def init(params: PyTree) -> StepState:

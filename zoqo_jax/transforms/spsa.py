@@ -20,7 +20,7 @@ from zoqo_jax.arrays import is_quantized
 from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
-from zoqo_jax.transforms.schedules import Schedule, check_positive, value_at
+from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, value_at
 from zoqo_jax.transforms.state import StepState, initial_state, record, step_key
 
 __all__ = ["spsa"]
@@ -30,9 +30,9 @@ def spsa(
     radius: Schedule,
     *,
     key: PRNGKeyArray,
-    num_queries: int = 1,
+    num_queries: Count = ONE,
     noise: Noise = "rademacher",
-    query_batch: int | None = 1,
+    query_batch: Count | None = ONE,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimate gradients of a tree of floats, g = (l(x + mu u) - l(x - mu u)) / (2 mu) u.
@@ -75,7 +75,7 @@ def spsa(
     """
     check_positive("radius", radius)
     stencils.check_choice("noise", noise, get_args(Noise))
-    stepping.check_query_count(num_queries, query_batch)
+    num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
     mean_over_2 = float(np.float32(0.5 / num_queries))
 
     def init(params: PyTree) -> StepState:

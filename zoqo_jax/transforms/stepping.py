@@ -31,6 +31,7 @@ from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
 from zoqo_jax.pieces import Pick, in_place
 from zoqo_jax.stencils import Stencil
+from zoqo_jax.transforms.schedules import ONE, Count, check_count
 from zoqo_jax.transforms.state import (
     StepState,
     initial_state,
@@ -108,11 +109,11 @@ class QueryTransformation(optax.GradientTransformationExtraArgs):
 def by_queries(
     rules: Rules,
     key: PRNGKeyArray,
-    num_queries: int = 1,
-    query_batch: int | None = 1,
+    num_queries: Count = ONE,
+    query_batch: Count | None = ONE,
     sides: queries.Sides = "together",
     axis_name: str | None = None,
-    num_comparisons: int | None = None,
+    num_comparisons: Count | None = None,
 ) -> QueryTransformation:
     """Make an optax transformation of a method's rules.
 
@@ -131,9 +132,8 @@ def by_queries(
         A transformation whose `update` takes `value_fn=`, or `compare_fn=` where the method
         `compares` (or `differences=`, to replay a step).
     """
-    check_query_count(num_queries, query_batch)
-    if num_comparisons is not None and num_comparisons < 1:
-        raise ValueError(f"num_comparisons must be at least 1 or None, got {num_comparisons}.")
+    num_queries, query_batch = check_query_count(num_queries, query_batch)
+    check_count("num_comparisons", num_comparisons, or_none=True)
     stencils.check_choice("sides", sides, get_args(queries.Sides))
     together = min(query_batch or num_queries, num_queries)
 
@@ -322,12 +322,11 @@ def rounded_at_random(rows: Rows, step: Float[Array, "..."]) -> Int32[Array, "..
     return projection.stochastic(draws.words(rows, columns, 0).reshape(step.shape), step)
 
 
-def check_query_count(num_queries: int, query_batch: int | None) -> None:
-    """Refuse counts below one."""
-    if num_queries < 1:
-        raise ValueError(f"num_queries must be at least 1, got {num_queries}.")
-    if query_batch is not None and query_batch < 1:
-        raise ValueError(f"query_batch must be at least 1 or None, got {query_batch}.")
+def check_query_count(num_queries: Any, query_batch: Any) -> tuple[int, int | None]:
+    """The two as Python ints; counts below one, and what is no count, are refused."""
+    check_count("num_queries", num_queries)
+    check_count("query_batch", query_batch, or_none=True)
+    return int(num_queries), None if query_batch is None else int(query_batch)
 
 
 def _in_place(

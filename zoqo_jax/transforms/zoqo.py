@@ -19,7 +19,7 @@ from zoqo_jax.draws import Rows
 from zoqo_jax.queries import Sides
 from zoqo_jax.stencils import Boundary, Law, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.schedules import Schedule, check_positive, value_at
+from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, value_at
 from zoqo_jax.transforms.state import StepState
 from zoqo_jax.transforms.stepping import Rules
 
@@ -34,17 +34,17 @@ def zoqo(
     radius: Schedule,
     *,
     key: PRNGKeyArray,
-    num_queries: int = 1,
+    num_queries: Count = ONE,
     noise: Law = "uniform",
     structure: Structure = "dense",
     density: Schedule | Array = 1.0,
     vote: Vote = "mean",
     step: StepRule = "floor",
     boundary: Boundary = "clamp",
-    query_batch: int | None = 1,
+    query_batch: Count | None = ONE,
     sides: Sides = "together",
     axis_name: str | None = None,
-    num_comparisons: int | None = None,
+    num_comparisons: Count | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Quantized sign descent along integer noise, two forward passes for each query.
 
