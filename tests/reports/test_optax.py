@@ -99,6 +99,12 @@ def run(tx, params, steps=2):
     return carry[0]
 
 
+def trace(tx, params):
+    """One step, not compiled."""
+    look = lambda s, p: tx.update(None, s, p, value_fn=loss)  # noqa: E731
+    jax.eval_shape(look, jax.eval_shape(tx.init, params), params)
+
+
 def assert_same(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
@@ -106,15 +112,14 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("name", [*ARITHMETIC, *NEUTRAL])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_frozen_leaves_stay_whatever_follows(name, bits):
-    params = start(bits, frozen=True)
+def test_frozen_leaves_stay_whatever_follows(name):
+    params = start(4, frozen=True)
     follows = {**ARITHMETIC, **NEUTRAL}[name]()
     after = run(optax.chain(zq.spsa(1e-2, key=KEY), follows), params)
     assert_same(after["w"], params["w"])
 
 
-@pytest.mark.parametrize("name", [*ARITHMETIC, *FLOATS_ONLY])
+@pytest.mark.parametrize("name", ["adamw", "momentum", "MultiSteps", *FLOATS_ONLY])
 def test_on_floats_lets_anything_follow(name):
     params = start()  # not even frozen
     follows = {**ARITHMETIC, **FLOATS_ONLY}[name]()
@@ -144,19 +149,19 @@ def test_arithmetic_behind_changes_of_codes_is_refused(name):
     params = start()
     tx = optax.chain(METHODS["zoqo"](), ARITHMETIC[name]())
     with pytest.raises(ValueError, match=r"codes must stay uint8, got float32\[8, 16\]"):
-        run(tx, params, steps=1)
+        trace(tx, params)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "zoqo"])
 def test_every_method_refuses_it(method):
     with pytest.raises(ValueError, match="codes must stay uint8"):
-        run(optax.chain(METHODS[method](), optax.scale(-1.0)), start(4), steps=1)
+        trace(optax.chain(METHODS[method](), optax.scale(-1.0)), start(4))
 
 
 @pytest.mark.parametrize("name", FLOATS_ONLY)
 def test_what_jax_refuses_for_bytes_is_an_error_too(name):
     with pytest.raises((TypeError, ValueError)):
-        run(optax.chain(METHODS["zoqo"](), FLOATS_ONLY[name]()), start(), steps=1)
+        trace(optax.chain(METHODS["zoqo"](), FLOATS_ONLY[name]()), start())
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
