@@ -95,7 +95,8 @@ def check(
         if number % _CELLS_SHARING_PROGRAMS == 0:
             jax.clear_caches()
     found = [{**cell, **(kept.find(cell) or {})} for cell in cells]
-    _write_page(claim, found, _words(kept, len(cells)), document, document.parent == results)
+    is_own = document == results / f"{claim.name}.md"
+    _write_page(claim, found, _words(kept, len(cells)), document, is_own)
     return found
 
 
