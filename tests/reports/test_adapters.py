@@ -1,4 +1,7 @@
-"""Adapters as PEFT reads them: names and orders of each family, and logits in transformers."""
+"""Adapters as PEFT reads them: names and orders of each family, and logits in transformers.
+
+Reported of kindred projects: huggingface/peft 427 (layers_to_transform).
+"""
 
 import json
 

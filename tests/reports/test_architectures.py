@@ -1,4 +1,7 @@
-"""What checkpoints say about how they compute: it is computed, or the checkpoint is refused."""
+"""What checkpoints say about how they compute: it is computed, or the checkpoint is refused.
+
+Reported of kindred projects: ggml-org/llama.cpp 2772 (a rope scale in nobody's metadata).
+"""
 
 import json
 import re

@@ -2,6 +2,9 @@
 
 Users of kindred command lines met each of these: a stop that loses the run, two runs in one folder,
 an output that is found to be a file after hours, help that exits with a status of failure.
+
+Reported of kindred projects: huggingface/transformers 35033, Lightning-AI/pytorch-lightning 2095
+(Ctrl-C), google-deepmind/alphafold3 656 ("Unable to initialize backend 'tpu'").
 """
 
 import os

@@ -1,4 +1,8 @@
-"""Examples of fine-tuning: what is read together, refused, and told beside a score."""
+"""Examples of fine-tuning: what is read together, refused, and told beside a score.
+
+Reported of kindred projects: fastai/fastai 2339, ludwig-ai/ludwig 2621 (empty parts of small data,
+and their nan).
+"""
 
 import json
 

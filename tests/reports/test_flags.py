@@ -1,4 +1,8 @@
-"""Users' flags of JAX: float64, stops at NaN or inf, no silent promotion of ranks or dtypes."""
+"""Users' flags of JAX: float64, stops at NaN or inf, no silent promotion of ranks or dtypes.
+
+Reported of kindred projects: jax-ml/jax 7208 and google/flax 1534 (promotion of ranks),
+jax-ml/jax 7390 (debug_infs).
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""GGUF files as they lie on disks: versions, padding, parts, and tokenizers that are not read."""
+"""GGUF files as they lie on disks: versions, padding, parts, and tokenizers that are not read.
+
+Reported of kindred projects: ggml-org/llama.cpp 6187, huggingface/transformers 32266 (split files).
+"""
 
 import struct
 

@@ -1,6 +1,9 @@
 """Attacks on images of any shape: every pixel can be changed, and no small image is asked in vain.
 
 Square Attack's own code draws a corner below n - side and so never reaches the last row and column.
+
+Reported of kindred projects: fra31/auto-attack 81, Trusted-AI/adversarial-robustness-toolbox 1244
+(images that are not square).
 """
 
 import jax

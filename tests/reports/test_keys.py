@@ -1,6 +1,8 @@
 """Keys of any generator give the run of the Threefry key: rbg draws other bits under vmap.
 
 JAX documents it of "rbg" and "unsafe_rbg": "under vmap, random bits may vary".
+
+Reported of kindred projects: jax-ml/jax 21663, documented since jax-ml/jax 22684.
 """
 
 import jax

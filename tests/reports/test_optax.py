@@ -2,6 +2,9 @@
 
 Every transformation of optax that somebody would chain is in one of the tables below. adamw behind
 spsa moved 509 of 512 frozen codes by the truncation of floats to bytes, and their scales.
+
+Reported of kindred projects: google-deepmind/optax 290 and 296 (freezing),
+OPTML-Group/Unlearn-Saliency 32 (weight decay moves what is masked).
 """
 
 import jax

@@ -1,4 +1,8 @@
-"""Tokenizers of GGUF files, beside llama.cpp: words, and tokens of beginning and end."""
+"""Tokenizers of GGUF files, beside llama.cpp: words, and tokens of beginning and end.
+
+Reported of kindred projects: ggml-org/llama.cpp 3966 and 4040 (tokens of beginning and end),
+ggml-org/llama.cpp 4081 and karpathy/llama2.c 180 (spaces of SentencePiece).
+"""
 
 import json
 import urllib.request
