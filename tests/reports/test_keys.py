@@ -22,7 +22,7 @@ METHODS = {
     "quzo": lambda key, **how: zq.quzo(1.0, key=key, **SHARED, **how),
     "qes": lambda key, **how: zq.qes(1.0, key=key, window=2, **SHARED, **how),
     "qzo": lambda key: zq.qzo(1e-3, 1e-3, key=key, **SHARED),
-    "spsa": lambda key: optax.chain(zq.spsa(1e-2, key=key, **SHARED), optax.sgd(0.1)),
+    "spsa": lambda key: optax.chain(zq.spsa(1e-2, key=key, **SHARED), zq.on_floats(optax.sgd(0.1))),
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("caq_zo", "quzo", "qes", "qzo")]
 
