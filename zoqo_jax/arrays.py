@@ -29,7 +29,6 @@ from jaxtyping import Array, Float, Int16, Integer, PyTree, UInt8
 __all__ = [
     "Grid",
     "QuantizedArray",
-    "ScanAlongBlocks",
     "cut",
     "dequantize",
     "freeze",
@@ -122,10 +121,6 @@ def _select(levels: np.ndarray, codes: Array) -> Float[Array, "..."]:
         pairs = zip(branches[::2], branches[1::2], strict=True)
         branches = [jnp.where(odd, above, below) for below, above in pairs]
     return branches[0]
-
-
-class ScanAlongBlocks(ValueError):
-    """A slice of an array was taken along the axis that its blocks lie on."""
 
 
 class QuantizedArray(quax.ArrayValue):
@@ -290,8 +285,6 @@ class QuantizedArray(quax.ArrayValue):
         if self.block is None:
             return per_block
         axis, length = self.block
-        if -axis > self.ndim:
-            raise ScanAlongBlocks(f"block must not lie along a scanned axis, got {self.block}.")
         axis %= self.ndim
         if per_block.shape[axis] == 1:
             return per_block

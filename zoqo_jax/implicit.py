@@ -1,8 +1,10 @@
 """Implicit arrays: what stands in for a weight while an unmodified model computes with it.
 
-A `QuantizedArray` (see `arrays.py`) is one; here are the two others, `PerturbedArray`, displaced by
-a stencil, and `TransposedArray`, either of them with its axes in another order. None holds a float.
-`rules.py` says what JAX operations make of them, `products.py` how they are multiplied.
+A `QuantizedArray` (see `arrays.py`) is one; here are the others: `PerturbedArray`, displaced by a
+stencil; `TransposedArray`, either of them with its axes in another order; and `DerivedArray`, what
+operations would make of any of them, if they were not put off until a product. None holds values.
+`interpreter.py` runs a model on them, `rules.py` says what JAX operations make of them,
+`products.py` how they are multiplied.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.stencils import Stencil, draw, part
 
 __all__ = [
+    "DerivedArray",
     "Implicit",
+    "Node",
     "PerturbedArray",
     "TransposedArray",
     "Use",
     "by_row",
+    "is_implicit",
     "on_rows",
+    "perturbed",
+    "silent",
     "sum_over_rows",
     "use",
     "watch",
@@ -57,6 +64,17 @@ class Use(NamedTuple):
 _watchers: list[Callable[[Use], None]] = []
 
 
+def is_implicit(x: Any) -> bool:
+    """Whether something is an implicit array; the `is_leaf` for maps over trees with any."""
+    return isinstance(x, quax.ArrayValue)
+
+
+def perturbed(tree: PyTree) -> list[PerturbedArray]:
+    """The displaced arrays of a tree, also those inside other implicit arrays."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, PerturbedArray))
+    return [leaf for leaf in leaves if isinstance(leaf, PerturbedArray)]
+
+
 @contextlib.contextmanager
 def watch(watcher: Callable[[Use], None]) -> Iterator[None]:
     """Be told of every use of a displaced array while a function is traced."""
@@ -67,19 +85,21 @@ def watch(watcher: Callable[[Use], None]) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Tell nobody, while something is traced that will be traced again."""
+    watchers, _watchers[:] = _watchers[:], []
+    try:
+        yield
+    finally:
+        _watchers[:] = watchers
+
+
 def use(w: Any, operation: str, way: str, vectors: int = 0) -> None:
     """Tell the watchers of a use."""
-    stored = w.array if isinstance(w, TransposedArray) else w
-    if isinstance(stored, PerturbedArray):
-        for watcher in _watchers:
-            watcher(Use(stored.label, operation, way, tuple(w.shape), vectors))
-
-
-def _without_rule(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
-    """What quax does for an operation without a rule, told to the watchers."""
-    for value in values:
-        use(value, primitive.name, "values")
-    return quax.ArrayValue.default(primitive, values, params)
+    for watcher in _watchers:
+        for array in perturbed(w):
+            watcher(Use(array.label, operation, way, tuple(w.shape), vectors))
 
 
 class PerturbedArray(quax.ArrayValue):
@@ -103,7 +123,6 @@ class PerturbedArray(quax.ArrayValue):
     stencil: Stencil
     population: int = eqx.field(static=True, default=1)
     label: str = eqx.field(static=True, default="")
-    default = staticmethod(_without_rule)
 
     def aval(self) -> ShapedArray:
         """The shape and dtype that JAX code sees."""
@@ -137,7 +156,6 @@ class TransposedArray(quax.ArrayValue):
 
     array: QuantizedArray | PerturbedArray
     axes: tuple[int, ...] = eqx.field(static=True)
-    default = staticmethod(_without_rule)
 
     def aval(self) -> ShapedArray:
         """The shape and dtype that JAX code sees."""
@@ -149,7 +167,112 @@ class TransposedArray(quax.ArrayValue):
         return jnp.transpose(self.array.materialise(), self.axes)
 
 
-Implicit = QuantizedArray | PerturbedArray | TransposedArray
+class Node:
+    """An operation that was put off: what it is, and what it is applied to.
+
+    Attributes:
+        primitive: the JAX primitive.
+        params: its parameters.
+        inputs: for each operand another operation and which of its results, or the name of one of
+            the arrays that a `DerivedArray` holds.
+    """
+
+    def __init__(self, primitive: Any, params: dict[str, Any], inputs: tuple[Any, ...]) -> None:
+        self.primitive, self.params, self.inputs = primitive, params, inputs
+
+    @classmethod
+    def put_off(
+        cls, primitive: Any, params: dict[str, Any], operands: Sequence[Any], avals: Sequence[Any]
+    ) -> list[DerivedArray]:
+        """What the operation would make of operands of which some are implicit.
+
+        Args:
+            primitive: the JAX primitive.
+            params: its parameters.
+            operands: arrays.
+            avals: shapes and dtypes of its results.
+        """
+        arrays: dict[Any, Any] = {}
+        for x in operands:
+            if isinstance(x, DerivedArray):
+                arrays.update(zip(x.names, x.arrays, strict=True))
+        inputs = []
+        for x in operands:
+            if isinstance(x, DerivedArray):
+                inputs.append((x.node, x.place))
+                continue
+            name = next((name for name, array in arrays.items() if array is x), object())
+            arrays[name] = x
+            inputs.append(name)
+        node = cls(primitive, params, tuple(inputs))
+        names, held = tuple(arrays), tuple(arrays.values())
+        return [
+            DerivedArray(held, names, node, place, tuple(aval.shape), aval.dtype)
+            for place, aval in enumerate(avals)
+        ]
+
+    def results(self, values: dict[Any, Any]) -> Sequence[Array]:
+        """What it makes, of arrays by name; results of operations are kept among them."""
+        if self not in values:
+            operands = [
+                x[0].results(values)[x[1]] if isinstance(x, tuple) else values[x]
+                for x in self.inputs
+            ]
+            bound = self.primitive.get_bind_params(self.params)
+            functions, params = bound if isinstance(bound, tuple) else ((), bound)
+            out = self.primitive.bind(*functions, *operands, **params)
+            values[self] = out if self.primitive.multiple_results else [out]
+        return values[self]
+
+
+class DerivedArray(quax.ArrayValue):
+    """What operations would make of implicit arrays, put off until a product.
+
+    A product evaluates them for one displacement at a time, so one matrix of values exists at a
+    time. Made by operations that are all that a program does with an array but multiply by it.
+
+    Attributes:
+        arrays: what is computed with, implicit or not.
+        names: one for each of them, by which the operations know them.
+        node: the last operation.
+        place: which of its results.
+        seen_shape: of the result.
+        seen_dtype: of the result.
+    """
+
+    arrays: tuple[Any, ...]
+    names: tuple[Any, ...] = eqx.field(static=True)
+    node: Node = eqx.field(static=True)
+    place: int = eqx.field(static=True)
+    seen_shape: tuple[int, ...] = eqx.field(static=True)
+    seen_dtype: Any = eqx.field(static=True)
+
+    def aval(self) -> ShapedArray:
+        """The shape and dtype that JAX code sees."""
+        return ShapedArray(self.seen_shape, self.seen_dtype)
+
+    def materialise(self) -> Array:
+        """The values."""
+        pairs = zip(self.names, self.arrays, strict=True)
+        values = {name: x.materialise() if is_implicit(x) else x for name, x in pairs}
+        return self.node.results(values)[self.place]
+
+    def entry_by_entry(self) -> Any:
+        """The only array, where operations change its entries one by one; else None."""
+        node: Any = self.node
+        while isinstance(node, Node) and node.primitive.name in _ENTRY_BY_ENTRY:
+            (of,) = node.inputs
+            node = of[0] if isinstance(of, tuple) else of
+        return self.arrays[0] if node in self.names and len(self.arrays) == 1 else None
+
+    def of(self, array: Any) -> DerivedArray:
+        """The same operations, entry by entry, on another array."""
+        return dataclasses.replace(self, arrays=(array,), seen_shape=tuple(array.shape))
+
+
+_ENTRY_BY_ENTRY = ("convert_element_type", "copy", "neg", "pvary", "stop_gradient")
+
+Implicit = QuantizedArray | PerturbedArray | TransposedArray | DerivedArray
 _Stored = TypeVar("_Stored", bound=QuantizedArray | PerturbedArray)
 
 

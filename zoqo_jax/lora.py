@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax.core import ShapedArray
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from zoqo_jax import draws
 from zoqo_jax.arrays import freeze, is_quantized
+from zoqo_jax.control import slices
+from zoqo_jax.implicit import is_implicit
+from zoqo_jax.interpreter import register
 from zoqo_jax.quantization import Quantizer
 from zoqo_jax.rules import quaxify
 
@@ -184,24 +187,34 @@ def merge(tree: PyTree) -> PyTree:
     )
 
 
-@quax.register(jax.lax.transpose_p)
+@register("transpose", LoraArray)
 def _transpose(w: LoraArray, *, permutation: Any) -> Any:
     *stack, last, first = range(w.ndim)
     if tuple(permutation) != (*stack, first, last):
-        return jnp.transpose(w.materialise(), permutation)
+        return NotImplemented
     turned = quaxify(lambda *arrays: [jnp.transpose(x, permutation) for x in arrays])
     base, b, a = turned(w.base, w.a, w.b)
     return LoraArray(base, a, b, w.scaling)
 
 
-@quax.register(jax.lax.dot_general_p)
-def _dot_right(x: ArrayLike, w: LoraArray, *, dimension_numbers: Any, **params: Any) -> Array:
-    return _product(w, jnp.asarray(x), 1, dimension_numbers, params)
+@register("dot_general", LoraArray)
+def _dot(x: Any, y: Any, *, dimension_numbers: Any, **params: Any) -> Any:
+    if is_implicit(x) and is_implicit(y):
+        return NotImplemented
+    if is_lora(x):
+        return _product(x, jnp.asarray(y), 0, dimension_numbers, params)
+    return _product(y, jnp.asarray(x), 1, dimension_numbers, params)
 
 
-@quax.register(jax.lax.dot_general_p)
-def _dot_left(w: LoraArray, x: ArrayLike, *, dimension_numbers: Any, **params: Any) -> Array:
-    return _product(w, jnp.asarray(x), 0, dimension_numbers, params)
+@slices.register
+def _(w: LoraArray) -> Any:
+    parts = [slices(x) if is_implicit(x) else (x, lambda part: part) for x in (w.base, w.a, w.b)]
+
+    def layer(slice_: Any) -> LoraArray:
+        base, a, b = (of(x) for (_, of), x in zip(parts, slice_, strict=True))
+        return LoraArray(base, a, b, w.scaling)
+
+    return [stack for stack, _ in parts], layer
 
 
 def _product(w: LoraArray, x: Array, side: int, dims: Any, params: dict[str, Any]) -> Array:

@@ -28,12 +28,19 @@ from jaxtyping import Array
 
 from zoqo_jax import compiler, ways
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.implicit import Implicit, PerturbedArray, TransposedArray, on_rows, use
+from zoqo_jax.implicit import (
+    DerivedArray,
+    Implicit,
+    PerturbedArray,
+    TransposedArray,
+    on_rows,
+    use,
+)
 from zoqo_jax.pieces import in_pieces
 from zoqo_jax.stencils import Stencil, column_signs, row_signs
 from zoqo_jax.ways import Dims, Dot, Kernel
 
-__all__ = ["Way", "convolution", "dot_general"]
+__all__ = ["Way", "dot_general", "in_turn"]
 
 Way = Literal["shared", "halves", "direct"]
 
@@ -62,19 +69,25 @@ def dot_general(w: Implicit, x: Array, side: int, dims: Dims, **params: Any) -> 
         params: the other parameters of `jax.lax.dot_general_p`.
     """
     dot = Dot(side, dims, params)
-    return _transposed(w, x, dot) if isinstance(w, TransposedArray) else _stored(w, x, dot)
+    if isinstance(w, TransposedArray):
+        return _transposed(w, x, dot)
+    if isinstance(w, DerivedArray):
+        use(w, "dot_general", "direct", _vectors(x, dot))
+        return ways.in_turn(dot, w, x)
+    return _stored(w, x, dot)
 
 
-def convolution(w: PerturbedArray, x: Array, **params: Any) -> Array:
-    """`jax.lax.conv_general_dilated_p` with an implicit kernel.
+def in_turn(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """What an operation makes of operands of which any are implicit, one displacement at a time.
 
-    Kernels are small and decoding them costs little, but displaced kernels side by side would make
-    a grouped convolution, which XLA's CPU backend computes slowly: so they go one by one.
+    Args:
+        primitive: of one result, such as a convolution.
+        operands: its operands.
+        params: its parameters.
     """
-    use(w, "conv_general_dilated", "direct")
-    return ways.direct(
-        w, x, lambda values, x: jax.lax.conv_general_dilated_p.bind(x, values, **params)
-    )
+    for x in operands:
+        use(x, primitive.name, "direct")
+    return ways.in_turn(lambda *arrays: primitive.bind(*arrays, **params), *operands)
 
 
 def _transposed(w: TransposedArray, x: Array, dot: Dot) -> Array:

@@ -25,11 +25,21 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
 from zoqo_jax import compiler
-from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.implicit import PerturbedArray
+from zoqo_jax.arrays import QuantizedArray, is_quantized
+from zoqo_jax.implicit import PerturbedArray, is_implicit, perturbed
 from zoqo_jax.stencils import Stencil, column_signs, displace, draw, row_signs
 
-__all__ = ["Dims", "Dot", "Kernel", "after", "direct", "halves", "shared", "slices_at_edge"]
+__all__ = [
+    "Dims",
+    "Dot",
+    "Kernel",
+    "after",
+    "direct",
+    "halves",
+    "in_turn",
+    "shared",
+    "slices_at_edge",
+]
 
 Dims = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 Kernel = Callable[[QuantizedArray, Stencil, Array, Array], Array]
@@ -238,6 +248,40 @@ def direct(
 
     stencil = dataclasses.replace(w.stencil, side=jnp.ones(w.stencil.side.shape, jnp.int8))
     return one(w.array, stencil, _query_side(w).astype(jnp.int16), x)
+
+
+def in_turn(fn: Callable[..., Array], *operands: Any) -> Array:
+    """A function of values with values of its own for every displacement, one after another.
+
+    Args:
+        fn: of the operands' values.
+        operands: arrays, of which any may be implicit, in whatever form.
+    """
+    implicit = tuple(x for x in operands if is_implicit(x))
+    if not perturbed(implicit):
+        return fn(*(x.materialise() if is_implicit(x) else x for x in operands))
+    plain = tuple(x for x in operands if not is_implicit(x))
+    leaves, treedef = jax.tree.flatten(implicit, is_leaf=is_quantized)
+    stored = [leaf for leaf in leaves if is_quantized(leaf)]
+    directions = [leaf for leaf in leaves if not is_quantized(leaf)]
+
+    def one(stored: PyTree, directions: PyTree, plain: PyTree) -> Array:
+        first = next(iter(jax.tree.leaves(plain)), None)
+        if first is not None:
+            stored = [after(first, array) for array in stored]
+        parts = iter(stored), iter(directions)
+        filled = [next(parts[0 if is_quantized(leaf) else 1]) for leaf in leaves]
+        arrays = iter(jax.tree.unflatten(treedef, filled))
+        rest = iter(plain)
+        return fn(*(next(arrays).materialise() if is_implicit(x) else next(rest) for x in operands))
+
+    turned = custom_vmap(one)
+
+    @turned.def_vmap
+    def _(size: int, batched: Any, *operands: Any) -> tuple[Array, bool]:
+        return _one_by_one(turned, size, batched, operands)
+
+    return turned(stored, directions, plain)
 
 
 def _one_by_one(fn: Any, size: int, batched: PyTree, operands: PyTree) -> tuple[Array, bool]:
