@@ -1,0 +1,127 @@
+"""Losses that people might write: each is what it is on floats, at the codes and beside them.
+
+`loss_table.py` says what a loss is, the other files are the catalogue, by kind. A loss that raises
+on floats would say nothing here: all of them run on floats.
+"""
+
+import equinox as eqx
+import expected_failures
+import jax
+import jax.numpy as jnp
+import losses_of_products  # noqa: F401
+import numpy as np
+import pytest
+from loss_table import TABLE
+
+import zoqo_jax as zq
+from zoqo_jax import queries, stencils
+from zoqo_jax.arrays import trained_leaves
+
+DIRECTIONS = {"rank_one": "rademacher", "dense": "uniform"}
+# What is compared here is right or wrong at every level of optimization, and compiled faster so.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.fixture(autouse=True)
+def _promotion_as_people_have_it():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def compiled(fn):
+    """`jax.jit`, but leaves that are no arrays are closed over."""
+
+    def call(*trees):
+        arrays, rest = eqx.partition(trees, eqx.is_array)
+        program = jax.jit(lambda arrays: fn(*eqx.combine(arrays, rest)), compiler_options=FAST)
+        return program(arrays)
+
+    return call
+
+
+def on_floats(fn, example):
+    """A loss of floats, compiled once for all trees like the example."""
+    _, rest = eqx.partition(example, eqx.is_array)
+    program = jax.jit(lambda arrays: fn(eqx.combine(arrays, rest)), compiler_options=FAST)
+    return lambda tree: program(eqx.filter(tree, eqx.is_array))
+
+
+def probes(params, structure, seed=3):
+    """A direction for each leaf, that goes some way: a sixth of the grid."""
+    leaves = trained_leaves(params).values()
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return [
+        _probe(key, leaf, structure=structure, law=DIRECTIONS[structure])
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+
+
+def _probe(key, leaf, **choices):
+    return stencils.describe(key, leaf, leaf.grid.high / 6.0, **choices)
+
+
+@jax.jit
+def _end(leaf, probe, side):
+    return zq.dequantize(queries.endpoints(leaf, [probe], side))
+
+
+def at_end(params, directions, side):
+    """The floats at one side of a query; leaf by leaf, so that leaves alike are compiled once."""
+    remaining = iter(directions)
+    return jax.tree.map(
+        lambda leaf: _end(leaf, next(remaining), side) if zq.is_quantized(leaf) else leaf,
+        params,
+        is_leaf=zq.is_quantized,
+    )
+
+
+def marked(names, suffix=""):
+    """Parameters, with the marks of each."""
+    parameters = []
+    for name in names:
+        failure = expected_failures.FAILURES.get(name + suffix)
+        marks = [pytest.mark.xfail(reason=failure, strict=True)] if failure else []
+        if TABLE[name].is_slow:
+            marks.append(pytest.mark.slow)
+        parameters.append(pytest.param(name, marks=marks, id=name))
+    return parameters
+
+
+def test_every_expected_failure_is_of_a_loss():
+    names = set(TABLE) | {f"{name} (fused)" for name in TABLE if TABLE[name].is_fused}
+    assert set(expected_failures.FAILURES) <= names
+
+
+@pytest.mark.parametrize("name", marked(TABLE))
+def test_a_loss_of_codes_is_that_of_their_values(name):
+    loss = TABLE[name]
+    params = loss.quantized()
+    floats = zq.dequantize(params)
+    plain = on_floats(loss.fn, floats)
+
+    def same(actual, expected, what):
+        np.testing.assert_allclose(actual, expected, loss.rtol, loss.rtol, err_msg=what)
+
+    expected = plain(floats)
+    same(zq.quaxify(loss.fn)(params), expected, "not compiled")
+    same(compiled(zq.quaxify(loss.fn))(params), expected, "compiled")
+
+    directions = {structure: probes(params, structure) for structure in DIRECTIONS}
+    asked = compiled(
+        lambda params, directions: {
+            structure: queries.losses(loss.fn, params, some)
+            for structure, some in directions.items()
+        }
+    )(params, directions)
+    for structure, some in directions.items():
+        ends = [plain(at_end(params, some, jnp.int8(side))) for side in (1, -1)]
+        assert loss.is_flat or ends[0] != ends[1], "the loss does not depend on its weights"
+        same(asked[structure], jnp.stack(ends), structure)
+
+
+@pytest.mark.parametrize(
+    "name", marked([name for name in TABLE if TABLE[name].is_fused], " (fused)")
+)
+def test_products_stay_fused_wherever_they_are(name):
+    told = zq.explain(TABLE[name].fn, TABLE[name].quantized())
+    assert told.uses and told.is_fused, str(told)
