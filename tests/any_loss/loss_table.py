@@ -117,7 +117,7 @@ def kind(of):
         loss, make = _scalar(fn), params
         if make is None:
             of_fn = inspect.signature(fn).parameters.values()
-        names = tuple(p.name for p in of_fn if p.default is p.empty)
+            names = tuple(p.name for p in of_fn if p.default is p.empty)
             loss = _scalar(lambda tree: fn(**tree))
 
             def make():
