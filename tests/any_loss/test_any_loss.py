@@ -4,11 +4,16 @@
 on floats would say nothing here: all of them run on floats.
 """
 
+import functools
+
 import equinox as eqx
 import expected_failures
 import jax
 import jax.numpy as jnp
+import losses_of_control  # noqa: F401
+import losses_of_parallelism  # noqa: F401
 import losses_of_products  # noqa: F401
+import losses_of_rules  # noqa: F401
 import numpy as np
 import pytest
 from loss_table import TABLE
@@ -20,6 +25,8 @@ from zoqo_jax.arrays import trained_leaves
 DIRECTIONS = {"rank_one": "rademacher", "dense": "uniform"}
 # What is compared here is right or wrong at every level of optimization, and compiled faster so.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.default_backend() == "cpu":
+    FAST["xla_cpu_use_fusion_emitters"] = False
 
 
 @pytest.fixture(autouse=True)
@@ -75,53 +82,58 @@ def at_end(params, directions, side):
     )
 
 
-def marked(names, suffix=""):
-    """Parameters, with the marks of each."""
+def marked(cases):
+    """Parameters of (name, what is done with it), with the marks of each."""
     parameters = []
-    for name in names:
-        failure = expected_failures.FAILURES.get(name + suffix)
+    for name, what, is_slow in cases:
+        failure = expected_failures.FAILURES.get(f"{name} ({what})")
         marks = [pytest.mark.xfail(reason=failure, strict=True)] if failure else []
-        if TABLE[name].is_slow:
-            marks.append(pytest.mark.slow)
-        parameters.append(pytest.param(name, marks=marks, id=name))
+        marks += [pytest.mark.slow] if is_slow else []
+        parameters.append(pytest.param(name, what, marks=marks, id=f"{name}, {what}"))
     return parameters
 
 
-def test_every_expected_failure_is_of_a_loss():
-    names = set(TABLE) | {f"{name} (fused)" for name in TABLE if TABLE[name].is_fused}
-    assert set(expected_failures.FAILURES) <= names
+def cases():
+    """Each loss with each way of asking; rank-one directions share products, so they are asked
+
+    where there are products, dense ones elsewhere, and the rest is slow.
+    """
+    for name, loss in TABLE.items():
+        yield name, "alone", loss.is_slow
+        for structure in DIRECTIONS:
+            yield name, structure, loss.is_slow or (structure == "rank_one") != loss.is_fused
+        if loss.is_fused:
+            yield name, "explained", loss.is_slow
 
 
-@pytest.mark.parametrize("name", marked(TABLE))
-def test_a_loss_of_codes_is_that_of_their_values(name):
-    loss = TABLE[name]
-    params = loss.quantized()
-    floats = zq.dequantize(params)
-    plain = on_floats(loss.fn, floats)
+def test_every_expected_failure_is_of_a_case():
+    assert set(expected_failures.FAILURES) <= {f"{name} ({what})" for name, what, _ in cases()}
 
-    def same(actual, expected, what):
-        np.testing.assert_allclose(actual, expected, loss.rtol, loss.rtol, err_msg=what)
 
-    expected = plain(floats)
-    same(zq.quaxify(loss.fn)(params), expected, "not compiled")
-    same(compiled(zq.quaxify(loss.fn))(params), expected, "compiled")
+@functools.cache
+def made(name):
+    """A loss's parameters and the loss of floats like theirs."""
+    params = TABLE[name].quantized()
+    return params, on_floats(TABLE[name].fn, zq.dequantize(params))
 
-    directions = {structure: probes(params, structure) for structure in DIRECTIONS}
-    asked = compiled(
-        lambda params, directions: {
-            structure: queries.losses(loss.fn, params, some)
-            for structure, some in directions.items()
-        }
-    )(params, directions)
-    for structure, some in directions.items():
-        ends = [plain(at_end(params, some, jnp.int8(side))) for side in (1, -1)]
+
+@pytest.mark.parametrize(("name", "what"), marked(cases()))
+def test_a_loss_of_codes_is_that_of_their_values(name, what):
+    loss, (params, plain) = TABLE[name], made(name)
+
+    def same(actual, expected, of=""):
+        np.testing.assert_allclose(actual, expected, loss.rtol, loss.rtol, err_msg=of)
+
+    if what == "explained":
+        told = zq.explain(loss.fn, params)
+        assert told.uses and told.is_fused, str(told)
+    elif what == "alone":
+        expected = plain(zq.dequantize(params))
+        same(zq.quaxify(loss.fn)(params), expected, "not compiled")
+        same(compiled(zq.quaxify(loss.fn))(params), expected, "compiled")
+    else:
+        directions = probes(params, what)
+        asked = compiled(functools.partial(queries.losses, loss.fn))(params, directions)
+        ends = [plain(at_end(params, directions, jnp.int8(side))) for side in (1, -1)]
         assert loss.is_flat or ends[0] != ends[1], "the loss does not depend on its weights"
-        same(asked[structure], jnp.stack(ends), structure)
-
-
-@pytest.mark.parametrize(
-    "name", marked([name for name in TABLE if TABLE[name].is_fused], " (fused)")
-)
-def test_products_stay_fused_wherever_they_are(name):
-    told = zq.explain(TABLE[name].fn, TABLE[name].quantized())
-    assert told.uses and told.is_fused, str(told)
+        same(asked, jnp.stack(ends))
