@@ -10,10 +10,14 @@ import equinox as eqx
 import expected_failures
 import jax
 import jax.numpy as jnp
+import losses_nested  # noqa: F401
 import losses_of_control  # noqa: F401
+import losses_of_movement  # noqa: F401
+import losses_of_numbers  # noqa: F401
 import losses_of_parallelism  # noqa: F401
 import losses_of_products  # noqa: F401
 import losses_of_rules  # noqa: F401
+import losses_of_trees  # noqa: F401
 import numpy as np
 import pytest
 from loss_table import TABLE
