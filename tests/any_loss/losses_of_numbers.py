@@ -11,10 +11,10 @@ loss = kind("elementwise")
 UNARY = [
     "negative", "abs", "sign", "round", "floor", "ceil", "exp", "expm1", "sin", "tan", "arctan",
     "tanh", "sinh", "square", "cbrt", "isfinite", "signbit", "reciprocal", "nan_to_num", "positive",
-    "real", "imag", "conj", "exp2", "sinc", "i0", "rint", "trunc", "logical_not", "fix",
+    "real", "imag", "conj", "exp2", "sinc", "i0", "rint", "trunc", "logical_not",
 ]  # fmt: skip
 ROUND = ("sign", "round", "floor", "ceil", "isfinite", "signbit", "imag", "rint", "trunc",
-         "logical_not", "fix")  # fmt: skip
+         "logical_not")  # fmt: skip
 USUAL = ("negative", "abs", "sign", "floor", "exp", "tanh", "square", "isfinite", "real", "imag")
 for name in UNARY:
     loss(name, lambda a, fn=getattr(jnp, name): fn(a), flat=name in ROUND, slow=name not in USUAL,

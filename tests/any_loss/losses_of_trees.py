@@ -1,5 +1,6 @@
 """Trees of parameters: any container, leaves that are no weights, unusual shapes."""
 
+import dataclasses
 import typing
 
 import chex
@@ -32,9 +33,10 @@ class Chex:
 
 
 @jax.tree_util.register_dataclass
+@dataclasses.dataclass
 class Registered:
-    def __init__(self, w):
-        self.w = w
+    w: typing.Any
+    b: typing.Any
 
 
 def dense(p):
@@ -54,6 +56,7 @@ loss("namedtuple, replaced", lambda p: dense(p._replace(b=p.b * 2)), slow=True,
 loss("flax.struct", lambda p: x(3, 4) @ p.w * p.scale + len(p.name),
      params=lambda: Flax(*tree_of([(4, 6), (6,)])))  # fmt: skip
 loss("chex.dataclass", dense, params=lambda: Chex(**tree_of(AB)))
+loss("a registered dataclass", dense, params=lambda: Registered(**tree_of(AB)))
 loss("FrozenDict", lambda p: x(3, 4) @ p["params"]["w"],
      params=lambda: flax.core.freeze({"params": tree_of({"w": (4, 6)})}))  # fmt: skip
 loss("a single leaf", lambda p: x(3, 4) @ p, params=lambda: tree_of((4, 6)), fused=True)
