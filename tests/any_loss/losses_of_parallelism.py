@@ -89,8 +89,9 @@ for count in (1, 4) if jax.device_count() >= 4 else (1,):
     )
     loss(
         f"with_sharding_constraint of a weight{on}",
-        lambda a, count=count: x(3, 4)
-        @ lax.with_sharding_constraint(a, NamedSharding(mesh(count), P("d"))),
+        lambda a, count=count: (
+            x(3, 4) @ lax.with_sharding_constraint(a, NamedSharding(mesh(count), P("d")))
+        ),
         slow=count == 1,
     )
     loss(
@@ -110,9 +111,9 @@ for count in (1, 4) if jax.device_count() >= 4 else (1,):
     )
     loss(
         f"jit with out_shardings{on}",
-        lambda a, count=count: jax.jit(
-            jnp.matmul, out_shardings=NamedSharding(mesh(count), P())
-        )(x(4, 4), a),
+        lambda a, count=count: jax.jit(jnp.matmul, out_shardings=NamedSharding(mesh(count), P()))(
+            x(4, 4), a
+        ),
         slow=True,
     )
 
@@ -132,5 +133,8 @@ def _(a):
 
 
 loss("device_put of a weight", lambda a: x(3, 4) @ jax.device_put(a, jax.devices()[0]))
-loss("pmap over an ensemble", lambda s: jax.pmap(
-    lambda w: lax.psum(x(2, 4) @ w, "n"), "n", devices=jax.devices()[:1])(s[:1]), slow=True)  # fmt: skip
+loss(
+    "pmap over an ensemble",
+    lambda s: jax.pmap(lambda w: lax.psum(x(2, 4) @ w, "n"), "n", devices=jax.devices()[:1])(s[:1]),
+    slow=True,
+)

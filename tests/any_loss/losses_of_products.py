@@ -115,14 +115,22 @@ loss("weight with a fixed mask", lambda a: x(3, 4) @ (a * (x(4, 6) > 0)))
 loss("khatri-rao", lambda a: (a[:, None] * x(1, 3, 6)).reshape(12, 6))
 
 # Dtypes
-loss("float32 out of bfloat16", lambda h: jnp.matmul(
-    x(3, 4, dtype=jnp.bfloat16), h, preferred_element_type=jnp.float32), fused=True, rtol=2e-2)  # fmt: skip
+loss(
+    "float32 out of bfloat16",
+    lambda h: jnp.matmul(x(3, 4, dtype=jnp.bfloat16), h, preferred_element_type=jnp.float32),
+    fused=True,
+    rtol=2e-2,
+)
 loss("bfloat16 product", lambda h: x(3, 4, dtype=jnp.bfloat16) @ h, fused=True, rtol=5e-2)
 loss("float16 product", lambda f: x(3, 4, dtype=jnp.float16) @ f, fused=True, rtol=1e-2)
 loss("float32 data by bfloat16 weight", lambda h: x(3, 4) @ h)
 loss("bfloat16 data by float32 weight", lambda a: x(3, 4, dtype=jnp.bfloat16) @ a, rtol=1e-3)
-loss("weight cast to bfloat16", lambda a: x(3, 4, dtype=jnp.bfloat16) @ a.astype(jnp.bfloat16),
-     fused=True, rtol=5e-2)  # fmt: skip
+loss(
+    "weight cast to bfloat16",
+    lambda a: x(3, 4, dtype=jnp.bfloat16) @ a.astype(jnp.bfloat16),
+    fused=True,
+    rtol=5e-2,
+)
 loss("bfloat16 by float16 weights", lambda h, f: h @ f.T.astype(jnp.bfloat16), rtol=0.1)
 loss("integers by weight", lambda a: jnp.arange(12).reshape(3, 4) @ a)
 loss("int8 by weight", lambda a: jnp.arange(12, dtype=jnp.int8).reshape(3, 4).astype(a.dtype) @ a)
@@ -130,8 +138,11 @@ loss("booleans by weight", lambda a: (x(3, 4) > 0) @ a)
 loss("complex data by weight", lambda a: (x(3, 4) + 1j * x(3, 4, seed=1)) @ a)
 loss("precision highest", lambda a: jnp.dot(x(3, 4), a, precision=lax.Precision.HIGHEST))
 loss("precision by name", lambda a: jnp.matmul(x(3, 4), a, precision="float32"), slow=True)
-loss("a pair of precisions", lambda a: jnp.matmul(x(3, 4), a, precision=("default", "highest")),
-     slow=True)  # fmt: skip
+loss(
+    "a pair of precisions",
+    lambda a: jnp.matmul(x(3, 4), a, precision=("default", "highest")),
+    slow=True,
+)
 
 
 @loss("default matmul precision", slow=True)
@@ -163,11 +174,13 @@ loss("ragged_dot, both", lambda q, s: lax.ragged_dot(q, s, jnp.array([1, 1, 2]))
 loss(
     "ragged_dot in bfloat16, out in float32",
     lambda s: lax.ragged_dot(
-        x(5, 4, dtype=jnp.bfloat16), s.astype(jnp.bfloat16), jnp.asarray(SIZES),
+        x(5, 4, dtype=jnp.bfloat16),
+        s.astype(jnp.bfloat16),
+        jnp.asarray(SIZES),
         preferred_element_type=jnp.float32,
     ),
     rtol=5e-2,
-)  # fmt: skip
+)
 
 
 @loss("ragged_dot_general over the contracted axis")
@@ -212,32 +225,56 @@ loss(
     "conv 2d, depthwise",
     lambda k: conv(x(1, 4, 4, 8), k.reshape(3, 3, 1, 8), feature_group_count=8),
 )
-loss("conv 2d as NCHW, OIHW", lambda k: conv(
-    x(1, 2, 4, 4), k.transpose(3, 2, 0, 1), numbers=("NCHW", "OIHW", "NCHW")))  # fmt: skip
-loss("conv 1d", lambda s: conv(
-    x(2, 6, 4), s, (1,), "SAME", ("NWC", "WIO", "NWC")), fused=True)  # fmt: skip
-loss("conv 3d", lambda r: conv(
-    x(1, 3, 3, 3, 4), r[..., None, :].reshape(2, 3, 1, 4, 4), (1, 1, 1), "SAME",
-    ("NDHWC", "DHWIO", "NDHWC")))  # fmt: skip
+loss(
+    "conv 2d as NCHW, OIHW",
+    lambda k: conv(x(1, 2, 4, 4), k.transpose(3, 2, 0, 1), numbers=("NCHW", "OIHW", "NCHW")),
+)
+loss("conv 1d", lambda s: conv(x(2, 6, 4), s, (1,), "SAME", ("NWC", "WIO", "NWC")), fused=True)
+loss(
+    "conv 3d",
+    lambda r: conv(
+        x(1, 3, 3, 3, 4),
+        r[..., None, :].reshape(2, 3, 1, 4, 4),
+        (1, 1, 1),
+        "SAME",
+        ("NDHWC", "DHWIO", "NDHWC"),
+    ),
+)
 loss("conv transposed", lambda k: lax.conv_transpose(x(1, 3, 3, 2), k, (2, 2), "SAME"))
-loss("conv transposed, kernel transposed", lambda k: lax.conv_transpose(
-    x(1, 3, 3, 4), k, (2, 2), "SAME", transpose_kernel=True), slow=True)  # fmt: skip
+loss(
+    "conv transposed, kernel transposed",
+    lambda k: lax.conv_transpose(x(1, 3, 3, 4), k, (2, 2), "SAME", transpose_kernel=True),
+    slow=True,
+)
 loss("conv, the weight is the data", lambda k: conv(k, x(2, 2, 4, 3)))
 loss("conv, weights are both", lambda k, r: conv(r, k[:2, :2].reshape(2, 2, 4, 2)[:, :, :4]))
-loss("conv in bfloat16", lambda k: conv(
-    x(1, 4, 4, 2, dtype=jnp.bfloat16), k.astype(jnp.bfloat16)), rtol=5e-2)  # fmt: skip
-loss("conv patches", lambda k: jnp.einsum(
-    "bhwf,fo->bhwo",
-    lax.conv_general_dilated_patches(
-        x(1, 4, 4, 2), (3, 3), (1, 1), "SAME", dimension_numbers=NHWC),
-    k.transpose(2, 0, 1, 3).reshape(18, 4)))  # fmt: skip
+loss(
+    "conv in bfloat16",
+    lambda k: conv(x(1, 4, 4, 2, dtype=jnp.bfloat16), k.astype(jnp.bfloat16)),
+    rtol=5e-2,
+)
+loss(
+    "conv patches",
+    lambda k: jnp.einsum(
+        "bhwf,fo->bhwo",
+        lax.conv_general_dilated_patches(
+            x(1, 4, 4, 2), (3, 3), (1, 1), "SAME", dimension_numbers=NHWC
+        ),
+        k.transpose(2, 0, 1, 3).reshape(18, 4),
+    ),
+)
 loss("separable conv", lambda k, q: conv(conv(x(1, 4, 4, 2), k), q[None, None]), slow=True)
 
 # Attention
-loss("dot_product_attention", lambda s: jax.nn.dot_product_attention(
-    x(1, 3, 4, 4), s[None], x(1, 3, 4, 4, seed=1)))  # fmt: skip
-loss("attention, keys and values are weights", lambda s: jax.nn.dot_product_attention(
-    x(3, 4, 4), s, s, is_causal=True), slow=True)  # fmt: skip
+loss(
+    "dot_product_attention",
+    lambda s: jax.nn.dot_product_attention(x(1, 3, 4, 4), s[None], x(1, 3, 4, 4, seed=1)),
+)
+loss(
+    "attention, keys and values are weights",
+    lambda s: jax.nn.dot_product_attention(x(3, 4, 4), s, s, is_causal=True),
+    slow=True,
+)
 
 
 @loss("self-attention with fused projections", fused=True)
