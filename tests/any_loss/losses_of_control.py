@@ -16,7 +16,8 @@ def layer(c, w):
 
 
 def through(stack, **more):
-    return lax.scan(layer, x(2, 4), stack, **more)[0]
+    """A scan over layers, with a body of its own, so that nothing is remembered of others."""
+    return lax.scan(lambda c, w: layer(c, w), x(2, 4), stack, **more)[0]
 
 
 # Scans
@@ -60,7 +61,9 @@ loss("scan, a weight as ys", lambda q: lax.scan(lambda c, y: (c, q), 0.0, x(2))[
 loss("scan, transposed layers as ys", lambda s: lax.scan(lambda c, w: (c, w.T), 0.0, s)[1])
 loss(
     "scan in scan",
-    lambda r: lax.scan(lambda c, s: (lax.scan(layer, c, s)[0], None), x(2, 4), r)[0],
+    lambda r: lax.scan(lambda c, s: (lax.scan(lambda *cw: layer(*cw), c, s)[0], None), x(2, 4), r)[
+        0
+    ],
     fused=True,
 )
 loss("scan over a stack of stacks, reshaped", lambda r: through(r.reshape(6, 4, 4)), fused=True)
@@ -97,7 +100,9 @@ loss(
 )
 loss(
     "scan over a stack in bfloat16",
-    lambda s: lax.scan(layer, x(2, 4, dtype=jnp.bfloat16), s.astype(jnp.bfloat16))[0],
+    lambda s: lax.scan(lambda *cw: layer(*cw), x(2, 4, dtype=jnp.bfloat16), s.astype(jnp.bfloat16))[
+        0
+    ],
     fused=True,
     rtol=5e-2,
 )
@@ -137,7 +142,10 @@ loss(
 loss(
     "scan of a scan of a scan",
     lambda r: lax.scan(
-        lambda c, _: (lax.scan(lambda c, s: (lax.scan(layer, c, s)[0], None), c, r)[0], None),
+        lambda c, _: (
+            lax.scan(lambda c, s: (lax.scan(lambda *cw: layer(*cw), c, s)[0], None), c, r)[0],
+            None,
+        ),
         x(2, 4),
         None,
         length=2,
@@ -145,7 +153,10 @@ loss(
     fused=True,
     slow=True,
 )
-loss("scan whose carry begins as a weight", lambda q: lax.scan(layer, q, x(3, 4, 4))[0])
+loss(
+    "scan whose carry begins as a weight",
+    lambda q: lax.scan(lambda *cw: layer(*cw), q, x(3, 4, 4))[0],
+)
 loss(
     "LSTM",
     lambda g: lax.scan(
@@ -386,7 +397,7 @@ loss(
 loss("scan over layers in a vmap", lambda r: jax.vmap(lambda s: through(s))(r), fused=True)
 loss(
     "scan over layers in a vmap over data",
-    lambda s: jax.vmap(lambda y: lax.scan(layer, y, s)[0])(x(5, 4)),
+    lambda s: jax.vmap(lambda y: lax.scan(lambda *cw: layer(*cw), y, s)[0])(x(5, 4)),
     fused=True,
 )
 loss(
@@ -398,4 +409,18 @@ loss(
     "vectorize",
     lambda s: jnp.vectorize(jnp.matmul, signature="(n,m),(m,k)->(n,k)")(x(2, 4), s),
     slow=True,
+)
+
+
+# What was traced before
+loss("scan with a body that was known before", lambda s: lax.scan(layer, x(2, 4), s)[0], fused=True)
+loss(
+    "scan with a known body over fewer layers",
+    lambda s: lax.scan(layer, lax.scan(layer, x(2, 4), s)[0], s[1:])[0],
+    fused=True,
+)
+loss(
+    "scan with a known body over floats and weights",
+    lambda s: lax.scan(layer, lax.scan(layer, x(2, 4), x(3, 4, 4))[0], s)[0],
+    fused=True,
 )

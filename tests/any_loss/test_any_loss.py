@@ -5,6 +5,7 @@ on floats would say nothing here: all of them run on floats.
 """
 
 import functools
+import zlib
 
 import equinox as eqx
 import expected_failures
@@ -98,16 +99,20 @@ def marked(cases):
 
 
 def cases():
-    """Each loss with each way of asking; rank-one directions share products, so they are asked
+    """Each loss with each way of asking; two of five are asked in minutes, the rest is slow.
 
-    where there are products, dense ones elsewhere, and the rest is slow.
+    Rank-one directions share products, so they are asked where there are products, dense ones
+    elsewhere; what is not compiled takes as long as all else.
     """
     for name, loss in TABLE.items():
-        yield name, "alone", loss.is_slow
+        chance = zlib.crc32(name.encode()) % 10
+        is_slow = loss.is_slow or chance > 3
+        yield name, "compiled", is_slow
+        yield name, "not compiled", is_slow or chance > 0
         for structure in DIRECTIONS:
-            yield name, structure, loss.is_slow or (structure == "rank_one") != loss.is_fused
+            yield name, structure, is_slow or (structure == "rank_one") != loss.is_fused
         if loss.is_fused:
-            yield name, "explained", loss.is_slow
+            yield name, "explained", is_slow
 
 
 def test_every_expected_failure_is_of_a_case():
@@ -125,16 +130,16 @@ def made(name):
 def test_a_loss_of_codes_is_that_of_their_values(name, what):
     loss, (params, plain) = TABLE[name], made(name)
 
-    def same(actual, expected, of=""):
-        np.testing.assert_allclose(actual, expected, loss.rtol, loss.rtol, err_msg=of)
+    def same(actual, expected):
+        np.testing.assert_allclose(actual, expected, loss.rtol, loss.rtol)
 
     if what == "explained":
         told = zq.explain(loss.fn, params)
         assert told.uses and told.is_fused, str(told)
-    elif what == "alone":
-        expected = plain(zq.dequantize(params))
-        same(zq.quaxify(loss.fn)(params), expected, "not compiled")
-        same(compiled(zq.quaxify(loss.fn))(params), expected, "compiled")
+        assert zq.explain(loss.fn, params) == told
+    elif "compiled" in what:
+        fn = zq.quaxify(loss.fn)
+        same((compiled(fn) if what == "compiled" else fn)(params), plain(zq.dequantize(params)))
     else:
         directions = probes(params, what)
         asked = compiled(functools.partial(queries.losses, loss.fn))(params, directions)
