@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 from loss_table import kind, x
@@ -36,7 +37,7 @@ for name, index in {
     loss(
         f"indexed by {name}",
         lambda a, index=index: a[index] + 0.0,
-        flat=name == "nothing",
+        flat=name in ("nothing", "one entry"),
         slow=name in ("strided rows", "the last row", "an ellipsis", "a mask of rows"),
     )
 
@@ -51,13 +52,13 @@ for mode in ["clip", "fill", "wrap"]:
         lambda e, m=mode: jnp.nan_to_num(jnp.take(e, BEYOND, axis=1, mode=m), nan=7.0),
         slow=True,
     )
-    loss(
-        f"take_along_axis, {mode}",
-        lambda a, m=mode: jnp.nan_to_num(
-            jnp.take_along_axis(a, jnp.array([[0, 5, -1, 8, -7, 2]]), axis=0, mode=m), nan=7.0
-        ),
-        slow=mode != "fill",
-    )
+    if mode != "wrap":  # which take_along_axis does not know
+        loss(
+            f"take_along_axis, {mode}",
+            lambda a, m=mode: jnp.nan_to_num(
+                jnp.take_along_axis(a, jnp.array([[0, 5, -1, 8, -7, 2]]), axis=0, mode=m), nan=7.0
+            ),
+        )
 loss("take with a fill value", lambda e: e.at[jnp.array([1, 70])].get(mode="fill", fill_value=-3.0))
 loss("take without an axis", lambda a: jnp.take(a, jnp.array([0, 7, 23])))
 loss("embedding", lambda e: jnp.tanh(e[jnp.array([[1, 2, 6], [0, 0, 5]])]), fused=True)
@@ -67,7 +68,7 @@ loss(
     lambda e: jax.ops.segment_sum(e[jnp.array([1, 2, 6, 2])], jnp.array([0, 0, 1, 2]), 3),
     fused=True,
 )
-loss("embedding by a traced index", lambda e: e[jnp.argmax(x(7))], fused=True)
+loss("embedding by a traced index", lambda e: e[jnp.argmax(x(7))])
 loss("embedding that is the head, too", lambda e: e[jnp.array([1, 2])] @ e.T, fused=True)
 loss("indices from a weight", lambda e, u: e[jnp.argsort(u)])
 loss(
@@ -96,9 +97,9 @@ loss("at[].set of a weight in a weight", lambda q, s: s.at[1].set(q))
 loss("at[].get and apply", lambda a: a.at[0].apply(jnp.sin), slow=True)
 loss("a cache of keys written", lambda a: jnp.zeros((8, 6)).at[2:4].set(x(2, 4) @ a) @ a.T)
 loss(
-    "scatter",
+    "scatter_add of lax",
     lambda v: lax.scatter_add(
-        x(4, 6), jnp.array([[1]]), v, lax.ScatterDimensionNumbers((0,), (0,), (0,))
+        x(4, 6), jnp.array([1]), v, lax.ScatterDimensionNumbers((0,), (0,), (0,))
     ),
 )
 loss("roll", lambda a: jnp.roll(a, 2, axis=0))
@@ -205,7 +206,7 @@ loss(
     lambda a, v: jnp.mean((x(3, 4) @ a + v) ** 2) + 0.1 * sum(jnp.sum(leaf**2) for leaf in (a, v)),
 )
 loss("l1 and group lasso", lambda a: jnp.abs(a).sum() + jnp.linalg.norm(a, axis=1).sum())
-loss("optax's global_norm", lambda a, v: __import__("optax").global_norm((a, v)), slow=True)
+loss("optax's norm of a tree", lambda a, v: optax.tree.norm((a, v)), slow=True)
 loss(
     "tree.reduce", lambda a, v: jax.tree.reduce(lambda total, leaf: total + leaf.sum(), (a, v), 0.0)
 )

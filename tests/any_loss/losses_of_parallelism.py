@@ -121,15 +121,8 @@ for count in (1, 4) if jax.device_count() >= 4 else (1,):
 @loss("explicit sharding", slow=True)
 def _(a):
     explicit = jax.make_mesh((1,), ("d",), (AxisType.Explicit,), devices=jax.devices()[:1])
-    with jax.set_mesh(explicit):
-        data = jax.sharding.reshard(x(4, 4), P("d"))
-        return jnp.sum(jnp.einsum("bi,io->bo", data, a) ** 2)
-
-
-@loss("a mesh that is set", fused=True)
-def _(a):
-    with mesh(1):
-        return lax.with_sharding_constraint(x(4, 4) @ a, P("d"))
+    data, w = (jax.sharding.reshard(y, NamedSharding(explicit, P("d"))) for y in (x(4, 4), a))
+    return jnp.sum(jnp.einsum("bi,io->bo", data, w, out_sharding=NamedSharding(explicit, P())) ** 2)
 
 
 loss("device_put of a weight", lambda a: x(3, 4) @ jax.device_put(a, jax.devices()[0]))

@@ -218,7 +218,11 @@ def conv(data, kernel, strides=(1, 1), padding="SAME", numbers=NHWC, **more):
 loss("conv 2d", lambda k: conv(x(2, 5, 5, 2), k), fused=True)
 loss("conv 2d, strided", lambda k: conv(x(2, 5, 5, 2), k, (2, 2), "VALID"), fused=True)
 loss("conv 2d, dilated", lambda k: conv(x(1, 6, 6, 2), k, rhs_dilation=(2, 2)), fused=True)
-loss("conv 2d, data dilated", lambda k: conv(x(1, 3, 3, 2), k, lhs_dilation=(2, 2)), slow=True)
+loss(
+    "conv 2d, data dilated",
+    lambda k: conv(x(1, 3, 3, 2), k, padding=((1, 1), (1, 2)), lhs_dilation=(2, 2)),
+    slow=True,
+)
 loss("conv 2d, grouped", lambda k: conv(x(1, 4, 4, 4), k, feature_group_count=2), fused=True)
 loss("conv 2d, batch groups", lambda k: conv(x(2, 4, 4, 2), k, batch_group_count=2), slow=True)
 loss(

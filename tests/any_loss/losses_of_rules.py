@@ -404,8 +404,7 @@ def _(a):
         checkify.check(jnp.all(a < 1e3), "large")
         return out
 
-    error, out = checkify.checkify(checked)(a)
-    return out + jnp.where(error.get() is None, 0.0, 0.0)
+    return checkify.checkify(checked)(a)[1]
 
 
 loss(
