@@ -30,6 +30,7 @@ from zoqo_jax.quantization import nf4 as nf4
 from zoqo_jax.quantization import quantize as quantize
 from zoqo_jax.rules import quaxify as quaxify
 from zoqo_jax.transforms import StepState as StepState
+from zoqo_jax.transforms import apply_updates as apply_updates
 from zoqo_jax.transforms import caq_zo as caq_zo
 from zoqo_jax.transforms import on_floats as on_floats
 from zoqo_jax.transforms import qes as qes
@@ -51,6 +52,7 @@ __all__ = [
     "QuantizedArray",
     "Quantizer",
     "StepState",
+    "apply_updates",
     "caq_zo",
     "certificates",
     "companders",

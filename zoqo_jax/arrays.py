@@ -32,8 +32,10 @@ __all__ = [
     "cut",
     "dequantize",
     "freeze",
+    "is_float_array",
     "is_quantized",
     "is_trained",
+    "no_update",
     "trained_leaves",
 ]
 
@@ -149,7 +151,7 @@ class QuantizedArray(quax.ArrayValue):
         offset: value units, or None for 0.
         grid: levels and legal codes.
         block: (negative axis, length) or None.
-        value_dtype: dtype of the values, float16, bfloat16 or float32.
+        value_dtype: dtype of the values, float16, bfloat16, float32 or (where JAX has it) float64.
         per_byte: codes in a byte.
         has_copies: whether `scale` and `offset` are copies of one number each, made for a scan.
         is_frozen: whether transformations leave it alone, as they do floats; see `freeze`.
@@ -419,6 +421,36 @@ def is_quantized(leaf: Any) -> bool:
 def is_trained(leaf: Any) -> bool:
     """Whether a leaf is a `QuantizedArray` whose codes transformations move."""
     return is_quantized(leaf) and not leaf.is_frozen
+
+
+def is_float_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of floats, and neither quantized nor a Python number.
+
+    Examples:
+        >>> [is_float_array(leaf) for leaf in (jnp.ones(2), jnp.arange(2), 0.5, jnp.tanh)]
+        [True, False, False, False]
+    """
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    return is_array and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def no_update(leaf: Any) -> Any:
+    """The update of a leaf that is to stay: zeros, or None where there is nothing to add to.
+
+    Keys, functions and strings have no sum; `zoqo_jax.apply_updates` (and that of Equinox) leaves
+    what has None as it is.
+
+    Examples:
+        >>> [no_update(leaf) for leaf in (np.ones(1), 2, jax.random.key(0), "relu")]
+        [Array([0.], dtype=float32), Array(0, dtype=int32, weak_type=True), None, None]
+    """
+    if is_quantized(leaf):
+        return jax.tree.map(jnp.zeros_like, leaf)
+    if isinstance(leaf, bool | int | float | complex):
+        return jnp.zeros_like(leaf)
+    dtype = getattr(leaf, "dtype", None)
+    has_sum = dtype is not None and not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
+    return jnp.zeros_like(leaf) if has_sum else None
 
 
 def trained_leaves(params: PyTree | None) -> dict[str, QuantizedArray]:

@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -171,8 +173,8 @@ class Quantizer:
         """Fit scale and offset to one array and round it to codes.
 
         Args:
-            values: float16, bfloat16 or float32, any shape, also empty; finite (checked unless
-                traced).
+            values: floats of any shape, also empty; finite (checked unless traced). Those of
+                float64 are rounded as float32.
 
         Returns:
             The array's codes, scales and grid. The value dtype stays that of `values`.
@@ -182,8 +184,10 @@ class Quantizer:
                 or an `axis` that `values` lacks.
         """
         values = jnp.asarray(values)
-        if not _is_value_dtype(values.dtype):
-            raise ValueError(f"values must be float16, bfloat16 or float32, got {values.dtype}.")
+        if not _is_value_dtype(values.dtype) and values.dtype != jnp.float64:
+            raise ValueError(
+                f"values must be float16, bfloat16, float32 or float64, got {values.dtype}."
+            )
         if not _is_finite(values):
             raise ValueError("values must be finite, got NaN or inf.")
         axes, block = self._layout(values.ndim)
@@ -299,19 +303,52 @@ def nf4(
 
 
 def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
-    """`quantize`'s default choice: floating leaves of two or more axes not named "bias" or "scale".
+    """`quantize`'s default choice: the weights that multiply, in the names that libraries give.
 
-    The names matter where layers are stacked for a scan: a stack of biases has two axes as well.
+    Those are arrays of floats of two or more axes, but for
+
+    - biases, and the scales and offsets of normalisations, stacked for a scan or not: leaves whose
+      name has the word "bias", "scale", "offset", "gamma" or "beta", or is "b", and all in a module
+      whose name has the word "norm", "ln" or "bn";
+    - what is no parameter: statistics ("batch_stats", "mean", "var" ...) and caches;
+    - vectors, such as class tokens, weight norm's g and spectral norm's u: one axis alone is longer
+      than 1, and no name says "kernel", "weight" or "w".
 
     Examples:
         >>> layers = {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))}
         >>> jax.tree_util.tree_map_with_path(is_matrix, layers)
         {'bias': False, 'kernel': True}
     """
-    # Two names from the end: nnx adds "value" to each.
-    names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path[-2:]}
-    floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return floating and leaf.ndim >= 2 and names.isdisjoint({"bias", "scale"})
+    is_array = isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+    if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.ndim < 2:
+        return False
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    if names and names[-1] in ("value", "raw_value"):  # nnx adds it to each
+        names.pop()
+    words = [_words(name) for name in names]
+    own = words[-1] if words else frozenset()
+    parent = words[-2] if len(words) > 1 else frozenset()
+    is_part_of_norm = any(word in _NORMS or word.endswith("norm") for word in parent)
+    is_no_parameter = any(name in _NO_PARAMETERS for name in names)
+    is_added = bool(own & _ADDED) or names[-1:] == ["b"]
+    is_named = not own or bool(own & _MULTIPLIED)  # lists and tuples have no names
+    is_vector = sum(length != 1 for length in leaf.shape) < 2 and not is_named
+    return not (is_part_of_norm or is_no_parameter or is_added or is_vector)
+
+
+def _words(name: str) -> frozenset[str]:
+    """The words of a name: "LayerNorm_0" has "layer", "norm" and "layernorm"."""
+    parts = re.findall(r"[A-Za-z]+", name)
+    words = [word for part in parts for word in re.findall(r"[A-Z]*[a-z]+|[A-Z]+", part)]
+    return frozenset(word.lower() for word in (*parts, *words))
+
+
+_MULTIPLIED = frozenset({"kernel", "weight", "weights", "w"})
+_ADDED = frozenset({"bias", "biases", "scale", "scales", "offset", "gamma", "beta"})
+_NORMS = frozenset({"norm", "ln", "bn"})
+_NO_PARAMETERS = frozenset({"batch_stats", "batch_stat", "stats", "state", "sigma", "position_ids"})
+_NO_PARAMETERS |= {"cache", "cached_key", "cached_value", "mean", "var"}
+_NO_PARAMETERS |= {"running_mean", "running_var", "moving_mean", "moving_variance"}
 
 
 def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> PyTree:
@@ -320,11 +357,13 @@ def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> 
     Args:
         tree: any pytree of arrays.
         quantizer: what to quantize with.
-        where: `where(path, leaf) -> bool` with the path as `jax.tree_util` gives it. By default the
-            floating leaves of two or more axes not named "bias" or "scale".
+        where: `where(path, leaf) -> bool` with the path as `jax.tree_util` gives it. By default
+            `is_matrix`: the weights that multiply.
 
     Returns:
-        The tree with a `QuantizedArray` for each chosen leaf.
+        The tree with a `QuantizedArray` for each chosen leaf. To a leaf of zeros no range can be
+        fitted: it gets 1 / sqrt(its longer axis), which keeps what it makes of inputs of variance
+        one in [-1, 1], and a warning names it.
 
     Raises:
         ValueError: `where` chose no leaf, or a chosen one cannot be quantized; the message names
@@ -344,7 +383,7 @@ def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> 
             return leaf
         chosen += 1
         try:
-            return quantizer(leaf)
+            return _for_zeros(quantizer, path, leaf)(leaf)
         except ValueError as error:
             raise ValueError(f"leaf {jax.tree_util.keystr(path)}: {error}") from error
 
@@ -352,6 +391,20 @@ def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> 
     if not chosen:
         raise ValueError(f"where={where} chose none of the {len(jax.tree.leaves(tree))} leaves.")
     return quantized
+
+
+def _for_zeros(quantizer: Quantizer, path: tuple[Any, ...], leaf: Any) -> Quantizer:
+    """The quantizer, with a range that can train a leaf of zeros, as heads often begin."""
+    is_fitted = isinstance(quantizer.range, str)
+    if not is_fitted or isinstance(leaf, Tracer) or not jnp.size(leaf) or jnp.any(leaf != 0):
+        return quantizer
+    range_ = 1.0 / math.sqrt(max(jnp.shape(leaf)[-2:], default=1))
+    warnings.warn(
+        f"leaf {jax.tree_util.keystr(path)} is zero everywhere, so no range can be fitted to it: "
+        f"its codes reach {range_:.3g} either way. Choose by quantizer=Quantizer(range=...).",
+        stacklevel=4,
+    )
+    return dataclasses.replace(quantizer, range=range_)
 
 
 def _is_value_dtype(dtype: Any) -> bool:

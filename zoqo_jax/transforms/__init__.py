@@ -1,5 +1,6 @@
 """Optimizers as optax transformations, one a file; `stepping` is what the quantized ones share."""
 
+from zoqo_jax.transforms.applying import apply_updates as apply_updates
 from zoqo_jax.transforms.caq_zo import caq_zo as caq_zo
 from zoqo_jax.transforms.on_floats import on_floats as on_floats
 from zoqo_jax.transforms.qes import qes as qes

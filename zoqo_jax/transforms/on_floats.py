@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from zoqo_jax.arrays import is_quantized
+from zoqo_jax.arrays import is_float_array, is_quantized
 
 __all__ = ["on_floats"]
 
@@ -47,8 +44,4 @@ def on_floats(
 
 def _are_floats(tree: PyTree) -> PyTree:
     """For each leaf, a quantized one being one leaf, whether it is a float array."""
-
-    def is_float(leaf: Any) -> bool:
-        return not is_quantized(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-
-    return jax.tree.map(is_float, tree, is_leaf=is_quantized)
+    return jax.tree.map(is_float_array, tree, is_leaf=is_quantized)

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, UInt32
 
 from zoqo_jax import compiler, draws, queries, stencils
-from zoqo_jax.arrays import is_quantized, is_trained, trained_leaves
+from zoqo_jax.arrays import is_quantized, is_trained, no_update, trained_leaves
 from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
@@ -149,7 +149,7 @@ def qzo(
         move_key = jax.random.fold_in(own_key, num_queries)
 
         def change(i: int) -> Any:
-            zeros = jax.tree.map(jnp.zeros_like, leaves[i])
+            zeros = no_update(leaves[i])
             scale = scales[i]
             if scale is None:
                 return zeros

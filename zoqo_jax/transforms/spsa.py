@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from zoqo_jax import queries, stencils
-from zoqo_jax.arrays import is_quantized
+from zoqo_jax.arrays import is_float_array, is_quantized, no_update
 from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
@@ -38,7 +38,8 @@ def spsa(
     r"""Estimate gradients of a tree of floats, g = (l(x + mu u) - l(x - mu u)) / (2 mu) u.
 
     The estimate is the mean over q queries; on a quadratic it is unbiased, elsewhere up to O(mu^2).
-    Integer and quantized leaves are left alone: their updates are zero. Estimates are made in
+    Leaves that are no arrays of floats, quantized ones too, are left alone: their updates are zero,
+    or None where there is nothing to add to. Estimates are made in
     float32 and have the dtype of their leaf; those beyond its range have its largest magnitude. In
     float16 and bfloat16, x + mu u is rounded: a query that displaces no entry says nothing, and is
     counted in `state.skipped`.
@@ -111,7 +112,7 @@ def spsa(
         def query_losses(query: Array | int) -> tuple[Array, Array]:
             def loss(side: Array) -> Array:
                 moved = [
-                    displaced(query, index, side) if _is_trained(leaf) else leaf
+                    displaced(query, index, side) if is_float_array(leaf) else leaf
                     for index, leaf in enumerate(leaves)
                 ]
                 return queries.scalar(quaxify(value_fn)(treedef.unflatten(moved)))
@@ -120,7 +121,7 @@ def spsa(
 
         def is_stuck(query: Array | int) -> Array:
             """Whether both ends are where the parameters are. Of float32 leaves `init` says it."""
-            trained = [index for index, leaf in enumerate(leaves) if _is_trained(leaf)]
+            trained = [index for index, leaf in enumerate(leaves) if is_float_array(leaf)]
             if any(leaves[index].dtype.itemsize > 2 for index in trained):
                 return jnp.bool(False)
             stays = [
@@ -142,7 +143,7 @@ def spsa(
             return jnp.clip(total * (mean_over_2 / mu), -largest, largest).astype(dtype)
 
         gradients = [
-            gradient(index) if _is_trained(leaf) else jax.tree.map(jnp.zeros_like, leaf)
+            gradient(index) if is_float_array(leaf) else no_update(leaf)
             for index, leaf in enumerate(leaves)
         ]
         return treedef.unflatten(gradients), state
@@ -155,7 +156,7 @@ def _check_reach(radius: Schedule, params: PyTree) -> None:
     if callable(radius):
         return
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)[0]:
-        if not _is_trained(leaf) or isinstance(leaf, jax.core.Tracer) or not jnp.size(leaf):
+        if not is_float_array(leaf) or isinstance(leaf, jax.core.Tracer) or not jnp.size(leaf):
             continue
         x = np.asarray(leaf)
         mu = np.asarray(radius, x.dtype)
@@ -166,7 +167,3 @@ def _check_reach(radius: Schedule, params: PyTree) -> None:
                 f"radius must displace some entry of {name}, whose "
                 f"{x.dtype.name} values are {apart:.1e} or more apart, got {radius}."
             )
-
-
-def _is_trained(leaf: Any) -> bool:
-    return not is_quantized(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)

@@ -26,7 +26,14 @@ import optax
 from jaxtyping import Array, Float, Int32, Key, PRNGKeyArray, PyTree
 
 from zoqo_jax import compiler, draws, projection, queries, stencils
-from zoqo_jax.arrays import QuantizedArray, cut, is_quantized, is_trained, trained_leaves
+from zoqo_jax.arrays import (
+    QuantizedArray,
+    cut,
+    is_quantized,
+    is_trained,
+    no_update,
+    trained_leaves,
+)
 from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
 from zoqo_jax.pieces import Pick, in_place
@@ -353,7 +360,7 @@ def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
     remaining = iter(deltas)
 
     def one(leaf: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, leaf)
+        zeros = no_update(leaf)
         return dataclasses.replace(zeros, packed=next(remaining)) if is_trained(leaf) else zeros
 
     return jax.tree.map(one, params, is_leaf=is_quantized)
