@@ -192,7 +192,6 @@ _CAUSES: dict[str, tuple[str, ...]] = {
         "nested: switch in vmap (explained)",
     ),
     "WRONG NUMBERS: reshape's `dimensions` are ignored": ("movement: reshape, order F",),
-    "JAX cannot batch scaled_matmul as the two sides need": ("products: scaled_matmul",),
     "explicit sharding: AssertionError (1, 0) over the two sides": (
         "parallel: explicit sharding (rank_one)",
         "parallel: explicit sharding (dense)",
