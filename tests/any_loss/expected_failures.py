@@ -183,6 +183,10 @@ _CAUSES: dict[str, tuple[str, ...]] = {
         "products: complex data by weight",
     ),
     "polyval scans over the scalars of a vector: IndexError": ("linear algebra: polyval",),
+    "a weight as ys of a scan: the stencil is stacked where type checks want one number": (
+        "control: scan, a weight as ys (rank_one)",
+        "control: scan, a weight as ys (dense)",
+    ),
     "JAX cannot batch a composite over the two sides": (
         "rules: composite (dense)",
         "rules: composite (rank_one)",
