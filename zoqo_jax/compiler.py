@@ -97,7 +97,7 @@ def after(x: Array, later: Array) -> Array:
 @custom_vmap
 def _never(x: Array) -> Bool[Array, ""]:
     """False, and no compiler sees it: no number is both infinite and not a number."""
-    first = x.reshape(-1)[0]
+    first = x.reshape(-1)[0].real
     if first.dtype == jnp.uint32:
         first = jax.lax.bitcast_convert_type(first, jnp.float32)
     elif not jnp.issubdtype(first.dtype, jnp.floating):

@@ -49,6 +49,7 @@ def _wanted_by_call(equation: Any, flags: Flags) -> Flags:
 @higher(
     "checkpoint",
     "closed_call",
+    "composite",
     "core_call",
     "custom_jvp_call",
     "custom_vjp_call",

@@ -135,13 +135,13 @@ def explain(
         probe = stencils.describe(jax.random.key(0), leaf, 1.0, law=noise, structure=structure)
         return PerturbedArray(leaf, probe, 2 * query_batch, jax.tree_util.keystr(path))
 
-    def loss(params: PyTree) -> Any:
+    def loss() -> Any:
         tree = jax.tree_util.tree_map_with_path(displaced, params, is_leaf=is_quantized)
         return queries.scalar(quaxify(value_fn)(tree))
 
     uses: dict[Use, None] = {}
     with watch(lambda use: uses.setdefault(use)):
-        jax.eval_shape(loss, params)
+        jax.eval_shape(loss)
     used = {use.label for use in uses}
     return Explanation(
         uses=tuple(uses),

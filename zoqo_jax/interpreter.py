@@ -108,6 +108,7 @@ def quaxify(fn: Callable[..., Any]) -> Callable[..., Any]:
             return [leaf for leaf in out if _is_array(leaf)]
 
         operands = [leaves[place] for place in places]
+        operands = [x if x.size else x.materialise() for x in operands]
         closed = jax.make_jaxpr(of_arrays)(*map(_stand_in, operands))
         results = iter(evaluate(closed, operands))
         out = [next(results) if other is None else other[0] for other in others]
@@ -166,9 +167,9 @@ def _apply(
     """The results of an equation."""
     primitive, params = equation.primitive, equation.params
     implicit = [x for x in inputs if is_implicit(x)]
-    if not implicit:
-        return _bind(primitive, inputs, params)
     name = primitive.name
+    if not implicit and name not in _EVEN_FOR_DATA:
+        return _bind(primitive, inputs, params)
     flags = tuple(variable not in evaluated for variable in equation.outvars)
     if name in _higher:
         return _higher[name](inputs, flags, params)
@@ -193,10 +194,16 @@ def _apply(
 
 def _bind(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
     """What JAX makes of arrays."""
+    if primitive.name == "psum_invariant":  # `jax.lax.psum` where JAX knows what varies: not here
+        return [jax.lax.psum(inputs[0], params["axes"])]
     bound = primitive.get_bind_params(params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
     out = primitive.bind(*functions, *inputs, **params)
     return out if primitive.multiple_results else [out]
+
+
+_EVEN_FOR_DATA = ("composite", "ragged_dot_general")
+"""What has a rule also for data: JAX cannot batch it, so not evaluate it at two sides at once."""
 
 
 def _stand_in(x: Any) -> jax.ShapeDtypeStruct:
@@ -222,7 +229,7 @@ def _is_array(x: Any) -> bool:
 # Which operations are put off until a product
 
 
-_MULTIPLY = {"dot_general": (0, 1), "conv_general_dilated": (1,), "ragged_dot_general": (0, 1)}
+_MULTIPLY = {"dot_general": (0, 1), "conv_general_dilated": (1,)}
 
 _REARRANGING = """
     broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice gather pad pvary reshape

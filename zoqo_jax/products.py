@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -77,17 +77,17 @@ def dot_general(w: Implicit, x: Array, side: int, dims: Dims, **params: Any) -> 
     return _stored(w, x, dot)
 
 
-def in_turn(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> Any:
-    """What an operation makes of operands of which any are implicit, one displacement at a time.
+def in_turn(name: str, fn: Callable[..., Array], *operands: Any) -> Array:
+    """A product of operands of which any are implicit, one displacement at a time.
 
     Args:
-        primitive: of one result, such as a convolution.
+        name: of the operation.
+        fn: of the operands' values.
         operands: its operands.
-        params: its parameters.
     """
     for x in operands:
-        use(x, primitive.name, "direct")
-    return ways.in_turn(lambda *arrays: primitive.bind(*arrays, **params), *operands)
+        use(x, name, "direct")
+    return ways.in_turn(fn, *operands)
 
 
 def _transposed(w: TransposedArray, x: Array, dot: Dot) -> Array:

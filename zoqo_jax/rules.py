@@ -9,11 +9,13 @@ until a product, or sees the values, made for that operation alone: slower, and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array
 
 from zoqo_jax import control as control  # its rules, too
@@ -28,7 +30,7 @@ from zoqo_jax.implicit import (
     on_rows,
     use,
 )
-from zoqo_jax.interpreter import quaxify, register
+from zoqo_jax.interpreter import Flags, higher, quaxify, register
 
 __all__ = ["quaxify"]
 
@@ -43,8 +45,10 @@ ANY = (*STORED, TransposedArray, DerivedArray)
 @register("dot_general", *ANY)
 def _dot(x: Any, y: Any, *, dimension_numbers: Any, **params: Any) -> Array:
     if is_implicit(x) and is_implicit(y):
-        kind = {"dimension_numbers": dimension_numbers, **params}
-        return products.in_turn(jax.lax.dot_general_p, [x, y], kind)
+        multiply = functools.partial(
+            jax.lax.dot_general_p.bind, dimension_numbers=dimension_numbers, **params
+        )
+        return products.in_turn("dot_general", multiply, x, y)
     if is_implicit(x):
         return products.dot_general(x, jnp.asarray(y), 0, dimension_numbers, **params)
     return products.dot_general(y, jnp.asarray(x), 1, dimension_numbers, **params)
@@ -57,12 +61,26 @@ def _convolve(x: Any, w: Any, **params: Any) -> Array:
     Kernels are small and decoding them costs little, but displaced kernels side by side would make
     a grouped convolution, which XLA's CPU backend computes slowly.
     """
-    return products.in_turn(jax.lax.conv_general_dilated_p, [x, w], params)
+
+    def convolve(x: Array, w: Array) -> Array:
+        return jax.lax.conv_general_dilated_p.bind(x, w, **params)
+
+    return products.in_turn("conv_general_dilated", convolve, x, w)
 
 
-@register("ragged_dot_general", *ANY)
-def _ragged_dot(x: Any, y: Any, sizes: Any, *rest: Any, **params: Any) -> Array:
-    return products.in_turn(jax.lax.ragged_dot_general_p, [x, y, sizes, *rest], params)
+def _multiplied(equation: Any, flags: Flags) -> Flags:
+    return (True, True, *(False,) * (len(equation.invars) - 2))
+
+
+@higher("ragged_dot_general", wanted=_multiplied)
+def _ragged_dot(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]:
+    """One displacement after another, also of data: JAX does not batch it."""
+    how = {name: value for name, value in params.items() if name != "out_sharding"}
+
+    def multiply(*arrays: Array) -> Array:
+        return jax.lax.ragged_dot_general(*arrays, **how)
+
+    return [products.in_turn("ragged_dot_general", sequential_vmap(multiply), *inputs)]
 
 
 # Axes and rows
@@ -80,8 +98,14 @@ def _transpose_transposed(w: TransposedArray, *, permutation: Any) -> Any:
 
 
 @register("reshape", *STORED)
-def _reshape(w: Stored, *, new_sizes: Any, **params: Any) -> Any:
-    if w.ndim == 0 or not new_sizes or new_sizes[-1] != w.shape[-1] or w.size == 0:
+def _reshape(w: Stored, *, new_sizes: Any, dimensions: Any = None, **params: Any) -> Any:
+    if (
+        dimensions is not None
+        or w.ndim == 0
+        or not new_sizes
+        or new_sizes[-1] != w.shape[-1]
+        or w.size == 0
+    ):
         return NotImplemented
     return on_rows(lambda x: x.reshape(*new_sizes[:-1], x.shape[-1]), w)
 

@@ -22,7 +22,7 @@ def on_floats(
         transformation: any of optax, or a chain of them.
 
     Returns:
-        The transformation behind a mask, as `optax.masked` makes it.
+        The transformation, which sees None in the place of what is no array of floats.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -39,9 +39,32 @@ def on_floats(
         >>> bool((trained["w"].codes == params["w"].codes).all())
         True
     """
-    return optax.masked(optax.with_extra_args_support(transformation), _are_floats)
+    inner = optax.with_extra_args_support(transformation)
+
+    def init(params: PyTree) -> Any:
+        return inner.init(_floats(params, params))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        of = updates if params is None else params
+        floats = None if params is None else _floats(params, params)
+        changed, state = inner.update(_floats(of, updates), state, floats, **extra)
+        pairs = (of, updates, changed)
+        return jax.tree.map(_either, *pairs, is_leaf=is_one), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _are_floats(tree: PyTree) -> PyTree:
-    """For each leaf, a quantized one being one leaf, whether it is a float array."""
-    return jax.tree.map(is_float_array, tree, is_leaf=is_quantized)
+def is_one(leaf: Any) -> bool:
+    """What counts as one leaf: a quantized array, or nothing."""
+    return leaf is None or is_quantized(leaf)
+
+
+def _floats(of: PyTree, tree: PyTree) -> PyTree:
+    """A tree's leaves where another has arrays of floats, and None elsewhere."""
+    return jax.tree.map(lambda own, x: x if is_float_array(own) else None, of, tree, is_leaf=is_one)
+
+
+def _either(own: Any, update: Any, changed: Any) -> Any:
+    return changed if is_float_array(own) else update
