@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
@@ -133,7 +134,7 @@ def evaluate(closed: Any, operands: Sequence[Any], flags: Flags | None = None) -
     evaluated = _evaluated(jaxpr, flags)
     env: dict[Any, Any] = {}
     decoded: dict[int, tuple[Any, Array]] = {}  # an array of which several operations want values
-    env.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(jaxpr.constvars, map(_constant, closed.consts), strict=True))
     env.update(zip(jaxpr.invars, operands, strict=True))
 
     def read(atom: Any) -> Any:
@@ -204,6 +205,11 @@ def _bind(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> Sequ
 
 _EVEN_FOR_DATA = ("composite", "ragged_dot_general")
 """What has a rule also for data: JAX cannot batch it, so not evaluate it at two sides at once."""
+
+
+def _constant(x: Any) -> Any:
+    """A constant as an array of JAX; some come as a NumPy type of JAX's own."""
+    return jnp.asarray(x, x.dtype) if isinstance(x, np.ndarray | np.generic) else x
 
 
 def _stand_in(x: Any) -> jax.ShapeDtypeStruct:

@@ -148,10 +148,17 @@ def _dynamic_slice(w: Stored, *starts: ArrayLike, slice_sizes: Any) -> Any:
 def _gather(w: Stored, indices: Any, **params: Any) -> Any:
     """Look rows up, as an embedding does: only those are decoded."""
     dims, sizes = params["dimension_numbers"], params["slice_sizes"]
+    fills = params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
     last, made = w.ndim - 1, jnp.ndim(indices) - 1 + len(dims.offset_dims)
+    if last <= 0 or sizes[last] != w.shape[-1] or is_implicit(indices):
+        return NotImplemented
+    if last in dims.start_index_map and not fills:  # a whole axis can only start at 0
+        place = dims.start_index_map.index(last)
+        starts = tuple(axis for axis in dims.start_index_map if axis != last)
+        dims = dims._replace(start_index_map=starts)
+        indices = jnp.delete(indices, place, axis=-1, assume_unique_indices=True)
     axes = (*dims.start_index_map, *dims.collapsed_slice_dims, *dims.operand_batching_dims)
-    keeps_last = bool(last) and sizes[last] == w.shape[-1] and last not in axes
-    if not keeps_last or is_implicit(indices):
+    if last in axes:
         return NotImplemented
     # The last axis goes to the end of the result, and then where it is to be.
     place = dims.offset_dims[-1]
@@ -164,7 +171,7 @@ def _gather(w: Stored, indices: Any, **params: Any) -> Any:
 
     use(w, "gather", "rows")
     values = on_rows(look_up, w).materialise()
-    if params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
+    if fills:
         found = look_up(jnp.ones((*w.shape[:-1], 1), bool), False)
         fill = params["fill_value"]
         values = jnp.where(found, values, jnp.nan if fill is None else fill).astype(values.dtype)

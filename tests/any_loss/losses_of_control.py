@@ -299,7 +299,7 @@ loss(
     "switch returns weights",
     lambda q, s: (
         x(2, 4)
-        @ lax.switch(jnp.argmax(x(3)), [lambda: q, lambda: s[0].T, lambda: jnp.ones((4, 4))])
+        @ lax.switch(jnp.argmax(x(3)) % 2, [lambda: q, lambda: s[0].T, lambda: jnp.ones((4, 4))])
     ),
 )
 loss("select of weights", lambda q, s: lax.select(x(4, 4) > 0, q, s[2]))
