@@ -1,0 +1,79 @@
+"""Which weights a loss could compute with implicitly: an answer that does not ask the library.
+
+A weight counts where a matrix product, a convolution or a look-up takes it as it is, or after
+operations that only rearrange it, cut it or change its dtype. A weight that is first divided by its
+norm, say, has to be an array of floats in any implementation, and does not count.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+__all__ = ["multiplied"]
+
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "gather"}
+_LAYOUT = {
+    "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "copy_p", "dynamic_slice",
+    "expand_dims", "optimization_barrier", "reshape", "rev", "slice", "split", "squeeze",
+    "stop_gradient", "transpose", "sharding_constraint", "pvary",
+}  # fmt: skip
+
+Leaves = frozenset[int]
+
+
+def multiplied(fn: Callable[[list[Any]], Any], leaves: Sequence[Any]) -> set[int]:
+    """Indices of the leaves that a product, a convolution or a look-up of `fn(leaves)` takes."""
+    closed = jax.make_jaxpr(fn)(list(leaves))
+    found: set[int] = set()
+    _walk(closed.jaxpr, [frozenset([i]) for i in range(len(leaves))], found)
+    return found
+
+
+def _walk(jaxpr: Any, inputs: Sequence[Leaves], found: set[int]) -> list[Leaves]:
+    """Follow leaves through a program; what its outputs are rearrangements of."""
+    none: Leaves = frozenset()
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def of(atom: Any) -> Leaves:
+        return none if isinstance(atom, core.Literal) else known.get(atom, none)
+
+    for equation in jaxpr.eqns:
+        name, sources = equation.primitive.name, [of(atom) for atom in equation.invars]
+        if not any(sources):
+            continue
+        outputs = [none] * len(equation.outvars)
+        bodies = list(_bodies(equation, sources))
+        if name in _PRODUCTS:
+            found |= sources[0] if name == "gather" else frozenset().union(*sources[:2])
+        elif name in _LAYOUT:
+            same = len(sources) == len(outputs)
+            outputs = sources if same else [frozenset().union(*sources)] * len(outputs)
+        for body, its_inputs in bodies:
+            made = _walk(body, its_inputs, found)
+            if len(made) == len(outputs):
+                outputs = [a | b for a, b in zip(outputs, made, strict=True)]
+        known.update(zip(equation.outvars, outputs, strict=True))
+    return [of(atom) for atom in jaxpr.outvars]
+
+
+def _bodies(equation: Any, sources: Sequence[Leaves]) -> Iterator[tuple[Any, Sequence[Leaves]]]:
+    """The programs inside an operation, and what goes into each."""
+    params, name = equation.params, equation.primitive.name
+    if name == "while":
+        tests, runs = params["cond_nconsts"], params["body_nconsts"]
+        carried = sources[tests + runs :]
+        yield params["cond_jaxpr"].jaxpr, [*sources[:tests], *carried]
+        yield params["body_jaxpr"].jaxpr, [*sources[tests : tests + runs], *carried]
+        return
+    if name == "cond":
+        for branch in params["branches"]:
+            yield branch.jaxpr, sources[1:]
+        return
+    for key, value in params.items():
+        inner = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+        # Rules for derivatives are programs, too, and are not run here.
+        if isinstance(inner, core.Jaxpr) and "jvp" not in key.replace("call_jaxpr", ""):
+            if len(inner.invars) == len(sources):
+                yield inner, sources
