@@ -57,5 +57,5 @@ def model(about: str, package: str, **more: Any) -> Callable[[Callable[[], Built
 def everything() -> dict[str, Model]:
     """All models by name, those of a file together."""
     for file in sorted((Path(__file__).parent / "models").glob("*.py")):
-        importlib.import_module(f"tests.zoo.models.{file.stem}")
+        importlib.import_module(f"zoo.models.{file.stem}")
     return dict(_MODELS)

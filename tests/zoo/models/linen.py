@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from tests.zoo.data import labels, normal, tokens
-from tests.zoo.registry import model
+from zoo.data import labels, normal, tokens
+from zoo.registry import model
 
 _PACKAGE = "flax"
 
 
 def _classifier(module, x, y):
     """A loss as Flax's examples have it."""
-    variables = module.init(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
 
     def loss(variables):
         logits = module.apply(variables, x)
@@ -62,8 +62,8 @@ class _Block(nn.Module):
         mask = nn.make_causal_mask(x[..., 0])
         y = nn.LayerNorm()(x)
         x = x + nn.MultiHeadDotProductAttention(num_heads=4)(y, mask=mask)
-        y = nn.gelu(nn.Dense(64)(nn.LayerNorm()(x)))
-        return x + nn.Dense(32)(y)
+        y = nn.gelu(nn.Dense(32)(nn.LayerNorm()(x)))
+        return x + nn.Dense(16)(y)
 
 
 class _LanguageModel(nn.Module):
@@ -74,18 +74,18 @@ class _LanguageModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens):
-        embedding = nn.Embed(40, 32)
+        embedding = nn.Embed(40, 16)
         x = embedding(tokens)
         if self.scanned:
             layers = nn.scan(
                 lambda block, x, _: (block(x), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                length=3,
+                length=2,
             )
             x, _ = layers(self.block(), x, None)
         else:
-            for _ in range(2):
+            for _ in range(1):
                 x = self.block()(x)
         return embedding.attend(nn.LayerNorm()(x))
 
@@ -167,7 +167,7 @@ def convolutions():
             return nn.ConvTranspose(3, (3, 3), strides=(2, 2))(x)
 
     x, module = normal(4, 8, 8, 3), Autoencoder()
-    variables = module.init(jax.random.key(0), x)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
     return variables, lambda variables: jnp.mean((module.apply(variables, x) - x) ** 2)
 
 
