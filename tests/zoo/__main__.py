@@ -12,9 +12,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from zoo import registry, table
+from zoo import harness, registry, table
 
 from experiments import command, settings
 from experiments.command import say
@@ -32,7 +32,7 @@ class Zoo:
       document: Markdown whose table is written; what stands around it stays.
       only: examine only models whose name holds this text.
       fresh: examine again what is in the results already.
-      timed: measure steps and compilation as well.
+      depth: "traced" finds most failures in seconds a model, "run" all, "timed" measures, too.
       seconds: a model that takes longer has failed.
     """
 
@@ -40,7 +40,7 @@ class Zoo:
     document: str = str(_HERE.parent.parent / "docs" / "models.md")
     only: str = ""
     fresh: bool = False
-    timed: bool = True
+    depth: harness.Depth = "timed"
     seconds: int = 900
 
     def __post_init__(self) -> None:
@@ -54,9 +54,11 @@ def main(zoo: Zoo) -> None:
     models = registry.everything()
     chosen = [name for name in models if zoo.only in name]
     if not chosen:
-        raise ValueError(f"only: no model's name holds {zoo.only!r}; there are {', '.join(models)}.")
+        raise ValueError(
+            f"only: no model's name holds {zoo.only!r}; there are {', '.join(models)}."
+        )
     found = read_json(results)
-    todo = [name for name in chosen if zoo.fresh or name not in found]
+    todo = [name for name in chosen if zoo.fresh or not _is_known(found.get(name), zoo.depth)]
     try:
         for i, name in enumerate(todo):
             say(f"{name} ({i + 1} of {len(todo)})")
@@ -71,6 +73,12 @@ def main(zoo: Zoo) -> None:
     print(f"{len(chosen) - len(bad)} of {len(chosen)} models pass: {document}")
 
 
+def _is_known(report: dict[str, Any] | None, depth: harness.Depth) -> bool:
+    """Whether a model was examined, at least to that depth."""
+    depths = get_args(harness.Depth)
+    return report is not None and depths.index(report["depth"]) >= depths.index(depth)
+
+
 def _examined(name: str, zoo: Zoo) -> dict[str, Any]:
     """A model's report; a process that dies has one as well."""
     paths = [str(_HERE.parent), str(_HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
@@ -78,7 +86,7 @@ def _examined(name: str, zoo: Zoo) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.json"
-        line = [sys.executable, "-m", "zoo.one", name, str(file), *["--timed"] * zoo.timed]
+        line = [sys.executable, "-m", "zoo.one", name, str(file), zoo.depth]
         try:
             process = subprocess.run(
                 line, env=environment, capture_output=True, text=True, timeout=zoo.seconds
@@ -87,9 +95,9 @@ def _examined(name: str, zoo: Zoo) -> dict[str, Any]:
             failure = f"the process ended with {process.returncode}: {last}"
         except subprocess.TimeoutExpired:
             failure = f"took more than {zoo.seconds} s"
-        report = read_json(file) or {"failures": {"process": failure}}
+        report = read_json(file) or {"depth": zoo.depth, "failures": {"process": failure}}
     say(f"  {time.perf_counter() - start:.0f} s {report['failures'] or 'passes'}")
-    return {**report, "timed": zoo.timed}
+    return report
 
 
 if __name__ == "__main__":

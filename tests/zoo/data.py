@@ -22,5 +22,8 @@ def cross_entropy(logits, y):
     """Mean over everything; float32 whatever the logits are, as training scripts have it."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-    return jnp.mean(jnp.log(jnp.sum(jnp.exp(logits - logits.max(-1, keepdims=True)), -1))
-                    + logits.max(-1) - chosen)
+    return jnp.mean(
+        jnp.log(jnp.sum(jnp.exp(logits - logits.max(-1, keepdims=True)), -1))
+        + logits.max(-1)
+        - chosen
+    )

@@ -6,9 +6,10 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -36,17 +37,19 @@ class Report:
 
     Attributes:
         version: of its package.
+        depth: how far it was examined, see `examine`.
         weights: elements of the quantized leaves.
         share: of the elements that products, convolutions and look-ups take, the part in leaves
             that are never an array of floats; None where they take none, or explain fails.
         fallbacks: operations that got an array of floats, and of how many leaves.
-        compile_seconds: tracing and compiling, of "forward" and of each step.
+        compile_seconds: tracing and compiling, of "forward", of "values" (by `quaxify`) and of each step.
         forward_seconds: time of one forward pass of the decoded model.
         ratio: time of each step over that of two such passes.
         failures: by what was asked, the message of what went wrong.
     """
 
     version: str = ""
+    depth: str = "run"
     weights: int = 0
     share: float | None = None
     fallbacks: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -56,9 +59,18 @@ class Report:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def examine(model: Model, timed: bool = False) -> Report:
-    """Ask everything of one model; `timed` measures its steps as well."""
-    report = Report(version=importlib.metadata.version(model.package))
+Depth = Literal["traced", "run", "timed"]
+
+
+def examine(model: Model, depth: Depth = "run") -> Report:
+    """Ask everything of one model.
+
+    Args:
+        model: which.
+        depth: "traced" goes no further than tracing, which is where most that can fail fails, and
+            takes a tenth of the time; "timed" measures the steps as well.
+    """
+    report = Report(version=importlib.metadata.version(model.package), depth=depth)
     with _asked(report, "build"):
         params, loss = model.build()
         quantizer = zq.Quantizer(bits=model.bits, range="mse")
@@ -71,8 +83,7 @@ def examine(model: Model, timed: bool = False) -> Report:
     programs = {}
     # The model by itself: where this fails, the zoo is wrong, not the library.
     with _asked(report, "forward"):
-        forward, seconds = _compiled(lambda x: loss(plain.whole(x)), plain.arrays, timed=timed)
-        report.compile_seconds["forward"] = seconds
+        forward = _program(report, "forward", lambda x: loss(plain.whole(x)), plain.arrays)
         expected = forward(plain.arrays)
         assert np.isfinite(expected), f"the loss is {expected}"
         programs["forward"] = lambda: forward(plain.arrays)
@@ -85,7 +96,9 @@ def examine(model: Model, timed: bool = False) -> Report:
         assert error <= model.tolerance, f"the loss is {actual:.6g} and not {expected:.6g}"
 
     with _asked(report, "values"):
-        implicit, _ = _compiled(lambda x: zq.quaxify(loss)(codes.whole(x)), codes.arrays)
+        implicit = _program(
+            report, "values", lambda x: zq.quaxify(loss)(codes.whole(x)), codes.arrays
+        )
         near(implicit(codes.arrays), expected)
     with _asked(report, "explain"):
         _explain(report, loss, quantized)
@@ -93,16 +106,17 @@ def examine(model: Model, timed: bool = False) -> Report:
         with _asked(report, name):
             tx = make(jax.random.key(3))
             state = tx.init(quantized)
-            step, settings, seconds = _step(tx, loss, codes, state, timed)
-            report.compile_seconds[name] = seconds
+            step, settings = _step(report, name, tx, loss, codes, state)
             arrays, after = step(codes.arrays, state)
+            moved = _moved(quantized, eqx.combine(arrays, settings), bits=depth != "traced")
+            if depth == "traced":
+                continue
             for heard, end in zip(after.losses[0], _ends(tx, state, quantized), strict=True):
                 near(heard, forward(_Tree(end).arrays))
             assert after.losses[0, 0] != after.losses[0, 1], "both sides have the same loss"
-            moved = _moved(quantized, eqx.combine(arrays, settings))
             assert moved or name == "rank_one", "no code moved"  # it rounds its steps at random
             programs[name] = lambda step=step, state=state: step(codes.arrays, state)
-    if timed:
+    if depth == "timed":
         _measure(report, programs)
     return report
 
@@ -146,9 +160,9 @@ def _explain(report: Report, loss: Callable[[Any], Any], quantized: Any) -> None
 
 
 def _step(
-    tx: Any, loss: Callable[[Any], Any], codes: _Tree, state: Any, timed: bool
-) -> tuple[Callable[..., Any], Any, float]:
-    """A compiled step from arrays to arrays, and what else comes out of `apply_updates`."""
+    report: Report, name: str, tx: Any, loss: Callable[[Any], Any], codes: _Tree, state: Any
+) -> tuple[Callable[..., Any], Any]:
+    """A step from arrays to arrays, and what else comes out of `apply_updates`."""
     settings = []
 
     def step(arrays: Any, state: Any) -> Any:
@@ -158,8 +172,7 @@ def _step(
         settings.append(rest)
         return arrays, state
 
-    program, seconds = _compiled(step, codes.arrays, state, timed=timed)
-    return program, settings[-1], seconds
+    return _program(report, name, step, codes.arrays, state), settings[-1]
 
 
 @jax.jit
@@ -178,8 +191,8 @@ def _ends(tx: Any, state: Any, quantized: Any) -> Iterator[Any]:
         yield jax.tree.map(at_end, quantized, is_leaf=zq.is_quantized)
 
 
-def _moved(before: Any, after: Any) -> bool:
-    """Whether codes moved; a tree in which anything else did is refused."""
+def _moved(before: Any, after: Any, bits: bool) -> bool:
+    """Whether codes moved; a tree in which anything else did is refused, without `bits` its kind."""
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(before, is_leaf=zq.is_quantized),
         jax.tree_util.tree_leaves_with_path(after, is_leaf=zq.is_quantized),
@@ -190,36 +203,50 @@ def _moved(before: Any, after: Any) -> bool:
         label = jax.tree_util.keystr(path)
         if zq.is_quantized(old):
             assert zq.is_quantized(new), f"{label} became {type(new).__name__}"
-            moved |= not _same(old.packed, new.packed)
+            moved |= not _same(old.packed, new.packed, bits)
             old = dataclasses.replace(old, packed=new.packed)
             assert jax.tree.structure(old) == jax.tree.structure(new), f"{label}: another layout"
             ours, theirs = jax.tree.leaves(old), jax.tree.leaves(new)
-            assert all(map(_same, ours, theirs)), f"{label}: more than its codes changed"
+            same = [_same(*pair, bits) for pair in zip(ours, theirs, strict=True)]
+            assert all(same), f"{label}: more than its codes changed"
         else:
-            assert _same(old, new), f"{label} changed: {old!r:.60} became {new!r:.60}"
+            assert _same(old, new, bits), f"{label} changed: {old!r:.60} became {new!r:.60}"
     return moved
 
 
-def _same(old: Any, new: Any) -> bool:
+def _same(old: Any, new: Any, bits: bool) -> bool:
     """Whether two leaves are the same, bit for bit; an array of one number is no number."""
     if not isinstance(old, jax.Array | np.ndarray):
         return old is new or (type(old) is type(new) and bool(old == new))
-    if not isinstance(new, jax.Array | np.ndarray) or old.dtype != new.dtype:
+    if not isinstance(new, jax.Array | np.ndarray):
+        return False
+    if old.dtype != new.dtype or old.shape != new.shape:
         return False
     if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
         old, new = jax.random.key_data(old), jax.random.key_data(new)
-    return old.shape == new.shape and np.asarray(old).tobytes() == np.asarray(new).tobytes()
+    return not bits or np.asarray(old).tobytes() == np.asarray(new).tobytes()
 
 
-def _compiled(fn: Callable[..., Any], *args: Any, timed: bool = False) -> tuple[Any, float]:
-    """A program, and the seconds that tracing and compiling it took.
+def _program(report: Report, name: str, fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """A compiled program, and in the report the seconds that tracing and compiling it took.
 
-    Where nobody measures, the compiler may save itself the trouble to make it fast.
+    One that is only traced gives zeros. Where nobody measures, the compiler may save itself the
+    trouble of making it fast.
     """
-    options = None if timed else {"xla_backend_optimization_level": 0}
     start = time.perf_counter()
+    if report.depth == "traced":
+        shapes = jax.eval_shape(fn, *args)
+        return lambda *args: jax.tree.map(_zeros, shapes)
+    options = None if report.depth == "timed" else {"xla_backend_optimization_level": 0}
     program = jax.jit(fn).lower(*args).compile(compiler_options=options)
-    return program, round(time.perf_counter() - start, 2)
+    report.compile_seconds[name] = round(time.perf_counter() - start, 2)
+    return program
+
+
+def _zeros(shape: Any) -> Any:
+    if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), shape.shape)
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def _measure(report: Report, programs: dict[str, Callable[[], Any]], seconds: float = 2.0) -> None:
@@ -243,4 +270,5 @@ def _asked(report: Report, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         text = " ".join(str(error).split())
+        text = re.sub(r"/\S*/(?=[\w.]+\.py)|\s+at 0x[0-9a-f]+", "", text)  # of this machine
         report.failures[what] = f"{type(error).__name__}: {text}"[:300]

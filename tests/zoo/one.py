@@ -1,4 +1,4 @@
-"""One model in a process of its own: `python -m zoo.one NAME FILE` writes its report into FILE."""
+"""One model in a process of its own: `python -m zoo.one NAME FILE DEPTH` fills FILE."""
 
 import dataclasses
 import json
@@ -8,10 +8,10 @@ from pathlib import Path
 from zoo import harness, registry
 
 
-def main(name: str, file: str, timed: bool) -> None:
-    report = harness.examine(registry.everything()[name], timed)
+def main(name: str, file: str, depth: harness.Depth) -> None:
+    report = harness.examine(registry.everything()[name], depth)
     Path(file).write_text(json.dumps(dataclasses.asdict(report)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], "--timed" in sys.argv[3:])
+    main(*sys.argv[1:])

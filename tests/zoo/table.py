@@ -27,7 +27,7 @@ def filled(document: str, models: Mapping[str, Model], found: Mapping[str, Any])
 
 def _row(model: Model, report: Mapping[str, Any]) -> list[str]:
     share, ratio = report.get("share"), report.get("ratio", {})
-    compiling = report.get("compile_seconds", {}) if report.get("timed") else {}
+    compiling = report.get("compile_seconds", {}) if report.get("depth") == "timed" else {}
     names = ("forward", "dense", "rank_one")
     return [
         model.about,

@@ -82,8 +82,7 @@ def gemma():
     )  # fmt: skip
 
 
-@model("Transformers' Flax BERT, classification", "transformers", heavy=True)
-def bert():
+def _bert(**how):
     import transformers
     from transformers.models.bert.modeling_flax_bert import FlaxBertForSequenceClassification
 
@@ -91,12 +90,23 @@ def bert():
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=16, num_labels=4,
     )  # fmt: skip
-    net = FlaxBertForSequenceClassification(config, input_shape=(1, 8), seed=0)
+    net = FlaxBertForSequenceClassification(config, input_shape=(1, 8), seed=0, **how)
     text, y = tokens(2, 8), jnp.array([1, 3])
     return net.params, lambda params: cross_entropy(net(text, params=params).logits, y)
 
 
-def _gpt2(**remat):
+@model("Transformers' Flax BERT", "transformers", heavy=True)
+def bert():
+    return _bert()
+
+
+@model("Transformers' Flax BERT, gradient checkpointing", "transformers", heavy=True)
+def bert_checkpointed():
+    return _bert(gradient_checkpointing=True)
+
+
+@model("Transformers' Flax GPT-2", "transformers", heavy=True)
+def gpt2():
     import transformers
     from transformers.models.gpt2.modeling_flax_gpt2 import FlaxGPT2LMHeadModel
 
@@ -104,37 +114,11 @@ def _gpt2(**remat):
         vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    net = FlaxGPT2LMHeadModel(config, input_shape=(1, 8), seed=0, **remat)
+    net = FlaxGPT2LMHeadModel(config, input_shape=(1, 8), seed=0)
     text = tokens(2, 9)
 
     def loss(params):
         return cross_entropy(net(text[:, :-1], params=params).logits, text[:, 1:])
-
-    return net.params, loss
-
-
-@model("Transformers' Flax GPT-2", "transformers", heavy=True)
-def gpt2():
-    return _gpt2()
-
-
-@model("Transformers' Flax T5, gradient checkpointing", "transformers", heavy=True)
-def t5():
-    import transformers
-    from transformers.models.t5.modeling_flax_t5 import FlaxT5ForConditionalGeneration
-
-    config = transformers.T5Config(
-        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    net = FlaxT5ForConditionalGeneration(
-        config, input_shape=(1, 8), seed=0, gradient_checkpointing=True
-    )
-    text, answer = tokens(2, 8), tokens(2, 6, seed=3)
-
-    def loss(params):
-        out = net(text, decoder_input_ids=answer[:, :-1], params=params)
-        return cross_entropy(out.logits, answer[:, 1:])
 
     return net.params, loss
 

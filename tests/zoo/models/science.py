@@ -1,5 +1,7 @@
 """Graphs, groups, densities, quantum states and policies."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,7 @@ def coupling_flow():
 
 @model("NetKet RBM, log amplitudes", "netket", heavy=True)
 def restricted_boltzmann():
+    os.environ["NETKET_ENABLE_X64"] = "0"  # or all that comes after it computes in 64 bits
     import netket
 
     x = jnp.sign(normal(8, 6))
@@ -106,7 +109,7 @@ def policy():
     return params, lambda params: jnp.mean((net.apply(None, params, x) - target) ** 2)
 
 
-@model("gymnax CartPole, a policy's return over a rollout", "gymnax", heavy=True, bits=8)
+@model("gymnax Pendulum, a policy's return over a rollout", "gymnax", heavy=True, bits=8)
 def rollout():
     import gymnax
 
@@ -192,26 +195,6 @@ def bayesian():
     return params, lambda params: -log_density(network, (x, y), {}, params)[0] / 16
 
 
-@model("Objax MLP, functional variables", "objax", heavy=True)
-def objax_mlp():
-    import objax
-
-    objax.random.DEFAULT_GENERATOR.seed(0)
-    net = objax.nn.Sequential([objax.nn.Linear(12, 32), objax.functional.relu, objax.nn.Linear(32, 4)])
-    x, y, variables = normal(16, 12), labels(16), net.vars()
-    params = variables.tensors()
-
-    def loss(params):
-        before = variables.tensors()
-        variables.assign(params)
-        try:
-            return cross_entropy(net(x), y)
-        finally:
-            variables.assign(before)
-
-    return params, loss
-
-
 @model("OTT input-convex network", "ott-jax", heavy=True)
 def input_convex():
     from ott.neural.networks import icnn
@@ -227,7 +210,10 @@ def potential():
     from jax_md import energy, space
 
     displacement, _ = space.free()
-    place = 2.0 * jnp.asarray(np.stack(np.meshgrid([0, 1], [0, 1], [0, 1]), -1).reshape(-1, 3), float)
-    init, evaluate = energy.behler_parrinello(displacement)
+    place = 2.0 * jnp.asarray(
+        np.stack(np.meshgrid([0, 1], [0, 1], [0, 1]), -1).reshape(-1, 3), float
+    )
+    network = energy.behler_parrinello(displacement, key=jax.random.key(0), mlp_sizes=(16, 16))
+    init, evaluate = network
     params = init(jax.random.PRNGKey(0), place)
     return params, lambda params: (evaluate(params, place) / 8 - 1.0) ** 2
