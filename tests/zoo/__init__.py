@@ -1,1 +1,1 @@
-"""Other people's JAX models, each used as its own documentation uses it, and what is asked of them."""
+"""Other people's JAX models, each used as its documentation uses it, in codes."""

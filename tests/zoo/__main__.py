@@ -14,11 +14,10 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from zoo import harness, registry, table
-
 from experiments import command, settings
 from experiments.command import say
 from experiments.files import read_json, writable, write_json, write_text
+from zoo import harness, registry, table
 
 _HERE = Path(__file__).resolve().parent
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from zoo import layout
-from zoo.registry import Model
 
 import zoqo_jax as zq
+from zoo import layout
+from zoo.registry import Model
 
 __all__ = ["Report", "examine"]
 
@@ -42,7 +42,8 @@ class Report:
         share: of the elements that products, convolutions and look-ups take, the part in leaves
             that are never an array of floats; None where they take none, or explain fails.
         fallbacks: operations that got an array of floats, and of how many leaves.
-        compile_seconds: tracing and compiling, of "forward", of "values" (by `quaxify`) and of each step.
+        compile_seconds: tracing and compiling, of "forward", of "values" (by `quaxify`) and of
+            each step.
         forward_seconds: time of one forward pass of the decoded model.
         ratio: time of each step over that of two such passes.
         failures: by what was asked, the message of what went wrong.
@@ -192,7 +193,7 @@ def _ends(tx: Any, state: Any, quantized: Any) -> Iterator[Any]:
 
 
 def _moved(before: Any, after: Any, bits: bool) -> bool:
-    """Whether codes moved; a tree in which anything else did is refused, without `bits` its kind."""
+    """Whether codes moved; a tree in which anything else did is refused."""
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(before, is_leaf=zq.is_quantized),
         jax.tree_util.tree_leaves_with_path(after, is_leaf=zq.is_quantized),

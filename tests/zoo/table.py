@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.registry import Model
-
 from experiments import markdown
+from zoo.registry import Model
 
 __all__ = ["EMPTY", "filled"]
 

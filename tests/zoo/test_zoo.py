@@ -7,6 +7,7 @@ import importlib.metadata
 
 import jax
 import pytest
+
 from zoo import expected, harness, registry
 
 # Their warnings and their promotions are theirs.

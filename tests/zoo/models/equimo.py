@@ -1,6 +1,7 @@
 """equimo's vision models, in Equinox."""
 
 import jax
+
 from zoo.data import cross_entropy, labels, normal
 from zoo.registry import model
 

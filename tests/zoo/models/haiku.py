@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from zoo.data import cross_entropy, labels, normal, tokens
 from zoo.registry import model
 

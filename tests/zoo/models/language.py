@@ -6,6 +6,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+
 from zoo.data import cross_entropy, tokens
 from zoo.registry import model
 

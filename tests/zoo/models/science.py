@@ -5,6 +5,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from zoo.data import cross_entropy, labels, normal
 from zoo.registry import model
 
@@ -207,13 +208,12 @@ def input_convex():
 
 @model("JAX MD Behler-Parrinello network", "jax-md", heavy=True, tolerance=2e-3)
 def potential():
+    from flax import nnx
     from jax_md import energy, space
 
     displacement, _ = space.free()
-    place = 2.0 * jnp.asarray(
-        np.stack(np.meshgrid([0, 1], [0, 1], [0, 1]), -1).reshape(-1, 3), float
-    )
-    network = energy.behler_parrinello(displacement, key=jax.random.key(0), mlp_sizes=(16, 16))
-    init, evaluate = network
-    params = init(jax.random.PRNGKey(0), place)
-    return params, lambda params: (evaluate(params, place) / 8 - 1.0) ** 2
+    corners = np.stack(np.meshgrid([0, 2], [0, 2], [0, 2]), -1)
+    place = jnp.asarray(corners.reshape(-1, 3), jnp.float32)
+    evaluate = energy.behler_parrinello(displacement, key=jax.random.key(0), mlp_sizes=(16, 16))
+    graph, state = nnx.split(evaluate.model)
+    return state, lambda state: (nnx.merge(graph, state)(place) / 8 - 1.0) ** 2

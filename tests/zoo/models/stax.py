@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.example_libraries import stax
+
 from zoo.data import cross_entropy, labels, normal
 from zoo.registry import model
 

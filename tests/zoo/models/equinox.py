@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+
 from zoo.data import cross_entropy, labels, normal, tokens
 from zoo.registry import model
 
