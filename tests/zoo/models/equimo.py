@@ -24,7 +24,7 @@ def vit():
     return _vision(net)
 
 
-@model("equimo ConvNeXt", _PACKAGE, bits=8)
+@model("equimo ConvNeXt", _PACKAGE, bits=8, slow=True)
 def convnext():
     import equimo.models as em
 

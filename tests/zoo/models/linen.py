@@ -135,7 +135,7 @@ def gru():
     return _recurrent(lambda: nn.GRUCell(16))
 
 
-@model("linen ConvLSTM", _PACKAGE, bits=8)
+@model("linen ConvLSTM", _PACKAGE, bits=8, slow=True)
 def conv_lstm():
     class Video(nn.Module):
         @nn.compact
