@@ -1,8 +1,8 @@
 """Which weights a loss could compute with implicitly: an answer that does not ask the library.
 
 A weight counts where a matrix product, a convolution or a look-up takes it as it is, or after
-operations that only rearrange it, cut it or change its dtype. A weight that is first divided by its
-norm, say, has to be an array of floats in any implementation, and does not count.
+operations that only rearrange it, cut it or change its dtype, and where nothing else takes it. One
+that is divided by its norm, say, or has a prior, is an array of floats in any implementation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,15 @@ Leaves = frozenset[int]
 
 
 def multiplied(fn: Callable[[list[Any]], Any], leaves: Sequence[Any]) -> set[int]:
-    """Indices of the leaves that a product, a convolution or a look-up of `fn(leaves)` takes."""
+    """Indices of the leaves that only products, convolutions or look-ups of `fn(leaves)` take."""
     closed = jax.make_jaxpr(fn)(list(leaves))
     found: set[int] = set()
-    _walk(closed.jaxpr, [frozenset([i]) for i in range(len(leaves))], found)
-    return found
+    others: set[int] = set()
+    _walk(closed.jaxpr, [frozenset([i]) for i in range(len(leaves))], found, others)
+    return found - others
 
 
-def _walk(jaxpr: Any, inputs: Sequence[Leaves], found: set[int]) -> list[Leaves]:
+def _walk(jaxpr: Any, inputs: Sequence[Leaves], found: set[int], others: set[int]) -> list[Leaves]:
     """Follow leaves through a program; what its outputs are rearrangements of."""
     none: Leaves = frozenset()
     known = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -50,8 +51,10 @@ def _walk(jaxpr: Any, inputs: Sequence[Leaves], found: set[int]) -> list[Leaves]
         elif name in _LAYOUT:
             same = len(sources) == len(outputs)
             outputs = sources if same else [frozenset().union(*sources)] * len(outputs)
+        elif not bodies:
+            others |= frozenset().union(*sources)
         for body, its_inputs in bodies:
-            made = _walk(body, its_inputs, found)
+            made = _walk(body, its_inputs, found, others)
             if len(made) == len(outputs):
                 outputs = [a | b for a, b in zip(outputs, made, strict=True)]
         known.update(zip(equation.outvars, outputs, strict=True))

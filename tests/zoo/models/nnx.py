@@ -51,7 +51,7 @@ def cnn():
     graph, params, statistics = nnx.split(CNN(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
 
     def loss(params):
-        logits = nnx.merge(graph, params, statistics)(x)
+        logits = nnx.merge(graph, params, statistics, copy=True)(x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     return params, loss
