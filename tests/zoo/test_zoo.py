@@ -8,6 +8,7 @@ import importlib.metadata
 
 import jax
 import pytest
+
 from zoo import expected, harness, registry
 
 # Their warnings and their promotions are theirs.
