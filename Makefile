@@ -3,18 +3,20 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS := experiments,interop,test,notebooks
+EXTRAS := experiments,interop,test,notebooks,zoo
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 SMOLLM2 := $(VENV)/.smollm2
 MKDOCS := $(VENV)/.mkdocs
+# With older versions of some packages than the others have.
+ZOO := $(VENV)-zoo
 NOTEBOOKS := $(wildcard notebooks/*.py)
 # Tests run side by side, each process with a compiler's memory: some 3 GiB.
 TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal
 BENCHMARKS := dequantization step baselines scaling memory report
 
 .DEFAULT_GOAL := help
-.PHONY: help demo attack-tables cifar-model finetune finetune-tables test test-slow bench lint style notebook docs wheel clean
+.PHONY: help demo attack-tables cifar-model finetune finetune-tables test test-slow zoo bench lint style notebook docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s  %s\n", $$1, $$2 }' Makefile
@@ -39,6 +41,9 @@ test: style  ## check the style, then run every fast test and doctest
 
 test-slow: $(STAMP)  ## run the slow tests
 	@$(TEST) -m slow
+
+zoo: $(ZOO)/.complete  ## examine other people's models for docs/models.md, an hour or two; ONLY=text: some of them
+	@PYTHONPATH=tests JAX_PLATFORMS=cpu $(ZOO)/bin/python -m zoo $(if $(ONLY),--only=$(ONLY))
 
 bench: $(STAMP)  ## measure what a step costs, about 70 minutes; QUICK=1: a small network, 3 minutes
 	@set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(if $(QUICK),--quick); done
@@ -71,6 +76,14 @@ $(SMOLLM2): $(STAMP)
 
 $(MKDOCS): $(STAMP)
 	@$(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[docs]'
+	@touch $@
+
+$(ZOO)/.complete: $(STAMP) tests/zoo/requirements.txt
+	@echo "Preparing $(ZOO): this is done once and takes a few minutes." >&2
+	@test -f $@ || $(RUN) -m venv --clear $(ZOO)
+	@rm -f $@
+	@$(ZOO)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r tests/zoo/requirements.txt
+	@$(ZOO)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 # The stamp is taken away before an installation and put back after it, so an interrupted one starts afresh.

@@ -1,0 +1,1 @@
+"""Other people's JAX models, each used as its documentation uses it, in codes."""
