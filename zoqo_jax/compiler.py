@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool
 
-__all__ = ["after", "blank", "either", "held", "kept", "unfused"]
+__all__ = ["after", "blank", "either", "held", "kept", "unfused", "varying", "zeros"]
 
 
 def held(make: Callable[[], Any], source: Array, like: Any) -> Any:
@@ -42,7 +42,7 @@ def held(make: Callable[[], Any], source: Array, like: Any) -> Any:
 def blank(source: Array, like: Any) -> Array:
     """Zeros to be filled, not to be had before `source` is."""
     if not _on_cpu() or source.size == 0:
-        return jnp.zeros(like.shape, like.dtype)
+        return zeros(like, source)
     never = _never(jax.lax.stop_gradient(source))
     return jnp.full(like.shape, never.astype(like.dtype))
 
@@ -73,7 +73,7 @@ def either(
     """
     if not _on_cpu():
         return jax.lax.cond(condition, one, other)
-    out = jnp.zeros(like.shape, like.dtype)
+    out = zeros(like, condition)
     for branch, chosen in ((one, condition), (other, ~condition)):
         _, out = jax.lax.while_loop(
             lambda state: state[0],
@@ -109,6 +109,31 @@ def _never(x: Array) -> Bool[Array, ""]:
 def _(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
     del size, batched
     return _never(x[0]), False  # one for the whole batch: what waits is not batched
+
+
+def zeros(like: Any, *sources: Any) -> Array:
+    """Zeros that a loop can fill: inside `shard_map` they vary over the devices as what fills them.
+
+    Args:
+        like: their shape and dtype.
+        sources: trees of what they will be filled with, or what that depends on.
+    """
+    out = jnp.zeros(like.shape, like.dtype)
+    axes = varying((like, sources))
+    return jax.lax.pcast(out, tuple(sorted(axes)), to="varying") if axes else out
+
+
+def varying(tree: Any) -> frozenset[str]:
+    """The axes of devices, inside `shard_map`, over which the arrays of a tree vary."""
+    axes: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(tree):
+        type_ = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+        manual = getattr(type_, "manual_axis_type", None)
+        if manual is not None:
+            axes |= manual.varying
+        elif not hasattr(type_, "manual_axis_type"):  # before jax 0.10.2
+            axes |= getattr(type_, "vma", None) or frozenset()
+    return axes
 
 
 def unfused(product: Array) -> Array:

@@ -227,7 +227,7 @@ def bernoulli(
         word = words(of, length, stream, digit * length)
         return jnp.where((whole >> digit) & 1, lower | word, lower & word)
 
-    lower = jnp.zeros((*of.index.shape, length), jnp.uint32)
+    lower = compiler.zeros(jax.ShapeDtypeStruct((*of.index.shape, length), jnp.uint32), (of, p))
     lower = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(digits), add_digit, lower)
     lower = jnp.where(whole >> digits, jnp.uint32(0xFFFFFFFF), lower)
     return _unpack(lower, count).astype(bool)

@@ -22,6 +22,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
+from zoqo_jax import compiler
 from zoqo_jax.implicit import Node, is_implicit, use
 
 __all__ = ["Flags", "Rule", "evaluate", "higher", "quaxify", "register", "values_of"]
@@ -214,11 +215,7 @@ def _constant(x: Any) -> Any:
 
 def _stand_in(x: Any) -> jax.ShapeDtypeStruct:
     """What the function sees in an implicit array's place."""
-    varying: frozenset[str] = frozenset()  # axes of devices, inside `shard_map`
-    for leaf in jax.tree.leaves(x):
-        type_ = jax.typeof(leaf)
-        manual = getattr(type_, "manual_axis_type", None)
-        varying |= getattr(type_, "vma", frozenset()) if manual is None else manual.varying
+    varying = compiler.varying(x)
     if not varying:
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
     if hasattr(jax.sharding, "ManualAxisType"):

@@ -193,7 +193,7 @@ def _part(w: QuantizedArray | PerturbedArray, i: Array) -> QuantizedArray | Pert
 def _empty(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot) -> Array:
     """Zeros in the shape of a product."""
     like = jax.eval_shape(dot, w.aval(), x)
-    return jnp.zeros(like.shape, like.dtype)
+    return compiler.zeros(like, w)
 
 
 def _way(w: PerturbedArray, x: Array, dot: Dot) -> Way:

@@ -532,9 +532,11 @@ def _gaussian_size(random: Array, m: Array, width: Array) -> Int16[Array, "..."]
         return below, size + (uniform >= below).astype(jnp.int32)
 
     widest = jnp.max(m)
-    zero = jnp.zeros(jnp.broadcast_shapes(m.shape, width.shape), jnp.float32)
+    shape, sources = jnp.broadcast_shapes(m.shape, width.shape), (m, width, random)
+    zero = compiler.zeros(jax.ShapeDtypeStruct(shape, jnp.float32), *sources)
     total = jax.lax.fori_loop(0, widest + 1, lambda k, sum_: sum_ + weight(k), zero)
-    size = jnp.zeros(jnp.broadcast_shapes(zero.shape, uniform.shape), jnp.int32)
+    shape = jnp.broadcast_shapes(zero.shape, uniform.shape)
+    size = compiler.zeros(jax.ShapeDtypeStruct(shape, jnp.int32), *sources)
     _, size = jax.lax.fori_loop(0, widest, invert, (zero, size))
     return jnp.minimum(size, m).astype(jnp.int16)
 
