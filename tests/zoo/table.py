@@ -19,7 +19,9 @@ def filled(document: str, models: Mapping[str, Model], found: Mapping[str, Any])
     rows = [_row(models[name], found[name]) for name in models if name in found]
     passed = sum(not report["failures"] for name, report in found.items() if name in models)
     packages = {models[name].package for name in models if name in found}
-    text = f"{passed} of {len(rows)} models of {len(packages)} packages pass.\n\n"
+    traced = sum(report["depth"] == "traced" for report in found.values())
+    text = f"{passed} of {len(rows)} models of {len(packages)} packages pass"
+    text += f"; {traced} of the {len(rows)} were traced, and not run.\n\n" if traced else ".\n\n"
     text += markdown.table(_HEAD, rows)
     return markdown.filled(document, lambda name: text if name == "models" else None)
 

@@ -13,7 +13,7 @@ def _vision(net, size=16):
     return net, lambda net: cross_entropy(jax.vmap(net)(x, keys), y)
 
 
-@model("equimo VisionTransformer", _PACKAGE)
+@model("equimo VisionTransformer", _PACKAGE, slow=True)
 def vit():
     import equimo.models as em
 

@@ -85,7 +85,7 @@ def batch_norm():
     return net, loss
 
 
-@model("Equinox transformer block, embedding under vmap", _PACKAGE)
+@model("Equinox transformer block, embedding under vmap", _PACKAGE, slow=True)
 def transformer():
     class Net(eqx.Module):
         embedding: eqx.nn.Embedding
@@ -137,7 +137,7 @@ def gru():
     return _recurrent(eqx.nn.GRUCell, jnp.zeros(16))
 
 
-@model("Equinox LSTMCell under lax.scan", _PACKAGE)
+@model("Equinox LSTMCell under lax.scan", _PACKAGE, slow=True)
 def lstm():
     return _recurrent(eqx.nn.LSTMCell, (jnp.zeros(16), jnp.zeros(16)))
 

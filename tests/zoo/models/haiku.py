@@ -75,7 +75,7 @@ def _attention(x):
     return attention(x, x, x, mask=mask)
 
 
-@model("Haiku transformer block", _PACKAGE)
+@model("Haiku transformer block", _PACKAGE, slow=True)
 def transformer():
     import haiku as hk
 
@@ -102,7 +102,7 @@ def layer_stack():
     return _transformed(fn, normal(16, 16), labels(16))
 
 
-@model("Haiku vanilla RNN, hk.scan", _PACKAGE)
+@model("Haiku vanilla RNN, hk.scan", _PACKAGE, slow=True)
 def scan():
     import haiku as hk
 

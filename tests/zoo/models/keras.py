@@ -59,7 +59,7 @@ def lstm():
     return _stateless(make, normal(4, 6, 8), labels(4))
 
 
-@model("Keras GRU, bidirectional", _PACKAGE)
+@model("Keras GRU, bidirectional", _PACKAGE, slow=True)
 def gru():
     def make(keras):
         layers = keras.layers
@@ -68,7 +68,7 @@ def gru():
     return _stateless(make, normal(4, 6, 8), labels(4))
 
 
-@model("Keras transformer block, functional", _PACKAGE)
+@model("Keras transformer block, functional", _PACKAGE, slow=True)
 def transformer():
     def make(keras):
         layers = keras.layers

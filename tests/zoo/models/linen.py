@@ -100,12 +100,12 @@ def transformer():
     return _next_token(_LanguageModel())
 
 
-@model("linen transformer, nn.remat", _PACKAGE)
+@model("linen transformer, nn.remat", _PACKAGE, slow=True)
 def transformer_remat():
     return _next_token(_LanguageModel(block=nn.remat(_Block)))
 
 
-@model("linen transformer, nn.scan over layers", _PACKAGE)
+@model("linen transformer, nn.scan over layers", _PACKAGE, slow=True)
 def transformer_scan():
     return _next_token(_LanguageModel(scanned=True))
 
@@ -146,7 +146,7 @@ def conv_lstm():
     return _classifier(Video(), normal(2, 3, 6, 6, 2), labels(2))
 
 
-@model("linen DenseGeneral over heads", _PACKAGE)
+@model("linen DenseGeneral over heads", _PACKAGE, slow=True)
 def dense_general():
     class Heads(nn.Module):
         @nn.compact
@@ -157,7 +157,7 @@ def dense_general():
     return _classifier(Heads(), normal(16, 12), labels(16))
 
 
-@model("linen convolutions: transposed, grouped, dilated", _PACKAGE, bits=8)
+@model("linen convolutions: transposed, grouped, dilated", _PACKAGE, bits=8, slow=True)
 def convolutions():
     class Autoencoder(nn.Module):
         @nn.compact
@@ -193,7 +193,7 @@ def spectral_norm():
     return _classifier(Normed(), normal(16, 12), labels(16))
 
 
-@model("linen MLP in bfloat16 with dropout", _PACKAGE, tolerance=3e-2)
+@model("linen MLP in bfloat16 with dropout", _PACKAGE, tolerance=3e-2, slow=True)
 def mlp_bfloat16():
     class MLP(nn.Module):
         @nn.compact

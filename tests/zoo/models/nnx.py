@@ -88,7 +88,7 @@ def lstm():
     return _recurrent(nnx.LSTMCell)
 
 
-@model("nnx GRU, nnx.RNN", _PACKAGE)
+@model("nnx GRU, nnx.RNN", _PACKAGE, slow=True)
 def gru():
     return _recurrent(nnx.GRUCell)
 
@@ -133,7 +133,7 @@ def transformer_remat():
     return _next_token(_Block(nnx.Rngs(0)), lambda block, x: nnx.remat(lambda b, x: b(x))(block, x))
 
 
-@model("nnx transformer, nnx.jit inside the loss", _PACKAGE)
+@model("nnx transformer, nnx.jit inside the loss", _PACKAGE, slow=True)
 def transformer_jit():
     return _next_token(_Block(nnx.Rngs(0)), lambda block, x: nnx.jit(lambda b, x: b(x))(block, x))
 
@@ -191,7 +191,7 @@ def lora():
     return _classifier(module, normal(16, 12), labels(16))
 
 
-@model("nnx convolutions: transposed, grouped", _PACKAGE, bits=8)
+@model("nnx convolutions: transposed, grouped", _PACKAGE, bits=8, slow=True)
 def convolutions():
     class Autoencoder(nnx.Module):
         def __init__(self, rngs):
@@ -206,7 +206,7 @@ def convolutions():
     return state, lambda state: jnp.mean((nnx.merge(graph, state)(x) - x) ** 2)
 
 
-@model("nnx MLP in bfloat16", _PACKAGE, tolerance=3e-2)
+@model("nnx MLP in bfloat16", _PACKAGE, tolerance=3e-2, slow=True)
 def mlp_bfloat16():
     linear = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
 

@@ -41,7 +41,7 @@ def neural_ode():
     return _neural_ode()
 
 
-@model("diffrax neural ODE, PIDController", "diffrax", tolerance=2e-3)
+@model("diffrax neural ODE, PIDController", "diffrax", tolerance=2e-3, slow=True)
 def neural_ode_adaptive():
     import diffrax
 
