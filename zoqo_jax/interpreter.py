@@ -22,7 +22,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
-from zoqo_jax import compiler
+from zoqo_jax import compiler, products
 from zoqo_jax.implicit import Node, is_implicit, use
 
 __all__ = ["Flags", "Rule", "evaluate", "higher", "quaxify", "register", "values_of"]
@@ -182,6 +182,10 @@ def _apply(
             return out if primitive.multiple_results else [out]
     if all(flags) and name in _PUT_OFF and _is_weight_like(equation, inputs):
         return Node.put_off(primitive, params, inputs, [out.aval for out in equation.outvars])
+
+    if name == "gather" and math.prod(equation.outvars[0].aval.shape) < implicit[0].size:
+        # Columns looked up, not rows: the table is decoded, but once at a time.
+        return [products.in_turn(name, lambda *xs: _bind(primitive, xs, params)[0], *inputs)]
 
     def values(x: Any) -> Any:
         if not is_implicit(x):
