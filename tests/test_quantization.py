@@ -771,6 +771,6 @@ def test_bad_arguments_are_named_with_their_value(make, message):
 def test_integers_are_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
     tree = {"w": jnp.ones((2, 2), jnp.int32)}
-    message = r"leaf \['w'\]: values must be float16, bfloat16 or float32, got int32\."
+    message = r"leaf \['w'\]: values must be float16, bfloat16, float32 or float64, got int32\."
     with pytest.raises(ValueError, match=message):
         zq.quantize(tree, Quantizer(), where=lambda *_: True)

@@ -230,7 +230,7 @@ def _stand_in(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _is_array(x: Any) -> bool:
-    return is_implicit(x) or isinstance(x, jax.Array | jax.core.Tracer) or hasattr(x, "__array__")
+    return isinstance(x, jax.Array | jax.core.Tracer | np.ndarray | np.generic)
 
 
 # Which operations are put off until a product

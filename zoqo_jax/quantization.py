@@ -308,8 +308,8 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     Those are arrays of floats of two or more axes, but for
 
     - biases, and the scales and offsets of normalisations, stacked for a scan or not: leaves whose
-      name has the word "bias", "scale", "offset", "gamma" or "beta", or is "b", and all in a module
-      whose name has the word "norm", "ln" or "bn";
+      name has the word "bias", "scale", "offset", "gamma" or "beta", or is "b" in a module, and all
+      in a module whose name has the word "norm", "ln" or "bn";
     - what is no parameter: statistics ("batch_stats", "mean", "var" ...) and caches;
     - vectors, such as class tokens, weight norm's g and spectral norm's u: one axis alone is longer
       than 1, and no name says "kernel", "weight" or "w".
@@ -330,7 +330,7 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     parent = words[-2] if len(words) > 1 else frozenset()
     is_part_of_norm = any(word in _NORMS or word.endswith("norm") for word in parent)
     is_no_parameter = any(name in _NO_PARAMETERS for name in names)
-    is_added = bool(own & _ADDED) or names[-1:] == ["b"]
+    is_added = bool(own & _ADDED) or (len(names) > 1 and names[-1] == "b")
     is_named = not own or bool(own & _MULTIPLIED)  # lists and tuples have no names
     is_vector = sum(length != 1 for length in leaf.shape) < 2 and not is_named
     return not (is_part_of_norm or is_no_parameter or is_added or is_vector)
