@@ -24,7 +24,13 @@ METHODS = {
     "qzo": lambda key: zq.qzo(1e-3, 1e-3, key=key, **SHARED),
     "spsa": lambda key: optax.chain(zq.spsa(1e-2, key=key, **SHARED), zq.on_floats(optax.sgd(0.1))),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("caq_zo", "quzo", "qes", "qzo")]
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+SLOW = [slow(name) for name in ("caq_zo", "quzo", "qes", "qzo")]
 
 
 def start():
@@ -63,7 +69,7 @@ def test_a_run_has_the_threefry_key_of_its_seed(name, impl):
         assert_same(of(jax.random.PRNGKey(3)), expected)
 
 
-@pytest.mark.parametrize("structure", ["dense", "rank_one", "sparse"])
+@pytest.mark.parametrize("structure", ["dense", *map(slow, ("rank_one", "sparse"))])
 @pytest.mark.parametrize("name", ["zoqo", *SLOW[:3]])
 def test_a_run_is_the_same_whatever_the_key_is_replaced_by(name, structure):
     how = {"structure": structure, **({"density": 0.5} if structure == "sparse" else {})}
@@ -76,7 +82,7 @@ def test_a_run_is_the_same_whatever_the_key_is_replaced_by(name, structure):
     assert_same(*ends)
 
 
-@pytest.mark.parametrize("name", ["zoqo", *SLOW, "spsa"])
+@pytest.mark.parametrize("name", ["zoqo", *SLOW, slow("spsa")])
 def test_vmapped_problems_equal_single_ones(name):
     keys = jax.random.split(jax.random.key(5, impl="unsafe_rbg"), 3)
     of = lambda key: run(METHODS[name](key), steps=2)  # noqa: E731

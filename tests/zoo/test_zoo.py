@@ -1,7 +1,7 @@
 """Other people's models compute and train in codes as they are.
 
-Tracing finds most that can fail, and is what the fast tests do; a few of them run, the slow ones
-all. Figures are in docs/models.md. `make zoo` asks the models whose packages are not here, too.
+Tracing finds most that can fail, and is what the fast tests do, for some; a few of them run, the
+slow ones all. Figures are in docs/models.md. `make zoo` asks the models whose packages are not here, too.
 """
 
 import importlib.metadata
@@ -16,6 +16,19 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 _MODELS = registry.everything()
 _RUN = ("linen.mlp", "nnx.mlp", "haiku.mlp")
+# One model for each way in which weights reach a product; the others are slow tests.
+_TRACED = (
+    "equinox.dropout",
+    "equinox.spectral_norm",
+    "equinox.transformer",
+    "haiku.layer_stack",
+    "keras.cnn",
+    "linen.lstm",
+    "linen.transformer_scan_remat",
+    "nnx.lstm",
+    "nnx.transformer_remat",
+    "solvers.neural_ode",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +62,9 @@ def _check(model, depth):
     assert report.share in (None, 1.0), f"{report.share:.2f} implicit: {report.fallbacks}"
 
 
-@pytest.mark.parametrize("model", [_parameter(m, m.slow, m.name) for m in _MODELS.values()])
+@pytest.mark.parametrize(
+    "model", [_parameter(m, m.name not in _TRACED, m.name) for m in _MODELS.values()]
+)
 def test_a_model_is_traced_in_codes(model):
     _check(model, "traced")
 
