@@ -1,7 +1,8 @@
 """Other people's models compute and train in codes as they are.
 
 Tracing finds most that can fail, and is what the fast tests do, for some; a few of them run, the
-slow ones all. Figures are in docs/models.md. `make zoo` asks the models whose packages are not here, too.
+slow ones all. Figures are in docs/models.md. `make zoo` asks the models whose packages are not here
+as well.
 """
 
 import importlib.metadata
