@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
@@ -51,16 +52,35 @@ def _wanted_by_call(equation: Any, flags: Flags) -> Flags:
     "closed_call",
     "composite",
     "core_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
     "custom_vmap_call",
     "remat2",
     wanted=_wanted_by_call,
 )
 def _call(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]:
-    """In place. Rules for derivatives are left aside: there are none in a forward pass."""
+    """In place."""
     return evaluate(_called(params), inputs, flags)
+
+
+@higher("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", wanted=_wanted_by_call)
+def _call_with_derivatives(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]:
+    """In place, but not to be differentiated: its own rule would be forgotten."""
+    trees: list[Any] = []
+
+    @jax.custom_jvp
+    def run(inputs: list[Any]) -> list[Array]:
+        leaves, tree = jax.tree.flatten(evaluate(_called(params), inputs))
+        trees.append(tree)
+        return leaves
+
+    @run.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "quaxify keeps no custom derivative of a function of quantized weights: differentiate "
+            "the loss of zoqo_jax.dequantize(params)."
+        )
+
+    leaves = run(inputs)
+    return jax.tree.unflatten(trees[-1], leaves)
 
 
 _compiled: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()
@@ -72,6 +92,7 @@ def _jit(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]:
     program = _called(params)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs)):
         return evaluate(program, inputs, flags)
+    inputs = [x.materialise() if isinstance(x, DerivedArray) else x for x in inputs]
     if program not in _compiled:
         known = weakref.ref(program)
         _compiled[program] = jax.jit(lambda *inputs: evaluate(known(), inputs))
@@ -269,25 +290,18 @@ def _wanted_by_cond(equation: Any, flags: Flags) -> Flags:
 @higher("cond", wanted=_wanted_by_cond)
 def _cond(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]:
     index, *operands = inputs
-    branches = params["branches"]
-    with silent():
-        forms = [
-            [_form(x) if is_implicit(x) else None for x in jax.eval_shape(_branch(each, operands))]
-            for each in branches
-        ]
+    traced = [_traced(branch, operands) for branch in params["branches"]]
+    forms = [[_form(x) if is_implicit(x) else None for x in outs] for _, outs, _ in traced]
     is_same = [all(form == of[0] for form in of) for of in zip(*forms, strict=True)]
 
-    def returned(branch: Any) -> Callable[[], list[Any]]:
-        def run() -> list[Any]:
-            out = _branch(branch, operands)()
-            kept = [
-                x if same else values_of(x, "cond") for x, same in zip(out, is_same, strict=True)
-            ]
-            return _of_dtype(kept, branch.out_avals)
+    def returned(run: Callable[[], list[Any]], avals: Any) -> Callable[[], list[Any]]:
+        def kept() -> list[Any]:
+            pairs = zip(run(), is_same, strict=True)
+            return _of_dtype([x if same else values_of(x, "cond") for x, same in pairs], avals)
 
-        return run
+        return kept
 
-    functions = [returned(branch) for branch in branches]
+    functions = [returned(run, avals) for run, _, avals in traced]
     platforms = params.get("branches_platforms")
     if platforms is None:
         return jax.lax.switch(values_of(index, "cond"), functions)
@@ -299,8 +313,23 @@ def _cond(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]:
     return jax.lax.platform_dependent(**named)
 
 
-def _branch(branch: Any, operands: list[Any]) -> Callable[[], list[Any]]:
-    return lambda: evaluate(branch, operands)
+def _traced(branch: Any, operands: list[Any]) -> tuple[Callable[[], list[Any]], list[Any], Any]:
+    """A branch, traced once however deep branches are nested: what runs it, and what it returns."""
+    trees: list[Any] = []
+
+    def flat() -> list[Array]:
+        leaves, tree = jax.tree.flatten(evaluate(branch, operands))
+        trees.append(tree)
+        return leaves
+
+    closed = jax.make_jaxpr(flat)()
+    (tree,) = trees
+    outs = jax.tree.unflatten(tree, closed.out_avals)
+
+    def run() -> list[Any]:
+        return jax.tree.unflatten(tree, jax.extend.core.jaxpr_as_fun(closed)())
+
+    return run, outs, branch.out_avals
 
 
 # Maps over devices

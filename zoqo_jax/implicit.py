@@ -99,7 +99,8 @@ def use(w: Any, operation: str, way: str, vectors: int = 0) -> None:
     """Tell the watchers of a use."""
     for watcher in _watchers:
         for array in perturbed(w):
-            watcher(Use(array.label, operation, way, tuple(w.shape), vectors))
+            decoded = array if isinstance(w, DerivedArray) else w
+            watcher(Use(array.label, operation, way, tuple(decoded.shape), vectors))
 
 
 class PerturbedArray(quax.ArrayValue):
@@ -213,15 +214,23 @@ class Node:
 
     def results(self, values: dict[Any, Any]) -> Sequence[Array]:
         """What it makes, of arrays by name; results of operations are kept among them."""
-        if self not in values:
+        todo = [self]  # a stack of our own: chains may be longer than Python lets functions nest
+        while todo:
+            node = todo[-1]
+            missing = [x[0] for x in node.inputs if isinstance(x, tuple) and x[0] not in values]
+            if missing:
+                todo += missing
+                continue
+            todo.pop()
+            if node in values:
+                continue
             operands = [
-                x[0].results(values)[x[1]] if isinstance(x, tuple) else values[x]
-                for x in self.inputs
+                values[x[0]][x[1]] if isinstance(x, tuple) else values[x] for x in node.inputs
             ]
-            bound = self.primitive.get_bind_params(self.params)
+            bound = node.primitive.get_bind_params(node.params)
             functions, params = bound if isinstance(bound, tuple) else ((), bound)
-            out = self.primitive.bind(*functions, *operands, **params)
-            values[self] = out if self.primitive.multiple_results else [out]
+            out = node.primitive.bind(*functions, *operands, **params)
+            values[node] = out if node.primitive.multiple_results else [out]
         return values[self]
 
 
@@ -267,7 +276,18 @@ class DerivedArray(quax.ArrayValue):
 
     def of(self, array: Any) -> DerivedArray:
         """The same operations, entry by entry, on another array."""
-        return dataclasses.replace(self, arrays=(array,), seen_shape=tuple(array.shape))
+        chain: list[Node] = []
+        node: Any = self.node
+        while isinstance(node, Node):
+            chain.append(node)
+            (of,) = node.inputs
+            node = of[0] if isinstance(of, tuple) else of
+        name: Any = object()  # the layer of a stack must not be taken for the stack
+        last: Any = name
+        for old in reversed(chain):
+            node = Node(old.primitive, old.params, (last,))
+            last = (node, 0)
+        return DerivedArray((array,), (name,), node, 0, tuple(array.shape), self.seen_dtype)
 
 
 _ENTRY_BY_ENTRY = ("convert_element_type", "copy", "neg", "pvary", "stop_gradient")

@@ -230,13 +230,14 @@ def _stand_in(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | jax.core.Tracer | np.ndarray | np.generic)
+    return isinstance(x, jax.Array)  # what is NumPy's is handed back as it is
 
 
 # Which operations are put off until a product
 
 
-_MULTIPLY = {"dot_general": (0, 1), "conv_general_dilated": (1,)}
+_MULTIPLY = {"dot_general": (0, 1), "conv_general_dilated": (1,), "gather": (0,)}
+"""Operands of a product, or of a look-up: there rows of what was put off are computed, not all."""
 
 _REARRANGING = """
     broadcast_in_dim concatenate copy dynamic_slice dynamic_update_slice gather pad pvary reshape

@@ -24,7 +24,7 @@ from zoqo_jax import draws
 from zoqo_jax.arrays import freeze, is_quantized
 from zoqo_jax.control import slices
 from zoqo_jax.implicit import is_implicit
-from zoqo_jax.interpreter import register
+from zoqo_jax.interpreter import register, values_of
 from zoqo_jax.quantization import Quantizer
 from zoqo_jax.rules import quaxify
 
@@ -228,7 +228,7 @@ def _product(w: LoraArray, x: Array, side: int, dims: Any, params: dict[str, Any
 
     contracted, batched = dims
     if w.ndim != 2 or batched[0] or len(contracted[0]) != 1:
-        return dot(w.materialise(), x, dims)
+        return dot(values_of(w, "dot_general"), x, dims)
     (axis,) = contracted[side]
     near, far = (w.a, w.b) if axis == 1 else (w.b, w.a)  # the factor that x meets first, and last
     inner = dot(near, x, dims)  # rank is its last axis, or its first where w is on the left

@@ -191,7 +191,8 @@ class Quantizer:
         if not _is_finite(values):
             raise ValueError("values must be finite, got NaN or inf.")
         axes, block = self._layout(values.ndim)
-        scale, offset = self._fit(_in_blocks(values.astype(jnp.float32), block), axes)
+        with jax.debug_nans(False):  # blocks cut short are padded with NaN
+            scale, offset = self._fit(_in_blocks(values.astype(jnp.float32), block), axes)
         if not _is_finite(scale):
             raise ValueError(f"scale_dtype must hold the scales, got one beyond {scale.dtype}.")
         return self._encode(values, scale, offset, block)
@@ -307,12 +308,15 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
 
     Those are arrays of floats of two or more axes, but for
 
-    - biases, and the scales and offsets of normalisations, stacked for a scan or not: leaves whose
-      name has the word "bias", "scale", "offset", "gamma" or "beta", or is "b" in a module, and all
-      in a module whose name has the word "norm", "ln" or "bn";
-    - what is no parameter: statistics ("batch_stats", "mean", "var" ...) and caches;
+    - biases: leaves whose name has the word "bias", or is "b" in a module;
+    - scales and offsets of normalisations, stacked for a scan or not: leaves whose name ends with
+      "scale", "offset", "gamma" or "beta", and those that are called, or whose module is called,
+      a norm ("LayerNorm_0", "ln_1", "bn", "rms");
+    - statistics and caches: "mean", "cached_key" ..., and all in "batch_stats" or "cache";
     - vectors, such as class tokens, weight norm's g and spectral norm's u: one axis alone is longer
       than 1, and no name says "kernel", "weight" or "w".
+
+    What is called a kernel or an embedding is chosen whatever its module is called.
 
     Examples:
         >>> layers = {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))}
@@ -322,33 +326,45 @@ def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
     is_array = isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.ndim < 2:
         return False
-    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    if names and names[-1] in ("value", "raw_value"):  # nnx adds it to each
-        names.pop()
-    words = [_words(name) for name in names]
-    own = words[-1] if words else frozenset()
-    parent = words[-2] if len(words) > 1 else frozenset()
-    is_part_of_norm = any(word in _NORMS or word.endswith("norm") for word in parent)
-    is_no_parameter = any(name in _NO_PARAMETERS for name in names)
-    is_added = bool(own & _ADDED) or (len(names) > 1 and names[-1] == "b")
-    is_named = not own or bool(own & _MULTIPLIED)  # lists and tuples have no names
-    is_vector = sum(length != 1 for length in leaf.shape) < 2 and not is_named
-    return not (is_part_of_norm or is_no_parameter or is_added or is_vector)
+    keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    if keys and keys[-1] in ("value", "raw_value"):  # nnx adds it to each
+        keys.pop()
+    names = [name for key in keys for name in re.split(r"[./~]+", key) if name]
+    if names and names[0] in ("batch_stats", "cache"):
+        return False
+    own, parent = names[-1] if keys and names else "", names[-2] if len(names) > 1 else ""
+    words = _words(own)
+    if not words.isdisjoint({"kernel", "embedding"}) or "lora" in _words(parent):
+        return True
+    long_axes = [axis for axis, length in enumerate(leaf.shape) if length != 1]
+    is_column = leaf.ndim == 2 and long_axes == [0] and len(own) > 1
+    is_named = not own or is_column or not words.isdisjoint({"weight", "weights", "w"})
+    is_vector = len(long_axes) < 2 and not is_named
+    is_bias = "bias" in words or (bool(parent) and re.fullmatch(r"b[a-z]?\d*", own) is not None)
+    is_norm = _is_norm(own) or _is_norm(parent) or bool(_last(own) & _OF_NORMS)
+    return not (is_vector or is_bias or is_norm or own in _STATISTICS)
 
 
 def _words(name: str) -> frozenset[str]:
-    """The words of a name: "LayerNorm_0" has "layer", "norm" and "layernorm"."""
-    parts = re.findall(r"[A-Za-z]+", name)
-    words = [word for part in parts for word in re.findall(r"[A-Z]*[a-z]+|[A-Z]+", part)]
-    return frozenset(word.lower() for word in (*parts, *words))
+    """The words of a name in small letters: "LayerNorm_0" has "layer" and "norm"."""
+    return frozenset(word.lower() for word in re.findall(r"[A-Z]*[a-z]+|[A-Z]+", name))
 
 
-_MULTIPLIED = frozenset({"kernel", "weight", "weights", "w"})
-_ADDED = frozenset({"bias", "biases", "scale", "scales", "offset", "gamma", "beta"})
-_NORMS = frozenset({"norm", "ln", "bn"})
-_NO_PARAMETERS = frozenset({"batch_stats", "batch_stat", "stats", "state", "sigma", "position_ids"})
-_NO_PARAMETERS |= {"cache", "cached_key", "cached_value", "mean", "var"}
-_NO_PARAMETERS |= {"running_mean", "running_var", "moving_mean", "moving_variance"}
+def _last(name: str) -> frozenset[str]:
+    """The last word that is no single letter, with what it is part of: "norm" and "layernorm"."""
+    parts = [part for part in re.findall(r"[A-Za-z]+", name) if len(part) > 1]
+    words = re.findall(r"[A-Z]*[a-z]+|[A-Z]+", parts[-1]) if parts else []
+    return frozenset(word.lower() for word in (parts[-1], words[-1])) if parts else frozenset()
+
+
+def _is_norm(name: str) -> bool:
+    return any(word in _NORMS or word.endswith(("norm", "norms")) for word in _last(name))
+
+
+_NORMS = frozenset({"ln", "bn", "rms"})
+_OF_NORMS = frozenset({"scale", "scales", "offset", "gamma", "beta"})
+_STATISTICS = frozenset({"mean", "var", "sigma", "position_ids", "cached_key", "cached_value"})
+_STATISTICS |= {"running_mean", "running_var", "moving_mean", "moving_variance"}
 
 
 def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> PyTree:

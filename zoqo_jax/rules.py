@@ -178,6 +178,16 @@ def _gather(w: Stored, indices: Any, **params: Any) -> Any:
     return jnp.moveaxis(values, -1, place)
 
 
+@register("gather", DerivedArray)
+def _gather_derived(w: DerivedArray, indices: Any, **params: Any) -> Any:
+    """Rows first, then what was to be done with each of their entries."""
+    table = w.entry_by_entry()
+    if not isinstance(table, Stored):
+        return NotImplemented
+    rows = _gather(table, indices, **params)
+    return rows if rows is NotImplemented else w.of(rows).materialise()
+
+
 # Dtypes
 
 

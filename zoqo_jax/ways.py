@@ -116,7 +116,8 @@ def shared(w: PerturbedArray, x: Array, dot: Dot, axis: int, at_edge: Array) -> 
     m = stencil.reach(array).reshape(-1)[0]
     scale = array.scale.reshape(-1)[0].astype(jnp.float32)
     out = dot(after(x, array).materialise(), x)
-    along = _along_direction(a.astype(x.dtype), b.astype(x.dtype), x, dot)
+    wide = out.dtype if out.dtype.itemsize > x.dtype.itemsize else x.dtype
+    along = _along_direction(a.astype(wide), b.astype(wide), x.astype(wide), dot)
     out = out + along * (m.astype(jnp.float32) * scale).astype(along.dtype)
 
     # What lies between the codes that the boundary allows and those on the straight line, for the
