@@ -129,7 +129,8 @@ def shared(w: PerturbedArray, x: Array, dot: Dot, axis: int, at_edge: Array) -> 
         remaining, out = state
         todo, chosen = jax.lax.top_k(remaining.astype(jnp.float32), few)
         rows = a if axis == a.ndim else jnp.take(a, chosen, axis=axis)
-        u = rows[..., None] * (jnp.take(b, chosen) if axis == a.ndim else b)
+        columns = jnp.take(b, chosen) if axis == a.ndim else b
+        u = rows[..., None] * columns.reshape((1,) * rows.ndim + columns.shape)
         codes = jnp.take(array.codes, chosen, axis=axis).astype(jnp.int16)
         straight = codes + m * u.astype(jnp.int16)
         beyond = displace(codes, straight - codes, array.grid, stencil.boundary) - straight
