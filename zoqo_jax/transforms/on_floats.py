@@ -25,7 +25,7 @@ def on_floats(
         The transformation, which sees None in the place of what is no array of floats.
 
     Examples:
-        >>> import zoqo_jax as zq
+        >>> import jax.numpy as jnp, zoqo_jax as zq
         >>> params = {"w": zq.Quantizer(bits=4)(jnp.ones((2, 4))), "b": jnp.ones(3)}
         >>> adam = zq.on_floats(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05)))
         >>> tx = optax.chain(zq.spsa(1e-2, key=jax.random.key(0), num_queries=4), adam)
