@@ -129,7 +129,7 @@ def _scan(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]:
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacks)
     carry = _settled(lambda carry, layer: body(carry, layer)[0], carry, "scan", layer)
     carry, ys = jax.lax.scan(
-        lambda carry, xs: _returned(carry, *body(carry, xs), avals),
+        lambda carry, xs: _returned("scan", carry, *body(carry, xs), avals),
         _of_dtype(carry, avals),
         stacks,
         length=length,
@@ -140,11 +140,11 @@ def _scan(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]:
 
 
 def _returned(
-    given: list[Any], carry: list[Any], ys: list[Any], avals: Sequence[Any]
+    name: str, given: list[Any], carry: list[Any], ys: list[Any], avals: Sequence[Any]
 ) -> tuple[list[Any], list[Any]]:
     """What a body hands back, in the form of what it was given."""
     pairs = zip(given, carry, strict=True)
-    carry = [x if is_implicit(old) else values_of(x, "scan") for old, x in pairs]
+    carry = [x if is_implicit(old) else values_of(x, name) for old, x in pairs]
     return _of_dtype(carry, avals), _of_dtype(ys, avals[len(carry) :])
 
 
@@ -169,7 +169,7 @@ def _while(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]
     carry = _settled(once, inputs[num_cond + num_body :], "while")
     return jax.lax.while_loop(
         lambda carry: values_of(evaluate(params["cond_jaxpr"], [*of_cond, *carry])[0], "while"),
-        lambda carry: _returned(carry, once(carry), [], program.out_avals)[0],
+        lambda carry: _returned("while", carry, once(carry), [], program.out_avals)[0],
         _of_dtype(carry, program.out_avals),
     )
 

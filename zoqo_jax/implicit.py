@@ -31,6 +31,7 @@ __all__ = [
     "PerturbedArray",
     "TransposedArray",
     "Use",
+    "bind",
     "by_row",
     "is_implicit",
     "on_rows",
@@ -168,6 +169,16 @@ class TransposedArray(quax.ArrayValue):
         return jnp.transpose(self.array.materialise(), self.axes)
 
 
+def bind(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
+    """The results that JAX makes of arrays, by the parameters of an equation."""
+    if primitive.name == "psum_invariant":  # `jax.lax.psum` where JAX knows what varies: not here
+        return [jax.lax.psum(operands[0], params["axes"])]
+    bound = primitive.get_bind_params(params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)
+    out = primitive.bind(*functions, *operands, **params)
+    return out if primitive.multiple_results else [out]
+
+
 class Node:
     """An operation that was put off: what it is, and what it is applied to.
 
@@ -227,10 +238,7 @@ class Node:
             operands = [
                 values[x[0]][x[1]] if isinstance(x, tuple) else values[x] for x in node.inputs
             ]
-            bound = node.primitive.get_bind_params(node.params)
-            functions, params = bound if isinstance(bound, tuple) else ((), bound)
-            out = node.primitive.bind(*functions, *operands, **params)
-            values[node] = out if node.primitive.multiple_results else [out]
+            values[node] = bind(node.primitive, operands, node.params)
         return values[self]
 
 

@@ -23,7 +23,7 @@ from jax.extend import core
 from jaxtyping import Array
 
 from zoqo_jax import compiler, products
-from zoqo_jax.implicit import Node, is_implicit, use
+from zoqo_jax.implicit import Node, bind, is_implicit, use
 
 __all__ = ["Flags", "Rule", "evaluate", "higher", "quaxify", "register", "values_of"]
 
@@ -171,7 +171,7 @@ def _apply(
     implicit = [x for x in inputs if is_implicit(x)]
     name = primitive.name
     if not implicit and name not in _EVEN_FOR_DATA:
-        return _bind(primitive, inputs, params)
+        return bind(primitive, inputs, params)
     flags = tuple(variable not in evaluated for variable in equation.outvars)
     if name in _higher:
         return _higher[name](inputs, flags, params)
@@ -185,7 +185,7 @@ def _apply(
 
     if name == "gather" and math.prod(equation.outvars[0].aval.shape) < implicit[0].size:
         # Columns looked up, not rows: the table is decoded, but once at a time.
-        return [products.in_turn(name, lambda *xs: _bind(primitive, xs, params)[0], *inputs)]
+        return [products.in_turn(name, lambda *xs: bind(primitive, xs, params)[0], *inputs)]
 
     def values(x: Any) -> Any:
         if not is_implicit(x):
@@ -195,17 +195,7 @@ def _apply(
         use(x, name, "values")
         return decoded[id(x)][1]
 
-    return _bind(primitive, [values(x) for x in inputs], params)
-
-
-def _bind(primitive: Any, inputs: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
-    """What JAX makes of arrays."""
-    if primitive.name == "psum_invariant":  # `jax.lax.psum` where JAX knows what varies: not here
-        return [jax.lax.psum(inputs[0], params["axes"])]
-    bound = primitive.get_bind_params(params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)
-    out = primitive.bind(*functions, *inputs, **params)
-    return out if primitive.multiple_results else [out]
+    return bind(primitive, [values(x) for x in inputs], params)
 
 
 _EVEN_FOR_DATA = ("composite", "ragged_dot_general")
