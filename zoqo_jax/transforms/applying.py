@@ -43,9 +43,12 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
             return leaf
         return jax.tree.map(lambda p, u: jnp.asarray(p + u).astype(p.dtype), leaf, update)
 
-    return jax.tree.map(
-        added, params, updates, is_leaf=lambda leaf: leaf is None or is_quantized(leaf)
-    )
+    return jax.tree.map(added, params, updates, is_leaf=is_one)
+
+
+def is_one(leaf: Any) -> bool:
+    """What counts as one leaf: a quantized array, or nothing."""
+    return leaf is None or is_quantized(leaf)
 
 
 _ARRAYS = jax.Array | np.ndarray | np.generic

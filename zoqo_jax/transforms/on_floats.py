@@ -6,7 +6,8 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from zoqo_jax.arrays import is_float_array, is_quantized
+from zoqo_jax.arrays import is_float_array
+from zoqo_jax.transforms.applying import is_one
 
 __all__ = ["on_floats"]
 
@@ -54,11 +55,6 @@ def on_floats(
         return jax.tree.map(_either, *pairs, is_leaf=is_one), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def is_one(leaf: Any) -> bool:
-    """What counts as one leaf: a quantized array, or nothing."""
-    return leaf is None or is_quantized(leaf)
 
 
 def _floats(of: PyTree, tree: PyTree) -> PyTree:
