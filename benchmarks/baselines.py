@@ -98,7 +98,7 @@ def naive(shape: models.Shape) -> Callable[..., Any]:
         def moved(sign: Any) -> Any:
             """A copy of the model, displaced."""
             copies = [
-                leaf if u is None else leaf.moved(_clipped(leaf, sign * u))
+                leaf if u is None else leaf.with_codes(_clipped(leaf, sign * u))
                 for leaf, u in zip(leaves, directions, strict=True)
             ]
             return treedef.unflatten(copies)
@@ -141,7 +141,7 @@ def by_hand(net: models.Net, tx: Any) -> Callable[..., Any]:
         arrays = [leaves[i] for i in places]
         probes = tx.probes(state, params)
         signs = {
-            id(array): (zq.stencils.row_signs(probe), zq.stencils.column_signs(probe, array))
+            id(array): (probe.row_signs(), probe.column_signs(array))
             for array, probe in zip(arrays, probes, strict=True)
         }
         x = jnp.stack([batch, batch])
@@ -158,7 +158,7 @@ def by_hand(net: models.Net, tx: Any) -> Callable[..., Any]:
         for i, array in zip(places, arrays, strict=True):
             a, b = signs[id(array)]
             u = a[:, None].astype(jnp.int16) * b
-            leaves[i] = array.moved(_clipped(array, back * u))
+            leaves[i] = array.with_codes(_clipped(array, back * u))
         return treedef.unflatten(leaves), state._replace(count=state.count + 1)
 
     return step

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 import zoqo_jax as zq
-from zoqo_jax.stencils import Structure
+from zoqo_jax.directions import Structure
 
 __all__ = [
     "DECODERS",

@@ -26,7 +26,7 @@ import jax
 import zoqo_jax as zq
 from benchmarks import floor, models, results
 from benchmarks.timing import Effort, Program, report_of
-from zoqo_jax.stencils import Structure
+from zoqo_jax.directions import Structure
 
 __all__ = ["Cell", "forward", "measure", "stepper"]
 

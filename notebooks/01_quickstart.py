@@ -245,7 +245,7 @@ figure, axes = plt.subplots(1, 3, figsize=(9, 3.6), layout="constrained")
 for axis, (name, tx) in zip(axes, state_of.items(), strict=True):
     probe = tx.probes(tx.init(start), start)[0]
     kernel = start["params"]["Dense_0"]["kernel"]
-    u = zq.stencils.draw(probe, kernel)
+    u = probe.draw(kernel)
     picture = axis.imshow(u[:48], cmap="RdBu_r", vmin=-2, vmax=2, interpolation="nearest")
     axis.set_title(name, fontsize=9)
     axis.set_xlabel("column")
@@ -266,7 +266,7 @@ def logged(carry, count):
     params, state = carry
     x, y = train_x[:256], train_y[:256]
     updates, state = tx.update(None, state, params, value_fn=lambda p: loss(p, x, y))
-    return (optax.apply_updates(params, updates), state), state.differences
+    return (optax.apply_updates(params, updates), state), state.info.loss_differences
 
 
 (trained, _), log = jax.lax.scan(logged, (start, tx.init(start)), jnp.arange(100))

@@ -143,9 +143,9 @@ def step(params, state, batch):
 params, state, seen, log = start, tx.init(start), [], []
 for places in tqdm(schedule[:STEPS], mininterval=60):
     params, state = step(params, state, objective.batch_of(short, places))
-    seen.append(float(state.losses.mean()))
-    log.append(state.differences)
-print(f"{int(state.queries)} forward passes of 32 sentences")
+    seen.append(float(state.info.losses.mean()))
+    log.append(state.info.loss_differences)
+print(f"{int(state.info.evaluations)} forward passes of 32 sentences")
 
 # %%
 mean = np.convolve(seen, np.ones(8) / 8, "valid") if len(seen) > 8 else np.array(seen)

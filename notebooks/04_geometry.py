@@ -48,7 +48,7 @@ from matplotlib.colors import ListedColormap
 import zoqo_jax as zq
 from experiments.attack import models
 from experiments.laboratory.convex import descents, problems, residuals
-from zoqo_jax import certificates, companders, queries, stencils
+from zoqo_jax import certificates, companders, directions, queries
 from zoqo_jax.diagnosis import Spans
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiled sooner, run but once
@@ -81,7 +81,7 @@ GRIDS = {name: zq.Quantizer(4, compander, range=1.0) for name, compander in GRID
 def every_code(quantizer):
     """An array that has each legal code once."""
     codes = jnp.arange(quantizer.grid.low, quantizer.grid.high + 1)
-    return quantizer(jnp.zeros(len(codes))).moved(codes)
+    return quantizer(jnp.zeros(len(codes))).with_codes(codes)
 
 
 rounded = {name: jax.jit(quantizer)(weights) for name, quantizer in GRIDS.items()}
@@ -132,7 +132,7 @@ def fates(params, radius):
 figure, axes = plt.subplots(2, 5, figsize=(12, 5), sharex=True, sharey="row", layout="constrained")
 for (top, bottom), (name, quantizer) in zip(axes.T, GRIDS.items(), strict=True):
     codes = every_code(quantizer).codes
-    one_each = [quantizer(jnp.zeros(1)).moved(code[None]) for code in codes]
+    one_each = [quantizer(jnp.zeros(1)).with_codes(code[None]) for code in codes]
     strip = np.array([np.argmax(fates(one_each, radius), axis=1) for radius in RADII])
     top.pcolormesh(RADII, codes, strip.T, cmap=ListedColormap(COLORS), vmin=0, vmax=3)
     top.set_title(name, fontsize=10)
@@ -188,8 +188,8 @@ curve.set_title("equal in z, unequal in w", fontsize=9)
 curve.set_ylabel("code")
 for axis, off_grid in ((fixed, RADIUS), (aligned, None)):
     boundary = "clamp" if off_grid else "mask"
-    probe = stencils.describe(
-        KEY, array, 1.0, law="rademacher", boundary=boundary, off_grid=off_grid
+    probe = directions.describe(
+        KEY, array, 1.0, distribution="rademacher", boundary=boundary, off_grid=off_grid
     )
     answers = [queries.endpoints(array, [probe], side) for side in (1, -1)]
     answers = np.array([zq.dequantize(end) for end in answers])
@@ -224,10 +224,10 @@ def loss_to_target(w):
 @functools.partial(jax.vmap, in_axes=(0, None))
 def slopes(key, off_grid):
     """l+ - l- along a direction, and the slope there by differentiation."""
-    probe = stencils.describe(key, start, 1.0, law="rademacher", off_grid=off_grid)
+    probe = directions.describe(key, start, 1.0, distribution="rademacher", off_grid=off_grid)
     plus, minus = queries.losses(loss_to_target, start, [probe])
     gradient = jax.grad(loss_to_target)(zq.dequantize(start))
-    return plus - minus, stencils.draw(probe, start) @ gradient
+    return plus - minus, probe.draw(start) @ gradient
 
 
 keys = jax.random.split(jax.random.key(1), 1_000)
@@ -256,9 +256,9 @@ def ends(key, quantizer, off_grid=None):
     codes_key, probe_key = jax.random.split(key)
     low, high = quantizer.grid.low, quantizer.grid.high
     codes = jax.random.randint(codes_key, (16,), (2 * low + high) // 3, (low + 2 * high) // 3 + 1)
-    array = quantizer(jnp.zeros(16)).moved(codes)
-    probe = stencils.describe(probe_key, array, 1.0, law="rademacher", off_grid=off_grid)
-    u = jnp.stack([side * stencils.draw(probe, array) for side in (1, -1)])
+    array = quantizer(jnp.zeros(16)).with_codes(codes)
+    probe = directions.describe(probe_key, array, 1.0, distribution="rademacher", off_grid=off_grid)
+    u = jnp.stack([side * probe.draw(array) for side in (1, -1)])
     answers = [queries.endpoints(array, [probe], side) for side in (1, -1)]
     answered = jnp.stack([zq.dequantize(end) for end in answers])
     asked = array.decode(codes + u) if off_grid is None else zq.dequantize(array) + off_grid * u
@@ -320,7 +320,7 @@ plt.show()
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3), sharey=True, layout="constrained")
 for axis, boundary in zip(axes, ("clamp", "mask", "reflect"), strict=True):
-    probe = stencils.describe(KEY, array, 3.0, law="rademacher", boundary=boundary)
+    probe = directions.describe(KEY, array, 3.0, distribution="rademacher", boundary=boundary)
     plus, minus = (queries.endpoints(array, [probe], side).codes.astype(int) for side in (1, -1))
     whole_chord = jnp.abs(plus - minus) == 6
     axis.vlines(
@@ -419,8 +419,8 @@ def directions(shape, count, **structure):
     matrix = whole(jnp.zeros(shape))
 
     def one(key):
-        probe = stencils.describe(key, matrix, 1.0, law="rademacher", **structure)
-        return stencils.draw(probe, matrix)
+        probe = directions.describe(key, matrix, 1.0, distribution="rademacher", **structure)
+        return probe.draw(matrix)
 
     return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(6), count)), int)
 
@@ -518,7 +518,7 @@ plt.show()
 CODES, CALLS, ASKED = 128, 400, {"support": 2, "gamma": 1e-5}
 grid = zq.Quantizer(4, range=1.5)  # one code is 0.2
 best = jax.random.randint(jax.random.key(8), (CODES,), 3, 13)
-exact = grid(jnp.zeros(CODES)).moved(best)
+exact = grid(jnp.zeros(CODES)).with_codes(best)
 
 
 def planted_loss(w):
@@ -527,7 +527,7 @@ def planted_loss(w):
 
 def planted(off_by_one):
     """The optimum with some codes one too high."""
-    return exact.moved(best + (jnp.arange(CODES) < off_by_one))
+    return exact.with_codes(best + (jnp.arange(CODES) < off_by_one))
 
 
 @jax.jit

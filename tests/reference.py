@@ -2,7 +2,7 @@
 
 Bar & Giryes, "ZOQO", arXiv:2501.06736, Algorithm 1; Shu & Zhu, "CAQ-ZO", arXiv:2605.10673; Zhou et
 al., "QuZO", arXiv:2502.12346.
-Directions and random words come from outside, drawn by `zoqo_jax.stencils` and `zoqo_jax.draws`;
+Directions and random words come from outside, drawn by `zoqo_jax.directions` and `zoqo_jax.draws`;
 everything that is done with them is done here: clamp, mask, reflect, votes, steps. Real numbers are
 float32, as the library's are.
 """
@@ -153,7 +153,7 @@ def zoqo_step(
             E = np.floor((F(learning_rate) / leaf.step).astype(np.float64) + dither[i]).astype(
                 np.int64
             )
-        after.append(leaf.moved(leaf.codes - E * g))
+        after.append(leaf.with_codes(leaf.codes - E * g))
     return after, heard
 
 
@@ -197,7 +197,7 @@ def caq_zo_step(
         total = np.zeros(leaf.codes.shape, F)
         for d, rs in zip(heard, directions, strict=True):
             total += d * effective(leaf, rs[i], boundary).astype(F)
-        after.append(leaf.moved(leaf.codes + project(i, -factor * total)))
+        after.append(leaf.with_codes(leaf.codes + project(i, -factor * total)))
     return after, heard
 
 
@@ -234,7 +234,7 @@ def quzo_step(
         total = np.zeros(leaf.codes.shape, F)
         for d, us in zip(differing, heard, strict=True):
             total += d * effective(leaf, us[i], boundary).astype(F)
-        after.append(leaf.moved(leaf.codes + project(i, -factor * total)))
+        after.append(leaf.with_codes(leaf.codes + project(i, -factor * total)))
     return after, differing
 
 

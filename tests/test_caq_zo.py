@@ -75,7 +75,7 @@ def test_off_grid_queries_that_collapse_hear_nothing_where_aligned_ones_do():
         tx = zq.caq_zo(10.0, key=KEY, **options)
         update = jax.jit(functools.partial(tx.update, None, value_fn=loss))
         updates, state = update(tx.init(params), params)
-        assert (state.differences[0] != 0) == moves and updates.packed.any() == moves
+        assert (state.info.loss_differences[0] != 0) == moves and updates.packed.any() == moves
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_code_moves_where_the_votes_are_significant(model, structure):
         for i, leaf in enumerate(leaves):
             votes = sum(d.astype(np.float64) * r[i] for d, r in zip(heard, rs, strict=True))
             moves = -reference.significant(votes, heard, least)
-            after.append(leaf.moved(leaf.codes + moves))
+            after.append(leaf.with_codes(leaf.codes + moves))
             moved.append((moves != 0).mean())
         return after, heard
 

@@ -13,7 +13,7 @@ import scipy.stats
 from statistical import assert_binomial
 
 import zoqo_jax as zq
-from zoqo_jax import certificates, implicit, stencils
+from zoqo_jax import certificates, implicit
 
 KEY = jax.random.key(9)
 
@@ -239,7 +239,7 @@ def test_query_batch_changes_nothing_but_the_cost(query_batch):
 def test_codes_of_large_leaves_are_counted_piece_by_piece(most, monkeypatch):
     array = zq.nf4(block=8)(jnp.zeros((2, 5, 8)))
     (stencil,) = certificates._direction(KEY, 0, [array], 40)
-    u = stencils.draw(stencil, array)
+    u = stencil.draw(array)
     few = functools.partial(implicit.sum_over_rows, most=most)
     monkeypatch.setattr(certificates, "sum_over_rows", few)
     assert 0 < certificates._codes(stencil, array) == (u != 0).sum() < u.size

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import zoqo_jax as zq
-from zoqo_jax import queries, stencils
+from zoqo_jax import queries
 
 KEY = jax.random.key(5)
 STEPS = 8
@@ -51,7 +51,7 @@ def run(tx, steps=STEPS, params=None, **asked):
     def step(carry, _):
         params, state = carry
         updates, state = tx.update(None, state, params, **asked)
-        return (optax.apply_updates(params, updates), state), state.differences
+        return (optax.apply_updates(params, updates), state), state.info.loss_differences
 
     @jax.jit
     def train(params):
@@ -80,8 +80,8 @@ def test_signs_of_loss_differences_make_the_trajectory_of_the_losses(options):
     assert_same_codes(params, expected)
     assert (params["w"].packed != start()["w"].packed).any()
     np.testing.assert_array_equal(votes, jnp.sign(log))
-    assert (state.count, state.queries) == (by_losses.count, by_losses.queries)
-    assert jnp.isposinf(state.losses).all() and state.skipped == 0
+    assert (state.count, state.info.evaluations) == (by_losses.count, by_losses.info.evaluations)
+    assert jnp.isposinf(state.info.losses).all() and state.info.skipped == 0
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, by_losses)
 
 
@@ -96,9 +96,9 @@ def test_the_mean_of_several_comparisons_is_of_signs():
     """With vote="mean" and q > 1, g is the sign of a sum of vote times u."""
     tx, params = zoqo(num_queries=5), start()
     state = tx.init(params)
-    directions = [stencils.draw(tx.probes(state, params, i)[0], params["w"]) for i in range(5)]
+    directions = [tx.probes(state, params, i)[0].draw(params["w"]) for i in range(5)]
     updates, after = tx.update(None, state, params, compare_fn=judge)
-    g = np.sign(np.einsum("q,qij->ij", after.differences, np.stack(directions)))
+    g = np.sign(np.einsum("q,qij->ij", after.info.loss_differences, np.stack(directions)))
     codes = params["w"].codes.astype(int) - g.astype(int)
     grid = params["w"].grid
     moved = optax.apply_updates(params, updates)["w"].codes
@@ -140,7 +140,7 @@ def test_a_noisy_judge_asked_repeatedly_descends_a_quadratic():
         tx = zq.zoqo(1.0, 1.0, key=KEY, structure="sparse", density=0.1, num_comparisons=repeats)
         trained, state, _ = run(tx, 300, params, compare_fn=judge)
         after[repeats] = quadratic(zq.dequantize(trained)).item()
-        assert state.queries == 300 * 2 * repeats
+        assert state.info.evaluations == 300 * 2 * repeats
     assert after[1] < 0.4 * before
     assert after[25] < 0.5 * after[1]
 
@@ -162,7 +162,7 @@ def test_the_majority_of_the_comparisons_is_the_vote_and_every_key_is_new():
         state = step(state)
         jax.effects_barrier()
         verdicts = np.array([verdict for verdict, _ in heard[-10:]]).reshape(2, 5)
-        assert sorted(np.sign(verdicts.sum(axis=1))) == sorted(state.differences.tolist())
+        assert sorted(np.sign(verdicts.sum(axis=1))) == sorted(state.info.loss_differences.tolist())
     assert len({tuple(data.tolist()) for _, data in heard}) == 3 * 2 * 5
 
 
@@ -191,9 +191,9 @@ def test_comparisons_spread_over_devices_are_added_up():
         shards = zip(X.reshape(4, 2, 4), Y.reshape(4, 2, 6), strict=True)
         votes = sum(alone(params, tx.probes(state, params), x, y) for x, y in shards)
         updates, state = parallel(params, state, X, Y)
-        assert state.differences.item() == jnp.sign(votes)
+        assert state.info.loss_differences.item() == jnp.sign(votes)
         params = optax.apply_updates(params, updates)
-        heard.append(state.differences.item())
+        heard.append(state.info.loss_differences.item())
     assert any(heard)
 
 
@@ -243,7 +243,7 @@ def test_a_judge_outside_of_jax_is_asked_by_a_callback():
 def test_draws_move_nothing():
     params, state, log = run(zoqo(), compare_fn=lambda a, b: 0)
     assert_same_codes(params, start())
-    assert state.skipped == 0 and not log.any()
+    assert state.info.skipped == 0 and not log.any()
 
 
 @pytest.mark.parametrize("options", [{"num_queries": 2}, {"num_comparisons": 3}], ids=str)
@@ -251,7 +251,7 @@ def test_a_verdict_that_is_not_a_number_moves_nothing_and_is_counted(options):
     bad = lambda a, b, *key: jnp.nan * judge(a, b)  # noqa: E731
     params, state, log = run(zoqo(**options), 4, compare_fn=bad)
     assert_same_codes(params, start())
-    assert state.skipped == 4 * options.get("num_queries", 1) and not log.any()
+    assert state.info.skipped == 4 * options.get("num_queries", 1) and not log.any()
 
 
 def test_value_fn_and_compare_fn_together_are_refused():

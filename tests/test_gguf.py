@@ -116,7 +116,7 @@ def test_files_of_ours_are_read_by_the_gguf_package(tmp_path):
 def test_moved_codes_come_back(mixed, tmp_path):
     tensors, metadata, _ = gguf.load(mixed)
     codes = (tensors["Q5_1"].codes + 1) % 32
-    tensors["Q5_1"] = tensors["Q5_1"].moved(codes)
+    tensors["Q5_1"] = tensors["Q5_1"].with_codes(codes)
     gguf.save(tmp_path / "moved.gguf", tensors, metadata)
     found = gguf.load(tmp_path / "moved.gguf").tensors["Q5_1"].codes
     np.testing.assert_array_equal(found, codes)

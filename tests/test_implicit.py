@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import nnx
 
 import zoqo_jax as zq
-from zoqo_jax import companders, queries, stencils
+from zoqo_jax import companders, directions, queries
 
 # Two float32 programs that sum the same numbers in different orders.
 RTOL = 2e-5
@@ -28,10 +28,10 @@ QUANTIZERS = {  # each leaves a good part of the codes at the edges of its grid
 }
 BOUNDARIES = ["clamp", "mask", "reflect"]
 STRUCTURES = {
-    "rank_one": {"structure": "rank_one", "law": "rademacher"},
-    "rank_one_uniform": {"structure": "rank_one", "law": "uniform"},
-    "dense": {"structure": "dense", "law": "uniform"},
-    "sparse": {"structure": "sparse", "law": "gaussian", "density": 0.5},
+    "rank_one": {"structure": "rank_one", "distribution": "rademacher"},
+    "rank_one_uniform": {"structure": "rank_one", "distribution": "uniform"},
+    "dense": {"structure": "dense", "distribution": "uniform"},
+    "sparse": {"structure": "sparse", "distribution": "gaussian", "density": 0.5},
 }
 
 
@@ -47,7 +47,7 @@ def quantized_leaves(params):
 def describe(params, **choices):
     """A stencil for every quantized leaf, a sixth of its grid wide."""
     return [
-        stencils.describe(
+        directions.describe(
             jax.random.fold_in(jax.random.key(17), i), array, array.grid.high / 6.0, **choices
         )
         for i, array in enumerate(quantized_leaves(params))
@@ -62,9 +62,9 @@ def displaced(params, probes, side):
         if not zq.is_quantized(leaf):
             return leaf
         stencil = next(remaining)
-        u = stencils.draw(stencil, leaf)
+        u = stencil.draw(leaf)
         side_u = jnp.asarray(side, jnp.int16) * u
-        return leaf.decode(stencils.displace(leaf.codes, side_u, leaf.grid, stencil.boundary))
+        return leaf.decode(directions.displace(leaf.codes, side_u, leaf.grid, stencil.boundary))
 
     return jax.tree.map(one, params, is_leaf=zq.is_quantized)
 
@@ -377,7 +377,7 @@ def test_many_queries_share_two_weights_of_any_grid():
     def losses(params):
         def query(i):
             probes = [
-                stencils.describe(jax.random.fold_in(jax.random.key(i), j), array, 1.0, **choices)
+                directions.describe(jax.random.fold_in(jax.random.key(i), j), array, 1.0, **choices)
                 for j, array in enumerate(quantized_leaves(params))
             ]
             return queries.losses(tanh_network(x), params, probes, together=4)
@@ -455,7 +455,7 @@ def test_float_leaves_and_operations_without_a_rule_are_served():
 
 def test_an_objective_may_return_a_scalar_parameter_as_it_is():
     array = zq.Quantizer(8, range=1.0)(jnp.float32(0.5))
-    (probe,) = describe(array, law="rademacher")
+    (probe,) = describe(array, distribution="rademacher")
     actual = queries.losses(lambda w: w, array, [probe], center=True)
     expected = [displaced(array, [probe], side) for side in (1, -1, 0)]
     np.testing.assert_array_equal(actual, jnp.stack(expected))
@@ -513,7 +513,7 @@ def test_rounding_a_caq_zo_query_of_an_nf4_block_to_the_nearest_level_changes_no
 def test_endpoints_are_the_displaced_codes():
     @jax.jit
     def two_ways(params):
-        probes = describe(params, law="gaussian")
+        probes = describe(params, distribution="gaussian")
         return [
             (
                 zq.dequantize(queries.endpoints(params, probes, side)),

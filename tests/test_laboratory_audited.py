@@ -50,7 +50,7 @@ def test_chords_are_clipped_where_a_code_and_its_direction_leave_the_grid(bounda
     cut = probed = 0
     for probe, layer in zip(probes, params, strict=True):
         n, grid = np.asarray(layer["kernel"].codes, int), layer["kernel"].grid
-        u = np.asarray(zq.stencils.draw(probe, layer["kernel"]), int)
+        u = np.asarray(probe.draw(layer["kernel"]), int)
         for code, step in zip(n.ravel(), u.ravel(), strict=True):
             inside = grid.low <= code - abs(step) and code + abs(step) <= grid.high
             cut += step != 0 and not inside

@@ -11,7 +11,7 @@ import zoqo_jax as zq
 from experiments.laboratory import residual
 from experiments.laboratory.claim import check
 from experiments.laboratory.convex import problems, residuals
-from zoqo_jax import queries, stencils
+from zoqo_jax import queries
 
 QUANTIZERS = {
     "uniform": zq.Quantizer(4, range=1.0),
@@ -74,7 +74,7 @@ def test_ends_are_those_that_caq_zo_probes(query):
     options = {"query": "off_grid", "radius": 0.13} if query == "weights" else {}
     tx = zq.caq_zo(1.0, key=jax.random.key(3), **options)
     probes = tx.probes(tx.init(array), array)
-    r = stencils.draw(probes[0], array).astype(jnp.float32)
+    r = probes[0].draw(array).astype(jnp.float32)
     move = r * np.float32(0.13 * grid.largest / grid.spacing)
     for side in (1, -1):
         _, heard = residuals.end(quantizer, codes, side * move, query)

@@ -106,7 +106,7 @@ def test_losses_are_those_at_the_displaced_factors():
 
     _, after = tx.update(None, state, tree, value_fn=value_fn)
     probes = tx.probes(state, tree)
-    for side, loss in zip((1, -1), after.losses[0], strict=True):
+    for side, loss in zip((1, -1), after.info.losses[0], strict=True):
         expected = value_fn(merge(zq.queries.endpoints(tree, probes, side)))
         np.testing.assert_allclose(loss, expected, rtol=1e-5)
 

@@ -15,7 +15,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoqo_jax as zq
-from zoqo_jax import stencils
 from zoqo_jax.transforms import stepping
 
 KEY = jax.random.key(3)
@@ -99,14 +98,14 @@ def jitted(name):
 
 def step_state(state):
     """The `StepState` in a state, chained or not."""
-    is_one = lambda node: isinstance(node, zq.StepState)  # noqa: E731
+    is_one = lambda node: isinstance(node, zq.State)  # noqa: E731
     (found,) = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
     return found
 
 
 def with_key(state, key):
     """The state of a run with another key."""
-    is_one = lambda node: isinstance(node, zq.StepState)  # noqa: E731
+    is_one = lambda node: isinstance(node, zq.State)  # noqa: E731
     rekey = lambda node: node._replace(key=key) if is_one(node) else node  # noqa: E731
     return jax.tree.map(rekey, state, is_leaf=is_one)
 
@@ -329,15 +328,17 @@ def test_data_parallel_steps_equal_steps_on_one_device(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_queries_are_counted_and_the_key_never_changes(name):
     state = step_state(baseline(name)[1])
-    assert (state.count, state.queries, state.skipped) == (6, 2 * 4 * 6, 0)
+    assert (state.count, state.info.evaluations, state.info.skipped) == (6, 2 * 4 * 6, 0)
     assert_equal(state.key, KEY)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_holds_the_losses_and_differences_of_the_last_step(name):
     state = step_state(baseline(name)[1])
-    assert state.losses.shape == (4, 2) and (state.differences != 0).any()
-    np.testing.assert_array_equal(state.differences, state.losses[:, 0] - state.losses[:, 1])
+    assert state.info.losses.shape == (4, 2) and (state.info.loss_differences != 0).any()
+    np.testing.assert_array_equal(
+        state.info.loss_differences, state.info.losses[:, 0] - state.info.losses[:, 1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -485,8 +486,8 @@ def test_losses_that_are_not_finite_move_nothing_and_are_counted(name):
         params, state = four_steps(jnp.float32(bad))
         assert_equal(params, start())
         state = step_state(state)
-        assert state.skipped == 2 * 4 and state.queries == 2 * 2 * 4
-        assert not state.differences.any()
+        assert state.info.skipped == 2 * 4 and state.info.evaluations == 2 * 2 * 4
+        assert not state.info.loss_differences.any()
 
 
 def test_one_bad_side_is_enough():
@@ -501,7 +502,7 @@ def test_one_bad_side_is_enough():
     for bad in (jnp.nan, jnp.inf, -jnp.inf):
         params, state = six_steps(jnp.float32(bad))
         assert_equal(params, start())
-        assert state.skipped == 6 and jnp.isfinite(state.losses).sum() == 1
+        assert state.info.skipped == 6 and jnp.isfinite(state.info.losses).sum() == 1
 
 
 @pytest.mark.parametrize("name", ["zoqo", pytest.param("caq_zo", marks=pytest.mark.slow)])
@@ -518,14 +519,14 @@ def test_one_bad_query_leaves_the_others_their_say(name):
     @jax.vmap
     def probes_the_first(query):
         (stencil,) = tx.probes(state, params, query)
-        return stencils.draw(stencil, params["w"])[0, 0] != 0
+        return stencil.draw(params["w"])[0, 0] != 0
 
     spoilt = probes_the_first(jnp.arange(8))
     assert 0 < spoilt.sum() < 8
     clean, (after, spoilt_state) = step(0.0)[1], step(jnp.nan)
-    assert spoilt_state.skipped == spoilt.sum()
+    assert spoilt_state.info.skipped == spoilt.sum()
     heard = jnp.where(spoilt, 0.0, clean.differences)
-    np.testing.assert_array_equal(spoilt_state.differences, heard)
+    np.testing.assert_array_equal(spoilt_state.info.loss_differences, heard)
     assert_equal(after, stepper(tx, value_fn=None, differences=heard)(params, state)[0])
     assert_moved(after)
 

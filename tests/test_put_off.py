@@ -64,7 +64,7 @@ def test_rows_of_a_converted_table_are_looked_up_before_they_are_converted():
 
     np.testing.assert_allclose(zq.quaxify(loss)(table), loss(table.materialise()), rtol=1e-6)
     (use,) = zq.explain(loss, table).uses
-    assert use.way == "rows"
+    assert use.plan.algorithms == ("take_rows",)
 
 
 def test_branches_in_branches_are_traced_once_each():
@@ -105,7 +105,8 @@ def test_products_of_bfloat16_into_float32_keep_float32_along_the_direction():
         dims = (((1,), (1,)), ((), ()))
         return jax.lax.dot_general(data, w, dims, preferred_element_type=jnp.float32).sum()
 
-    probe = zq.stencils.describe(jax.random.key(0), w, 20.0, structure="rank_one", law="rademacher")
+    choices = {"structure": "rank_one", "distribution": "rademacher"}
+    probe = zq.directions.describe(jax.random.key(0), w, 20.0, **choices)
     pair = zq.queries.losses(loss, w, [probe])
     ends = [loss(zq.dequantize(zq.queries.endpoints(w, [probe], side))) for side in (1, -1)]
     np.testing.assert_allclose(pair, jnp.stack(ends), rtol=1e-5)

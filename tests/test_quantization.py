@@ -264,7 +264,7 @@ def test_quantizing_again_with_the_given_range_changes_no_code(compander, bounds
     for bits in (4, 8):
         quantizer = Quantizer(bits, compander, range=bounds)
         every = np.resize(legal_codes(quantizer), 256)
-        array = quantizer(jnp.zeros(256, jnp.float32)).moved(jnp.asarray(every))
+        array = quantizer(jnp.zeros(256, jnp.float32)).with_codes(jnp.asarray(every))
         np.testing.assert_array_equal(ints(quantizer(array.materialise()).codes), every)
 
 
@@ -467,7 +467,7 @@ def test_codes_that_share_bytes_are_the_parts_of_the_last_axis(quantizer, shape)
 
     @jax.jit
     def both(n, x):
-        array = quantizer(x).moved(n)
+        array = quantizer(x).with_codes(n)
         return array, array.materialise(), [part.materialise() for part in array.parts]
 
     array, values, values_of_parts = both(jnp.asarray(n), normal(*shape))
@@ -629,7 +629,7 @@ def test_every_step_from_every_code_survives_apply_updates(bits):
         # Every pair stands once in each part of the bytes, beside another.
         together = 8 // bits
         n, step = (np.stack([np.roll(x, 17 * i) for i in range(together)], -1) for x in (n, step))
-        start = quantizer(jnp.zeros(n.shape, jnp.float32)).moved(jnp.asarray(n))
+        start = quantizer(jnp.zeros(n.shape, jnp.float32)).with_codes(jnp.asarray(n))
         assert start.per_byte == together
 
         def move(array, step):
@@ -669,7 +669,8 @@ def test_a_move_between_any_two_codes_is_a_step(bits):
     n, target = (
         np.resize(grid, (4 ** (bits - 1), 4)) for grid in np.meshgrid(codes, codes, indexing="ij")
     )
-    array = Quantizer(bits, range="minmax")(jnp.zeros(n.shape, jnp.float32)).moved(jnp.asarray(n))
+    array = Quantizer(bits, range="minmax")(jnp.zeros(n.shape, jnp.float32))
+    array = array.with_codes(jnp.asarray(n))
     assert array.per_byte == 8 // bits
     steps = jnp.split(jnp.asarray(target - n), array.per_byte, axis=-1)
     np.testing.assert_array_equal(ints(array.stepped(steps).codes), target)

@@ -9,7 +9,7 @@ import test_reference as runs
 from statistical import assert_uncorrelated, mean_and_error
 
 import zoqo_jax as zq
-from zoqo_jax import stencils
+from zoqo_jax import directions
 
 KEY = jax.random.key(31)
 
@@ -19,8 +19,9 @@ def roundings(radius, noise="gaussian", seeds=4_000, **structure):
     array = zq.Quantizer(8, range=127.5)(jnp.zeros((4, 6)))  # one code is 1.0
 
     def both(key):
-        probed = stencils.describe(key, array, radius, law=noise, rounded=True, **structure)
-        return stencils.draw(probed, array), stencils.draw(probed.rounded_again(), array)
+        choices = {"distribution": noise, "rounded": True, **structure}
+        probed = directions.describe(key, array, radius, **choices)
+        return probed.draw(array), probed.rounded_again().draw(array)
 
     drawn = jax.jit(jax.vmap(both))(jax.random.split(KEY, seeds))
     return [np.asarray(u, np.float64) for u in drawn]
@@ -96,8 +97,8 @@ def test_quzo_moves_against_the_gradient_of_a_quadratic_on_average(radius, num_q
         state = tx.init(params)._replace(key=key)
         updates, after = tx.update(None, state, params, value_fn=quadratic)
         (probed,) = tx.probes(state, params)
-        u = stencils.draw(probed, params)
-        same = after.differences[0] / (2 * radius**2) * u.astype(jnp.float32)
+        u = probed.draw(params)
+        same = after.info.loss_differences[0] / (2 * radius**2) * u.astype(jnp.float32)
         return updates.packed.astype(jnp.int8), -eta * same
 
     moves, along_the_same = move(jax.random.split(KEY, 60_000))

@@ -54,8 +54,8 @@ def test_qzo_is_its_formula(noise, num_queries, clip):
             z = np.asarray(directions.draw(query, 0, params.scale))
             ends = [values_at(params, scale + side * np.float32(mu) * z) for side in (1, -1)]
             losses = [np.mean((end - TARGET) ** 2) for end in ends]
-            np.testing.assert_allclose(state.losses[query], losses, rtol=1e-5)
-            d = np.asarray(state.differences)[query] / np.float32(2 * mu)
+            np.testing.assert_allclose(state.info.losses[query], losses, rtol=1e-5)
+            d = np.asarray(state.info.loss_differences)[query] / np.float32(2 * mu)
             clipped += clip is not None and abs(d) > clip
             total += (d if clip is None else np.clip(d, -np.float32(clip), np.float32(clip))) * z
         moved = scale - np.float32(runs.at(eta, count)) * np.float32(1 / num_queries) * total
@@ -144,7 +144,7 @@ def test_replay_rebuilds_the_scales_bit_for_bit(scale_dtype):
     def step(carry, _):
         params, state = carry
         updates, state = tx.update(None, state, params, value_fn=loss)
-        return (optax.apply_updates(params, updates), state), state.differences
+        return (optax.apply_updates(params, updates), state), state.info.loss_differences
 
     train = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), length=200))
     (trained, _), log = train(start)

@@ -13,7 +13,7 @@ import reference
 from reference import Leaf
 
 import zoqo_jax as zq
-from zoqo_jax import companders, draws, stencils
+from zoqo_jax import companders, directions, draws
 
 STEPS = 200
 KEY = jax.random.key(2025)
@@ -108,23 +108,23 @@ def every_step(draw):
 
 
 @functools.cache
-def directions(model, radius, law, structure="dense", density=1.0, dithered=False, queries=3):
+def drawn(model, radius, law, structure="dense", density=1.0, dithered=False, queries=3):
     """u of every step for each leaf, (steps, queries, ...), before any boundary acts."""
     arrays = problem(model).arrays
 
     def one(count, query, leaf):
         mu = radius(count) if callable(radius) else radius
-        stencil = stencils.describe(
+        stencil = directions.describe(
             leaf_key(count, query, leaf),
             arrays[leaf],
             1.0 if mu is None else mu,
             unit="codes" if mu is None else "values",
-            law=law,
+            distribution=law,
             structure=structure,
             density=density,
             dithered=dithered,
         )
-        return stencils.draw(stencil, arrays[leaf])
+        return stencil.draw(arrays[leaf])
 
     def draw(count):
         return [
@@ -142,11 +142,9 @@ def both_roundings(model, radius, **structure):
 
     def one(count, query, leaf):
         key = leaf_key(count, query, leaf)
-        law = {"law": "gaussian", "rounded": True, **structure}
-        probed = stencils.describe(key, arrays[leaf], radius, **law)
-        return [
-            stencils.draw(stencil, arrays[leaf]) for stencil in (probed, probed.rounded_again())
-        ]
+        law = {"distribution": "gaussian", "rounded": True, **structure}
+        probed = directions.describe(key, arrays[leaf], radius, **law)
+        return [stencil.draw(arrays[leaf]) for stencil in (probed, probed.rounded_again())]
 
     def draw(count):
         of_query = lambda query: [one(count, query, leaf) for leaf in range(len(arrays))]  # noqa: E731
@@ -164,7 +162,7 @@ def run(model, tx):
         updates, state = tx.update(None, state, params, value_fn=start.value_fn)
         params = optax.apply_updates(params, updates)
         codes = [array.codes.astype(jnp.int32) for array in start._replace(params=params).arrays]
-        return (params, state), (codes, state.differences)
+        return (params, state), (codes, state.info.loss_differences)
 
     @jax.jit
     def scan(params):
@@ -189,7 +187,11 @@ def assert_same_run(model, tx, num_queries, us, step):
             edges |= [(leaf.codes == leaf.low).any(), (leaf.codes == leaf.high).any()]
     assert edges.all(), "a run that never met the grid's edges proves less"
     assert (differences != 0).any()
-    assert state.count == STEPS and state.queries == 2 * num_queries * STEPS and state.skipped == 0
+    assert (
+        state.count == STEPS
+        and state.info.evaluations == 2 * num_queries * STEPS
+        and state.info.skipped == 0
+    )
     return state
 
 
@@ -223,7 +225,7 @@ def assert_zoqo_is_algorithm_1(model, num_queries, vote, law, boundary, **struct
             boundary=boundary,
         )
 
-    us = directions(model, radius, law, **structure)
+    us = drawn(model, radius, law, **structure)
     assert_same_run(model, tx, num_queries, us, step)
 
 
@@ -325,7 +327,7 @@ def test_dithered_zoqo_moves_floor_of_eta_over_s_plus_u(model, num_queries, boun
             dither=[1 - 2.0**-25 - word[count] * 2.0**-24 for word in words],
         )
 
-    us = directions(model, radius_schedule, "uniform", dithered=True)
+    us = drawn(model, radius_schedule, "uniform", dithered=True)
     assert_same_run(model, tx, num_queries, us, step)
 
 
@@ -357,7 +359,7 @@ def assert_caq_zo_is_its_formula(rounding, boundary, num_queries, model, **struc
             leaves, rs, loss, project, learning_rate=at(eta, count), boundary=boundary
         )
 
-    us = directions(model, None, "rademacher", **structure)
+    us = drawn(model, None, "rademacher", **structure)
     state = assert_same_run(model, tx, num_queries, us, step)
     kept = feedback if rounding == "error_feedback" else []
     for residual, memory in zip(state.residual, kept, strict=True):
@@ -404,7 +406,7 @@ TARGET = np.array([103, 104, 137, 102])
 def descend(tx, steps=400):
     """The codes after each step from START, under the distance to TARGET; one code is 1.0."""
     array = zq.Quantizer(8, range=127.5)(jnp.zeros(START.shape))
-    params = array.moved(jnp.asarray(START))
+    params = array.with_codes(jnp.asarray(START))
 
     def distance(values):
         return jnp.sum(jnp.abs(values - jnp.asarray(TARGET - 128.0, jnp.float32)))

@@ -86,7 +86,7 @@ def test_replay_rebuilds_the_codes_of_a_thousand_steps(name):
     def step(carry, _):
         params, state = carry
         updates, state = tx.update(None, state, params, value_fn=value_fn)
-        return (optax.apply_updates(params, updates), state), state.differences
+        return (optax.apply_updates(params, updates), state), state.info.loss_differences
 
     @jax.jit
     def train(params):

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 import zoqo_jax as zq
-from zoqo_jax import companders, kernels, products, queries, stencils
+from zoqo_jax import companders, directions, kernels, products, queries
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -30,9 +30,9 @@ GRIDS = {
     "two bits": zq.Quantizer(2, range="percentile", percentile=80.0, axis=-1),
 }
 DIRECTIONS = {
-    "rank_one": {"structure": "rank_one", "law": "rademacher"},
-    "dense": {"structure": "dense", "law": "uniform"},
-    "sparse": {"structure": "sparse", "law": "rademacher", "density": 0.2},
+    "rank_one": {"structure": "rank_one", "distribution": "rademacher"},
+    "dense": {"structure": "dense", "distribution": "uniform"},
+    "sparse": {"structure": "sparse", "distribution": "rademacher", "density": 0.2},
 }
 
 
@@ -43,12 +43,12 @@ def normal(seed, *shape):
 def probe(array, i=0, direction="rank_one", boundary="clamp"):
     width = array.grid.high / 6.0
     key = jax.random.fold_in(jax.random.key(5), i)
-    return stencils.describe(key, array, width, boundary=boundary, **DIRECTIONS[direction])
+    return directions.describe(key, array, width, boundary=boundary, **DIRECTIONS[direction])
 
 
 def values(array, stencil, side):
-    u = jnp.asarray(side, jnp.int16) * stencils.draw(stencil, array)
-    return array.decode(stencils.displace(array.codes, u, array.grid, stencil.boundary))
+    u = jnp.asarray(side, jnp.int16) * stencil.draw(array)
+    return array.decode(directions.displace(array.codes, u, array.grid, stencil.boundary))
 
 
 def over_sides_and_queries(fn, array, queries_, **choices):
@@ -184,7 +184,8 @@ def test_corrections_make_shared_products_exact_however_many_slices_touch_an_edg
     rows = 200
     array = zq.Quantizer(8, range=1.275)(0.3 * jnp.tanh(normal(0, rows, 12)))
     edges = jnp.arange(rows)[:, None] % (rows // crowded) == 0 if crowded else jnp.zeros((rows, 1))
-    array = array.moved(jnp.where(edges, jnp.where(normal(1, rows, 12) > 0, 255, 1), array.codes))
+    at_edge = jnp.where(normal(1, rows, 12) > 0, 255, 1)
+    array = array.with_codes(jnp.where(edges, at_edge, array.codes))
     x = normal(2, 4, rows)
     actual, expected = over_sides_and_queries(
         lambda w: {"in": x @ w, "out": normal(3, 5, 12) @ w.T}, array, 2, boundary=boundary
@@ -374,8 +375,8 @@ def test_attention_keeps_every_leaf_implicit(model):
     value_fn, params = MODELS[model]()
     told = zq.explain(value_fn, zq.quantize(params, GRIDS["shared"]))
     assert told.is_fused and not told.unused
-    ways = {(use.operation, use.way) for use in told.uses}
-    assert ("gather", "rows") in ways and ("dot_general", "shared") in ways
+    found = {(use.operation, use.plan.algorithms[0]) for use in told.uses}
+    assert ("gather", "take_rows") in found and ("dot_general", "low_rank") in found
 
 
 # Explanations
@@ -392,9 +393,9 @@ def test_explain_names_every_use_once_and_says_what_it_costs():
         return jnp.sum(x @ params["b"]) + jnp.sum(jnp.sin(params["c"]) + jnp.sin(params["c"]))
 
     told = zq.explain(value_fn, params)
-    assert [(use.label, use.operation, use.way) for use in told.uses] == [
-        ("['a']", "dot_general", "direct"),
-        ("['b']", "dot_general", "direct"),
+    assert [(use.label, use.operation, use.plan.algorithms) for use in told.uses] == [
+        ("['a']", "dot_general", ("dequantize",)),
+        ("['b']", "dot_general", ("dequantize",)),
         ("['c']", "sin", "values"),
     ]
     assert told.unused == ("['d']",) and not told.is_fused
@@ -402,7 +403,7 @@ def test_explain_names_every_use_once_and_says_what_it_costs():
     assert told.multiplications(told.uses[0]) == 2 * 5 * 6 * 20
     assert "sin" in str(told) and "['d']" in str(told)
     together = zq.explain(value_fn, params, query_batch=8)
-    assert together.uses[0].way == "halves"
+    assert together.uses[0].plan.algorithms[0] == "mean_difference"
     assert together.decoded_bytes(together.uses[0]) == 2 * 4 * 6 * 20
 
 

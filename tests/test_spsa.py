@@ -59,7 +59,10 @@ def test_an_estimate_is_the_papers_formula():
     params = jnp.asarray(AT)
     state = tx.init(params)
     gradient, state = tx.update(None, state, params, value_fn=quadratic)
-    (plus, minus), u = state.losses[0], np.sign(gradient) * np.sign(state.differences)
+    (plus, minus), u = (
+        state.info.losses[0],
+        np.sign(gradient) * np.sign(state.info.loss_differences),
+    )
     np.testing.assert_allclose(plus, quadratic(AT + mu * u), rtol=1e-6)
     np.testing.assert_allclose(minus, quadratic(AT - mu * u), rtol=1e-6)
     np.testing.assert_allclose(gradient, (plus - minus) / (2 * mu) * u, rtol=1e-4)
@@ -102,7 +105,7 @@ def test_radius_may_be_a_schedule():
     state = tx.init(params)
     for _ in range(2):
         _, state = tx.update(None, state, params, value_fn=lambda x: x[0])
-        seen.append(abs(state.differences[0]).item() / 2)
+        seen.append(abs(state.info.loss_differences[0]).item() / 2)
     np.testing.assert_allclose(seen, [0.5, 0.25], rtol=1e-4)
 
 
@@ -118,7 +121,7 @@ def test_gradients_have_the_dtype_of_their_leaf(dtype, noise):
     gradients, state = tx.update(None, tx.init(params), params, value_fn=loss)
     assert gradients["half"].dtype == dtype and gradients["full"].dtype == jnp.float32
     assert gradients["half"].any() and gradients["full"].any()
-    assert state.losses.dtype == jnp.float32
+    assert state.info.losses.dtype == jnp.float32
 
 
 def test_integer_and_quantized_leaves_stay_and_get_zero_updates():
@@ -146,9 +149,9 @@ def test_integer_and_quantized_leaves_stay_and_get_zero_updates():
             jax.tree.leaves(updates[name]), jax.tree.leaves(params[name]), strict=True
         ):
             assert update.dtype == leaf.dtype and not update.any()
-    u = jnp.sign(updates["delta"] * state.differences[0])
+    u = jnp.sign(updates["delta"] * state.info.loss_differences[0])
     expected = [jnp.sum((quantized.materialise() + side * 0.125 * u) ** 2) for side in (1, -1)]
-    np.testing.assert_allclose(state.losses[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(state.info.losses[0], expected, rtol=1e-5)
 
 
 def test_floats_train_beside_a_quantized_base():
@@ -182,7 +185,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(bad):
         None, tx.init(params), params, value_fn=lambda p: bad + p["x"].sum()
     )
     assert not gradients["x"].any() and jnp.isfinite(gradients["x"]).all()
-    assert state.skipped == 2 and state.queries == 4
+    assert state.info.skipped == 2 and state.info.evaluations == 4
 
 
 def test_a_finite_query_is_heard_beside_a_bad_one():
@@ -194,6 +197,6 @@ def test_a_finite_query_is_heard_beside_a_bad_one():
         return jnp.where(same_way, x[2], jnp.nan)
 
     gradient, state = tx.update(None, tx.init(params), params, value_fn=loss)
-    assert 0 < state.skipped < 8
+    assert 0 < state.info.skipped < 8
     # d loss / d x2 is 1 for each query that was heard, and the mean is over all of them.
-    np.testing.assert_allclose(gradient[2], (8 - state.skipped) / 8, rtol=1e-4)
+    np.testing.assert_allclose(gradient[2], (8 - state.info.skipped) / 8, rtol=1e-4)

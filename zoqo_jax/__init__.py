@@ -6,11 +6,14 @@ arXiv:2605.10673):
     import zoqo_jax as zq
 """
 
+import warnings
+from typing import Any
+
 from zoqo_jax import certificates as certificates
 from zoqo_jax import companders as companders
+from zoqo_jax import directions as directions
 from zoqo_jax import projection as projection
 from zoqo_jax import queries as queries
-from zoqo_jax import stencils as stencils
 from zoqo_jax.arrays import Grid as Grid
 from zoqo_jax.arrays import QuantizedArray as QuantizedArray
 from zoqo_jax.arrays import dequantize as dequantize
@@ -29,7 +32,8 @@ from zoqo_jax.quantization import is_matrix as is_matrix
 from zoqo_jax.quantization import nf4 as nf4
 from zoqo_jax.quantization import quantize as quantize
 from zoqo_jax.rules import quaxify as quaxify
-from zoqo_jax.transforms import StepState as StepState
+from zoqo_jax.transforms import Info as Info
+from zoqo_jax.transforms import State as State
 from zoqo_jax.transforms import apply_updates as apply_updates
 from zoqo_jax.transforms import caq_zo as caq_zo
 from zoqo_jax.transforms import on_floats as on_floats
@@ -47,17 +51,19 @@ __all__ = [
     "Diagnosis",
     "Explanation",
     "Grid",
+    "Info",
     "LoraArray",
     "PerturbedArray",
     "QuantizedArray",
     "Quantizer",
-    "StepState",
+    "State",
     "apply_updates",
     "caq_zo",
     "certificates",
     "companders",
     "dequantize",
     "diagnose",
+    "directions",
     "explain",
     "freeze",
     "is_matrix",
@@ -74,6 +80,14 @@ __all__ = [
     "qzo",
     "replay",
     "spsa",
-    "stencils",
     "zoqo",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The old name of a class, for one release."""
+    if name != "StepState":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    message = "zoqo_jax.StepState is now zoqo_jax.State; the old name will go in the next release."
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return State

@@ -154,6 +154,7 @@ class QuantizedArray(quax.ArrayValue):
         value_dtype: dtype of the values, float16, bfloat16, float32 or (where JAX has it) float64.
         per_byte: codes in a byte.
         has_copies: whether `scale` and `offset` are copies of one number each, made for a scan.
+        label: what `explain` calls it, while it looks.
         is_frozen: whether transformations leave it alone, as they do floats; see `freeze`.
 
     Examples:
@@ -173,6 +174,7 @@ class QuantizedArray(quax.ArrayValue):
     value_dtype: Any = eqx.field(static=True)
     per_byte: int = eqx.field(static=True, default=1)
     has_copies: bool = eqx.field(static=True, default=False)
+    label: str = eqx.field(static=True, default="")
     is_frozen: bool = eqx.field(static=True, default=False)
 
     @classmethod
@@ -296,7 +298,53 @@ class QuantizedArray(quax.ArrayValue):
         shape[axis : axis + 2] = [shape[axis] * length]
         return jax.lax.slice_in_dim(longer.reshape(shape), 0, self.shape[axis], axis=axis)
 
-    def moved(self, codes: Integer[Array, "..."]) -> QuantizedArray:
+    def take_rows(self, fn: Callable[[Array], Array]) -> QuantizedArray:
+        """The array of rearranged, picked or repeated rows, the last axis staying as it is.
+
+        Args:
+            fn: maps (*rows, k) to (*new_rows, k) for any k, the same rows for every k.
+        """
+
+        def per_block(x: Array | None) -> Array | None:
+            if x is None or x.ndim == 0:
+                return x
+            if all(n == 1 for n in x.shape[:-1]) and self._has_whole_rows:
+                like = jax.ShapeDtypeStruct((*self.shape[:-1], x.shape[-1]), x.dtype)
+                new = jax.eval_shape(fn, like)  # shared rows stay shared
+                return x.reshape((1,) * (len(new.shape) - 1) + x.shape[-1:])
+            spread = x if self._has_whole_rows and self.block else self.spread(x)
+            return fn(jnp.broadcast_to(spread, (*self.shape[:-1], spread.shape[-1])))
+
+        return dataclasses.replace(
+            self,
+            packed=fn(self.packed),
+            scale=per_block(self.scale),
+            offset=per_block(self.offset),
+            block=self.block if self._has_whole_rows else None,
+        )
+
+    @property
+    def _has_whole_rows(self) -> bool:
+        """Whether no block reaches over several rows."""
+        return self.block is None or self.block[0] == -1
+
+    def take_columns(self, places: Integer[Array, " k"]) -> QuantizedArray:
+        """The array of picked columns, each code in a byte of its own."""
+        length = self.packed.shape[-1]
+        width = 8 // self.per_byte
+        shift = ((places // length) * width).astype(jnp.uint8)
+        codes = (jnp.take(self.packed, places % length, axis=-1) >> shift) & (2**width - 1)
+
+        def per_block(x: Array | None) -> Array | None:
+            if x is None or x.shape[-1] == 1:
+                return x
+            return jnp.take(self.spread(x), places, axis=-1)
+
+        block = None if self._has_whole_rows else self.block
+        scale, offset = per_block(self.scale), per_block(self.offset)
+        return QuantizedArray(codes, scale, offset, self.grid, block, self.value_dtype)
+
+    def with_codes(self, codes: Integer[Array, "..."]) -> QuantizedArray:
         """The same array at other codes, which must be legal."""
         packed = _pack([cut(codes, i, self.per_byte) for i in range(self.per_byte)])
         return dataclasses.replace(self, packed=packed)

@@ -23,14 +23,14 @@ import jax.numpy as jnp
 from jax.scipy.special import betainc
 from jaxtyping import Array, ArrayLike, Bool, Float32, Int8, Int32, Key, PRNGKeyArray, PyTree
 
-from zoqo_jax import draws, queries, stencils
+from zoqo_jax import directions, draws, queries
 from zoqo_jax.arrays import QuantizedArray, trained_leaves
+from zoqo_jax.directions import Direction
 from zoqo_jax.floors import bits_needed as bits_needed
 from zoqo_jax.floors import gradient_floor as gradient_floor
 from zoqo_jax.floors import loss_floor as loss_floor
 from zoqo_jax.implicit import PerturbedArray, sum_over_rows
 from zoqo_jax.rules import quaxify
-from zoqo_jax.stencils import Stencil
 from zoqo_jax.transforms.stepping import over_queries
 
 __all__ = [
@@ -369,15 +369,15 @@ def _try(
 
 def _direction(
     key: Array, trial: Array | int, arrays: list[QuantizedArray], support: int
-) -> list[Stencil]:
+) -> list[Direction]:
     """One code up or down on a random support."""
     own = jax.random.fold_in(key, trial)
     return [
-        stencils.describe(
+        directions.describe(
             jax.random.fold_in(own, leaf),
             array,
             1.0,
-            law="rademacher",
+            distribution="rademacher",
             structure="sparse",
             density=_density(arrays, support),
             boundary="reflect",
@@ -386,14 +386,14 @@ def _direction(
     ]
 
 
-def _codes(stencil: Stencil, array: QuantizedArray) -> Int32[Array, ""]:
+def _codes(direction: Direction, array: QuantizedArray) -> Int32[Array, ""]:
     """How many codes a direction moves."""
 
     def count(piece: PerturbedArray, chosen: Array) -> Array:
-        u = stencils.draw(piece.stencil, piece.array)
+        u = piece.direction.draw(piece.array)
         return ((u != 0) & chosen).sum(dtype=jnp.int32)
 
-    return sum_over_rows(count, PerturbedArray(array, stencil))
+    return sum_over_rows(count, PerturbedArray(array, direction))
 
 
 def _density(arrays: list[QuantizedArray], support: int) -> float:

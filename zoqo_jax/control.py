@@ -25,8 +25,8 @@ from zoqo_jax.implicit import (
     PerturbedArray,
     TransposedArray,
     is_implicit,
-    on_rows,
     silent,
+    take_rows,
 )
 from zoqo_jax.interpreter import Flags, evaluate, higher, values_of, wanted_inputs
 
@@ -230,7 +230,7 @@ def _(x: TransposedArray) -> tuple[Any, Callable[[Any], Any]]:
     walked, *others = x.axes
     if walked == x.ndim - 1:
         return values_of(x, "scan"), lambda part: part
-    stack, layer = slices(on_rows(lambda rows: jnp.moveaxis(rows, walked, 0), x.array))
+    stack, layer = slices(take_rows(lambda rows: jnp.moveaxis(rows, walked, 0), x.array))
     order = tuple(axis - (axis > walked) for axis in others)
     if order == tuple(range(len(order))):
         return stack, layer
@@ -249,14 +249,8 @@ def _(x: DerivedArray) -> tuple[Any, Callable[[Any], Any]]:
 def _sliceable(leaf: Any) -> Any:
     """Give every slice of a stack a copy of what slices share."""
     if isinstance(leaf, PerturbedArray):
-        array, stencil = leaf.array, leaf.stencil
-        copies = {
-            name: jnp.broadcast_to(number.reshape(-1)[0], array.shape[:1])
-            for name in ("radius", "share", "off_grid")
-            if (number := getattr(stencil, name)) is not None
-        }
-        stencil = dataclasses.replace(stencil, **copies)
-        return dataclasses.replace(leaf, array=_sliceable(array), stencil=stencil)
+        direction = leaf.direction.for_layers(leaf.shape[0])
+        return dataclasses.replace(leaf, array=_sliceable(leaf.array), direction=direction)
     block = leaf.block
     if block is not None and block[0] == -leaf.ndim:  # blocks of layers: a scale for every layer
         spread = {name: _spread(getattr(leaf, name), leaf) for name in ("scale", "offset")}
@@ -384,16 +378,8 @@ def _specs(x: Any, spec: Any) -> PyTree | None:
         return PartitionSpec(*axes[: len(shape)])
 
     if isinstance(x, PerturbedArray):
-        stencil = x.stencil
-        rows = jax.tree.map(lambda leaf: along(leaf.shape), stencil.rows)
-        others = {
-            name: PartitionSpec()
-            for name in ("radius", "share", "off_grid")
-            if getattr(stencil, name) is not None
-        }
-        side = along(stencil.side.shape)
-        stencil = dataclasses.replace(stencil, rows=rows, side=side, **others)
-        return dataclasses.replace(x, array=_specs(array, spec), stencil=stencil)
+        direction = jax.tree.map(lambda leaf: along(leaf.shape), x.direction)
+        return dataclasses.replace(x, array=_specs(array, spec), direction=direction)
     offset = None if x.offset is None else along(x.offset.shape)
     packed, scale = along(x.packed.shape), along(x.scale.shape)
     return dataclasses.replace(x, packed=packed, scale=scale, offset=offset)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, PyTree
 
-from zoqo_jax import stencils
+from zoqo_jax import directions
 from zoqo_jax.arrays import Grid, QuantizedArray, trained_leaves
 from zoqo_jax.implicit import sum_over_rows
 
@@ -57,7 +57,7 @@ class LeafDiagnosis(NamedTuple):
         shape: its shape.
         codes: of every legal code of every block, once each: what the grids are like.
         weights: of the codes that the weights are at.
-        at_edge: weights at the least or greatest legal code; there a stencil of one code is clipped
+        at_edge: weights at the least or greatest legal code; there a step of one code is clipped
             on one side, and boundary="mask" leaves it out.
     """
 
@@ -130,7 +130,7 @@ def diagnose(params: PyTree, radius: float, *, unit: Unit = "values") -> Diagnos
     """
     if not 0.0 < radius < math.inf:
         raise ValueError(f"radius must be positive and finite, got {radius}.")
-    stencils.check_choice("unit", unit, get_args(Unit))
+    directions.check_choice("unit", unit, get_args(Unit))
     leaves = trained_leaves(params).items()
     found = tuple(_diagnose(label, array, jnp.float32(radius), unit) for label, array in leaves)
     return Diagnosis(found, radius, unit)

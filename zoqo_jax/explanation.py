@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from zoqo_jax import queries, stencils
+from zoqo_jax import directions, queries
 from zoqo_jax.arrays import is_quantized, is_trained, trained_leaves
 from zoqo_jax.implicit import PerturbedArray, Use, watch
 from zoqo_jax.rules import quaxify
@@ -18,12 +18,13 @@ from zoqo_jax.rules import quaxify
 __all__ = ["Explanation", "explain"]
 
 _MEANING = {
-    "shared": "one decoded matrix and one product for all sides and queries",
-    "halves": "two decoded matrices and two products for all sides and queries",
-    "direct": "a decoded matrix and a product for each side, one after the other",
-    "rows": "decodes the rows it looks up",
-    "values": "has no rule here: gets an array of floats for each side",
+    "low_rank": "one decoded matrix and one product for all sides and queries",
+    "mean_difference": "two decoded matrices and two products for all sides and queries",
+    "dequantize": "a decoded matrix and a product for each side, one after the other",
+    "take_rows": "decodes the rows it looks up",
+    "materialize": "has no rule here: gets an array of floats for each side",
 }
+_MATRICES = {"low_rank": 1, "mean_difference": 2, "dequantize": 1, "take_rows": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,26 +53,28 @@ class Explanation:
     @property
     def is_fused(self) -> bool:
         """Whether no operation needs a leaf as an array of floats for each side."""
-        return all(use.way != "values" for use in self.uses)
+        return all(use.plan.algorithms != ("materialize",) for use in self.uses)
 
     def decoded_bytes(self, use: Use) -> int:
         """Bytes of decoded floats that a use has in memory at once."""
-        matrices = {"shared": 1, "halves": 2, "direct": 1, "rows": 0, "values": self.population}
-        return matrices[use.way] * math.prod(use.shape) * self.itemsize
+        plan = use.plan
+        matrices = _MATRICES.get(plan.algorithms[0], self.population)
+        size = math.prod(use.shape) // (plan.chunks * plan.parts)
+        return 0 if plan.kernel else matrices * size * self.itemsize
 
     def multiplications(self, use: Use) -> int:
         """Multiplications of a product, for all displacements evaluated together."""
-        products = {"shared": 1, "halves": 2, "direct": 1, "rows": 0, "values": 0}
-        return products[use.way] * math.prod(use.shape) * use.vectors * self.population
+        products = {"mean_difference": 2}.get(use.plan.algorithms[0], 1 if use.vectors else 0)
+        return products * math.prod(use.shape) * use.vectors * self.population
 
     def __str__(self) -> str:
-        header = ("leaf", "shape", "operation", "way", "decoded", "multiplications")
+        header = ("leaf", "shape", "operation", "plan", "decoded", "multiplications")
         lines = [
             (
                 use.label,
                 "x".join(map(str, use.shape)),
                 use.operation,
-                use.way,
+                str(use.plan),
                 f"{self.decoded_bytes(use) / 1e6:.2f} MB",
                 f"{self.multiplications(use):.1e}" if use.vectors else "",
             )
@@ -83,8 +86,8 @@ class Explanation:
             for line in (header, *lines)
         ]
         rows.append("")
-        ways = dict.fromkeys(use.way for use in self.uses)
-        rows += [f"{way}: {_MEANING[way]}" for way in ways]
+        algorithms = dict.fromkeys(name for use in self.uses for name in use.plan.algorithms)
+        rows += [f"{name}: {_MEANING[name]}" for name in algorithms if name in _MEANING]
         rows += [f"unused: {label}" for label in self.unused]
         return "\n".join(rows)
 
@@ -93,8 +96,8 @@ def explain(
     value_fn: Callable[[Any], Any],
     params: PyTree,
     *,
-    structure: stencils.Structure = "rank_one",
-    noise: stencils.Law = "rademacher",
+    structure: directions.Structure = "rank_one",
+    noise: directions.Distribution = "rademacher",
     query_batch: int = 1,
 ) -> Explanation:
     """Tell which quantized leaves an objective keeps implicit, which not, and what each costs.
@@ -103,9 +106,9 @@ def explain(
 
     Args:
         value_fn: `value_fn(params) -> scalar`.
-        params: tree with quantized leaves; frozen ones are left out.
+        params: tree with quantized leaves; of frozen ones products and look-ups are told.
         structure: that of the directions, as for `zoqo` and `caq_zo`.
-        noise: their law.
+        noise: distribution of their entries.
         query_batch: query pairs evaluated at once.
 
     Raises:
@@ -124,16 +127,20 @@ def explain(
         shared: one decoded matrix and one product for all sides and queries
         values: has no rule here: gets an array of floats for each side
     """
-    stencils.check(noise, structure, "clamp", 1.0)
+    directions.check(noise, structure, "clamp", 1.0)
     if query_batch < 1:
         raise ValueError(f"query_batch must be at least 1, got {query_batch}.")
     leaves = trained_leaves(params)
 
     def displaced(path: Any, leaf: Any) -> Any:
+        if not is_quantized(leaf):
+            return leaf
+        leaf = dataclasses.replace(leaf, label=jax.tree_util.keystr(path))
         if not is_trained(leaf):
             return leaf
-        probe = stencils.describe(jax.random.key(0), leaf, 1.0, law=noise, structure=structure)
-        return PerturbedArray(leaf, probe, 2 * query_batch, jax.tree_util.keystr(path))
+        choices = {"distribution": noise, "structure": structure}
+        direction = directions.describe(jax.random.key(0), leaf, 1.0, **choices)
+        return PerturbedArray(leaf, direction, 2 * query_batch)
 
     def loss() -> Any:
         tree = jax.tree_util.tree_map_with_path(displaced, params, is_leaf=is_quantized)

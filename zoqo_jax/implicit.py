@@ -1,8 +1,9 @@
 """Implicit arrays: what stands in for a weight while an unmodified model computes with it.
 
-A `QuantizedArray` (see `arrays.py`) is one; here are the others: `PerturbedArray`, displaced by a
-stencil; `TransposedArray`, either of them with its axes in another order; and `DerivedArray`, what
-operations would make of any of them, if they were not put off until a product. None holds values.
+A `QuantizedArray` (see `arrays.py`) is one; here are the others: `PerturbedArray`, displaced along
+a direction; `TransposedArray`, either of them with its axes in another order; and `DerivedArray`,
+what operations would make of any of them, if they were not put off until a product. None holds
+values.
 `interpreter.py` runs a model on them, `rules.py` says what JAX operations make of them,
 `products.py` how they are multiplied.
 """
@@ -22,25 +23,49 @@ from jax.core import ShapedArray
 from jaxtyping import Array, Bool, Float, Int16, PyTree
 
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.stencils import Stencil, draw, part
+from zoqo_jax.directions import Direction
 
 __all__ = [
     "DerivedArray",
     "Implicit",
     "Node",
     "PerturbedArray",
+    "Plan",
     "TransposedArray",
     "Use",
     "bind",
     "by_row",
     "is_implicit",
-    "on_rows",
     "perturbed",
     "silent",
     "sum_over_rows",
+    "take_rows",
     "use",
     "watch",
 ]
+
+
+class Plan(NamedTuple):
+    """How an operation gets what it needs of an implicit array.
+
+    Attributes:
+        algorithms: of a product, the first one first and then those that it may hand on to (see
+            `Direction.algorithms`), "dequantize" last; else ("take_rows",), where only looked-up
+            rows are decoded, or ("materialize",), where an operation without a rule gets floats.
+        chunks: a table of many rows is decoded and multiplied in so many chunks.
+        parts: codes that share bytes are multiplied in so many parts, never joined.
+        kernel: whether a GPU kernel decodes and multiplies at once.
+    """
+
+    algorithms: tuple[str, ...]
+    chunks: int = 1
+    parts: int = 1
+    kernel: bool = False
+
+    def __str__(self) -> str:
+        chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
+        parts = f", {self.parts} parts" if self.parts > 1 else ""
+        return " / ".join(self.algorithms) + chunks + parts + ", kernel" * self.kernel
 
 
 class Use(NamedTuple):
@@ -49,17 +74,18 @@ class Use(NamedTuple):
     Attributes:
         label: the array's.
         operation: name of the JAX primitive.
-        way: "shared", "halves", "direct" (see `ways.py`), "rows" (only looked-up rows are
-            decoded) or "values" (the operation has no rule: it got a float array).
+        plan: how it gets what it needs.
         shape: of the array as the operation saw it, one layer of a scanned stack.
         vectors: how many vectors a product multiplies for one displacement, else 0.
+        is_displaced: whether the array is displaced, rather than frozen.
     """
 
     label: str
     operation: str
-    way: str
+    plan: Plan
     shape: tuple[int, ...]
     vectors: int
+    is_displaced: bool
 
 
 _watchers: list[Callable[[Use], None]] = []
@@ -96,35 +122,41 @@ def silent() -> Iterator[None]:
         _watchers[:] = watchers
 
 
-def use(w: Any, operation: str, way: str, vectors: int = 0) -> None:
-    """Tell the watchers of a use."""
+def use(w: Any, operation: str, plan: Plan, vectors: int = 0) -> None:
+    """Tell the watchers of a use; of frozen arrays only where they have a label."""
     for watcher in _watchers:
-        for array in perturbed(w):
-            decoded = array if isinstance(w, DerivedArray) else w
-            watcher(Use(array.label, operation, way, tuple(decoded.shape), vectors))
+        frozen = [w] if isinstance(w, QuantizedArray) and w.label else []
+        for array in perturbed(w) or frozen:
+            shape = tuple((array if isinstance(w, DerivedArray) else w).shape)
+            displaced = isinstance(array, PerturbedArray)
+            watcher(Use(array.label, operation, plan, shape, vectors, displaced))
 
 
 class PerturbedArray(quax.ArrayValue):
-    """A quantized array displaced by a stencil, an implicit float array: `value(boundary(n + u))`.
+    """A quantized array displaced along a direction, as floats: `value(boundary(n + u))`.
 
     Attributes:
         array: where the codes are.
-        stencil: where they would go; its side is that of the query.
+        direction: where they would go; its side is that of the query.
         population: how many displacements of the array are evaluated together, by `jax.vmap`.
-        label: what to call the array.
 
     Examples:
-        >>> from zoqo_jax import Quantizer, stencils
+        >>> from zoqo_jax import Quantizer, directions
         >>> array = Quantizer(range=1.275)(jnp.zeros(3))  # s = .01
-        >>> probe = stencils.describe(jax.random.key(0), array, 1.0, law="rademacher")
-        >>> abs(PerturbedArray(array, probe).materialise()).round(3).tolist()
+        >>> key = jax.random.key(0)
+        >>> direction = directions.describe(key, array, 1.0, distribution="rademacher")
+        >>> abs(PerturbedArray(array, direction).materialise()).round(3).tolist()
         [0.01, 0.01, 0.01]
     """
 
     array: QuantizedArray
-    stencil: Stencil
+    direction: Direction
     population: int = eqx.field(static=True, default=1)
-    label: str = eqx.field(static=True, default="")
+
+    @property
+    def label(self) -> str:
+        """What `explain` calls the array."""
+        return self.array.label
 
     def aval(self) -> ShapedArray:
         """The shape and dtype that JAX code sees."""
@@ -132,20 +164,20 @@ class PerturbedArray(quax.ArrayValue):
 
     def materialise(self) -> Array:
         """The values; what an operation without a rule gets."""
-        return self.array.decode(self.displaced(draw(self.stencil, self.array)))
+        return self.array.decode(self._codes())
 
     def part(self, i: Array | int) -> PerturbedArray:
         """The part whose codes are the i-th of their byte; `i` may be traced."""
-        stencil, array = part(self.stencil, self.array, i)
-        return dataclasses.replace(self, array=array, stencil=stencil)
+        direction = self.direction.part(i, self.array)
+        return dataclasses.replace(self, array=self.array.part(i), direction=direction)
 
     def endpoint(self) -> QuantizedArray:
         """The same values as a quantized array."""
-        return self.array.moved(self.displaced(draw(self.stencil, self.array)))
+        return self.array.with_codes(self._codes())
 
-    def displaced(self, u: Int16[Array, "..."]) -> Int16[Array, "..."]:
+    def _codes(self) -> Int16[Array, "..."]:
         """The legal codes at `n + u`."""
-        return self.stencil.displaced(self.array, u)
+        return self.direction.displaced(self.array, self.direction.draw(self.array))
 
 
 class TransposedArray(quax.ArrayValue):
@@ -304,7 +336,7 @@ Implicit = QuantizedArray | PerturbedArray | TransposedArray | DerivedArray
 _Stored = TypeVar("_Stored", bound=QuantizedArray | PerturbedArray)
 
 
-def on_rows(fn: Callable[[Array], Array], w: _Stored) -> _Stored:
+def take_rows(fn: Callable[[Array], Array], w: _Stored) -> _Stored:
     """Apply what rearranges, picks or repeats whole rows, the last axis staying as it is.
 
     Args:
@@ -317,23 +349,17 @@ def on_rows(fn: Callable[[Array], Array], w: _Stored) -> _Stored:
     Examples:
         >>> from zoqo_jax import Quantizer
         >>> w = Quantizer(range=1.275)(jnp.array([[0.5, 0.25], [0.75, 1.0]]))
-        >>> on_rows(lambda x: x[1], w).materialise().round(2).tolist()
+        >>> take_rows(lambda x: x[1], w).materialise().round(2).tolist()
         [0.75, 1.0]
     """
     if isinstance(w, PerturbedArray):
-        stencil = w.stencil
-        rows, side = by_row(fn, (stencil.rows, stencil.side))
-        stencil = dataclasses.replace(stencil, rows=rows, side=side)
-        return dataclasses.replace(w, array=on_rows(fn, w.array), stencil=stencil)
-    per_block = _per_block(fn, w)
-    block = w.block if w.block is not None and w.block[0] == -1 else None
-    return dataclasses.replace(
-        w, packed=fn(w.packed), scale=per_block(w.scale), offset=per_block(w.offset), block=block
-    )
+        direction = w.direction.take_rows(fn)
+        return dataclasses.replace(w, array=take_rows(fn, w.array), direction=direction)
+    return w.take_rows(fn)
 
 
 def by_row(fn: Callable[[Array], Array], tree: PyTree) -> PyTree:
-    """Apply a function of rows, as for `on_rows`, to arrays that have one number for each row."""
+    """Apply a function of rows, as for `take_rows`, to arrays that have one number for each row."""
     return jax.tree.map(lambda x: fn(x[..., None])[..., 0], tree)
 
 
@@ -355,32 +381,14 @@ def sum_over_rows(
     """
     if w.ndim < 2 or w.size <= most:
         return fn(w, jnp.array(True))
-    w = on_rows(lambda x: x.reshape(-1, x.shape[-1]), w)
+    w = take_rows(lambda x: x.reshape(-1, x.shape[-1]), w)
     rows, columns = w.shape
     few = max(most // columns, 1)
 
     def piece(i: Array | int) -> Array:
         start = jnp.minimum(i * few, rows - few)
         is_new = start + jnp.arange(few) >= i * few  # the last piece may go over rows again
-        some = on_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), w)
+        some = take_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), w)
         return fn(some, is_new[:, None])
 
     return jax.lax.fori_loop(1, -(-rows // few), lambda i, total: total + piece(i), piece(0))
-
-
-def _per_block(
-    fn: Callable[[Array], Array], array: QuantizedArray
-) -> Callable[[Array | None], Array | None]:
-    """`fn` for something in the shape of the scale, shared rows staying shared."""
-    rows = array.shape[:-1]
-
-    def apply(x: Array | None) -> Array | None:
-        if x is None or x.ndim == 0:
-            return x
-        if all(n == 1 for n in x.shape[:-1]) and (array.block is None or array.block[0] == -1):
-            new = jax.eval_shape(fn, jax.ShapeDtypeStruct((*rows, x.shape[-1]), x.dtype))
-            return x.reshape((1,) * (len(new.shape) - 1) + x.shape[-1:])
-        spread = x if array.block is not None and array.block[0] == -1 else array.spread(x)
-        return fn(jnp.broadcast_to(spread, (*rows, spread.shape[-1])))
-
-    return apply

@@ -23,7 +23,7 @@ from jax.extend import core
 from jaxtyping import Array
 
 from zoqo_jax import compiler, products
-from zoqo_jax.implicit import Node, bind, is_implicit, use
+from zoqo_jax.implicit import Node, Plan, bind, is_implicit, use
 
 __all__ = ["Flags", "Rule", "evaluate", "higher", "quaxify", "register", "values_of"]
 
@@ -32,6 +32,8 @@ Rule = Callable[..., Any]
 
 Flags = tuple[bool, ...]
 """For each of some variables, whether all that is done with it is to multiply by it."""
+
+MATERIALIZE = Plan(("materialize",))
 
 _rules: dict[tuple[str, type], Rule] = {}
 _higher: dict[str, Rule] = {}
@@ -153,7 +155,7 @@ def values_of(x: Any, operation: str) -> Any:
     """The values of an array that may be implicit, the watchers being told."""
     if not is_implicit(x):
         return x
-    use(x, operation, "values")
+    use(x, operation, MATERIALIZE)
     return x.materialise()
 
 
@@ -192,7 +194,7 @@ def _apply(
             return x
         if id(x) not in decoded:
             decoded[id(x)] = x, x.materialise()
-        use(x, name, "values")
+        use(x, name, MATERIALIZE)
         return decoded[id(x)][1]
 
     return bind(primitive, [values(x) for x in inputs], params)

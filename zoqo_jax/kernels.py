@@ -3,9 +3,9 @@
 Where XLA does not fuse decoding into a product, it writes a matrix of floats and reads it again,
 two to sixteen times the bytes of the codes, once for each side of a query. `rank_one_product`
 decodes a tile of codes in registers, once for either side of a rank-one direction, and multiplies
-at once; `decoded_product` is the same without a direction. Values are those of the "direct" way of
-`ways.py`, under every boundary. The kernel is our own; that a rank-one population may share
-its reads of the weights is the economy of EGGROLL (Sarkar et al., arXiv:2511.16652).
+at once; `decoded_product` is the same without a direction. Values are those of
+`matmul.dequantize`, under every boundary. The kernel is our own; that a rank-one population may
+share its reads of the weights is the economy of EGGROLL (Sarkar et al., arXiv:2511.16652).
 
 Pallas compiles the kernel for NVIDIA GPUs by way of Triton, and interprets it elsewhere, slowly,
 with `interpret=True`. Import this module where it is used: JAX 0.11 deprecates Pallas' Triton
@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Integer
 
 from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.stencils import Boundary, check_choice, displace
+from zoqo_jax.directions import Boundary, check_choice, displace
 
 __all__ = ["Tiles", "decoded_product", "rank_one_product", "supports"]
 

@@ -43,25 +43,34 @@ def in_pieces(
 
 
 def in_place(
-    change: Callable[[Pick, PyTree], PyTree], length: int, few: int, arrays: PyTree
-) -> PyTree:
+    change: Callable[[Pick, Array, PyTree], tuple[PyTree, PyTree]],
+    length: int,
+    few: int,
+    arrays: PyTree,
+    tally: PyTree,
+) -> tuple[PyTree, PyTree]:
     """Change the first axis of arrays, a few of its places at a time, each once.
 
     Where the arrays are not needed afterwards, XLA writes the new ones over them.
 
     Args:
-        change: from (pick, arrays as they are by now) to new pieces, `pick` being what takes the
-            piece's places from anything as long as the arrays.
+        change: from (pick, is_new, arrays as they are by now) to new pieces and what to add to the
+            tally. `pick` takes the piece's places from anything as long as the arrays, and `is_new`
+            tells which of them no earlier piece had.
         length: of the axis.
         few: at most `length`; it need not divide it.
         arrays: what to change.
+        tally: what to add to.
 
     Examples:
-        >>> in_place(lambda pick, x: pick(x) + 1, 5, 2, jnp.arange(5)).tolist()
-        [1, 2, 3, 4, 5]
+        >>> def change(pick, is_new, x):
+        ...     return pick(x) + 1, jnp.sum(pick(x) * is_new)
+        >>> in_place(change, 5, 2, jnp.arange(5), jnp.int32(0))
+        (Array([1, 2, 3, 4, 5], dtype=int32), Array(10, dtype=int32))
     """
 
-    def change_piece(i: Array, arrays: PyTree) -> PyTree:
+    def change_piece(i: Array, state: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        arrays, tally = state
         start = jnp.minimum(i * few, length - few)
         is_new = start + jnp.arange(few) >= i * few  # the last piece may go over places again
 
@@ -74,6 +83,7 @@ def in_place(
                 piece = jnp.where(chosen, piece, pick(whole))
             return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
 
-        return jax.tree.map(put, arrays, change(pick, arrays))
+        pieces, more = change(pick, is_new, arrays)
+        return jax.tree.map(put, arrays, pieces), jax.tree.map(jnp.add, tally, more)
 
-    return jax.lax.fori_loop(0, -(-length // few), change_piece, arrays)
+    return jax.lax.fori_loop(0, -(-length // few), change_piece, (arrays, tally))

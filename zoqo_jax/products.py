@@ -1,17 +1,16 @@
 """Products of an implicit array with floats: where a model spends its time, and we save it.
 
-A product with a displaced array is computed in one of three ways, "shared", "halves" or "direct"
-(see `ways.py`), chosen by the direction, the grid and the number of vectors. Shared products need
-few codes at the grid's edges; where they are many, as where every block or channel has its own
-scale and so its own codes at the edges, a product is computed in one of the other ways.
+`plan` decides once how a product is computed: by which matmul algorithm (the direction says which
+serve, and what each costs is in `THRESHOLDS`), in which chunks and parts, and whether by the GPU
+kernel. `explain` prints the plan, and the product executes it.
 
-What is large is multiplied in pieces: a table of very many rows, such as a language model's head, a
-few thousand rows at a time; codes that share bytes, those that are the first of their byte, then
-the second ..., so that they are never joined.
+What is large is multiplied in chunks: a table of very many rows, such as a language model's head, a
+few thousand rows at a time; codes that share bytes in parts, those that are the first of their
+byte, then the second ..., so that they are never joined.
 
-On a GPU the environment variable ZOQO_JAX_KERNELS=on hands the direct products of rank-one
-directions to `kernels.py`. It is off unless asked for: the kernel has been interpreted and lowered,
-not yet timed.
+On a GPU the environment variable ZOQO_JAX_KERNELS=on hands products of rank-one directions that
+would be dequantized to `kernels.py`. It is off unless asked for: the kernel has been interpreted
+and lowered, not yet timed.
 """
 
 from __future__ import annotations
@@ -20,60 +19,92 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, PyTree
 
-from zoqo_jax import compiler, ways
-from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax import compiler, matmul
+from zoqo_jax.arrays import QuantizedArray, is_quantized
+from zoqo_jax.directions import Direction, RankOne
 from zoqo_jax.implicit import (
     DerivedArray,
     Implicit,
     PerturbedArray,
+    Plan,
     TransposedArray,
-    on_rows,
+    is_implicit,
+    perturbed,
+    take_rows,
     use,
 )
+from zoqo_jax.matmul import Dims, Dot, Kernel, Thresholds
 from zoqo_jax.pieces import in_pieces
-from zoqo_jax.stencils import Stencil, column_signs, row_signs
-from zoqo_jax.ways import Dims, Dot, Kernel
 
-__all__ = ["Way", "dot_general", "in_turn"]
+__all__ = ["DEQUANTIZE", "THRESHOLDS", "dot_general", "in_turn", "plan"]
 
-Way = Literal["shared", "halves", "direct"]
+THRESHOLDS = {
+    # Decoding 16 levels takes two cores as long as multiplying by 64 vectors.
+    "cpu": Thresholds(few_vectors=64, some_vectors=256, chunk=2**21, corrected=32),
+}
+"""By backend; others have those of a CPU until they are measured."""
 
-# With more vectors than this for a displacement, a product with a matrix of its own costs less than
-# two with shared ones: decoding 16 levels takes a 2-core CPU as long as multiplying by 64 vectors.
-_FEW_VECTORS = 64
+DEQUANTIZE = Plan(("dequantize",))
 
-# And with more than this, no more than one with a shared matrix and its corrections.
-_SOME_VECTORS = 256
-
-# Codes of a table of rows that are decoded at a time.
-_LARGE = 2**21
-
-# Slices of a matrix with codes at the edges that are corrected at most.
-_MOST_CORRECTED = 32
+Stored = QuantizedArray | PerturbedArray
 
 
-def dot_general(w: Implicit, x: Array, side: int, dims: Dims, **params: Any) -> Array:
+def plan(w: Stored, x: Array, dot: Dot) -> Plan:
+    """How the product of a stored array and vectors is computed.
+
+    Args:
+        w: the array, displaced or not.
+        x: what multiplies it; its shape and dtype count.
+        dot: how.
+    """
+    array, at = _array(w), _thresholds()
+    is_table = w.ndim == 2 and dot.contracted == (1,) and not dot.batched
+    chunks = -(-w.shape[0] // _rows_at_once(w, at)) if is_table and w.size > at.chunk else 1
+    shares_bytes = array.per_byte > 1 and w.ndim - 1 not in dot.batched
+    parts = array.per_byte if shares_bytes else 1
+    if isinstance(w, QuantizedArray):
+        return Plan(("dequantize",), chunks, parts)
+    best = w.direction.algorithms(array, dot, _vectors(x, dot), w.population, at)
+    if not best and _kernel(w, x, dot) is not None:
+        return Plan(("dequantize",), chunks, kernel=True)
+    return Plan((*best, "dequantize"), chunks, parts)
+
+
+def _thresholds() -> Thresholds:
+    return THRESHOLDS.get(jax.default_backend(), THRESHOLDS["cpu"])
+
+
+def _array(w: Stored) -> QuantizedArray:
+    return w.array if isinstance(w, PerturbedArray) else w
+
+
+def _rows_at_once(w: Stored, at: Thresholds) -> int:
+    return max(at.chunk // w.shape[1], 1)
+
+
+def dot_general(w: Implicit, x: Array, operand: int, dims: Dims, **params: Any) -> Array:
     """`jax.lax.dot_general` with an implicit operand.
 
     Args:
         w: the implicit operand.
         x: the other.
-        side: the place of `w` among the operands, 0 or 1.
+        operand: the place of `w` among the operands, 0 or 1.
         dims: dimension numbers, (contracting, batch), in the order of the operands.
         params: the other parameters of `jax.lax.dot_general_p`.
     """
-    dot = Dot(side, dims, params)
+    dot = Dot(operand, dims, params)
     if isinstance(w, TransposedArray):
         return _transposed(w, x, dot)
     if isinstance(w, DerivedArray):
-        use(w, "dot_general", "direct", _vectors(x, dot))
-        return ways.in_turn(dot, w, x)
+        use(w, "dot_general", DEQUANTIZE, _vectors(x, dot))
+        return _one_displacement_at_a_time(dot, w, x)
     return _stored(w, x, dot)
 
 
@@ -86,83 +117,52 @@ def in_turn(name: str, fn: Callable[..., Array], *operands: Any) -> Array:
         operands: its operands.
     """
     for x in operands:
-        use(x, name, "direct")
-    return ways.in_turn(fn, *operands)
+        use(x, name, DEQUANTIZE)
+    return _one_displacement_at_a_time(fn, *operands)
 
 
 def _transposed(w: TransposedArray, x: Array, dot: Dot) -> Array:
     """The product in the order that `w` is stored in, its result in the order asked for."""
 
     def stored(axes: tuple[Sequence[int], Sequence[int]]) -> tuple[Any, Any]:
-        mine = tuple(w.axes[axis] for axis in axes[dot.side])
-        return (axes[0], mine) if dot.side else (mine, axes[1])
+        mine = tuple(w.axes[axis] for axis in axes[dot.operand])
+        return (axes[0], mine) if dot.operand else (mine, axes[1])
 
     as_stored = dataclasses.replace(dot, dims=(stored(dot.dims[0]), stored(dot.dims[1])))
     out = _stored(w.array, x, as_stored)
     asked = [axis for axis in w.axes if axis not in (*as_stored.contracted, *as_stored.batched)]
-    first = out.ndim - len(asked) if dot.side else len(dot.batched)
+    first = out.ndim - len(asked) if dot.operand else len(dot.batched)
     order = list(range(out.ndim))
     order[first : first + len(asked)] = [first + sorted(asked).index(axis) for axis in asked]
     return jnp.transpose(out, order)
 
 
-def _stored(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot) -> Array:
-    """The product with an array in the order that it is stored in."""
-    if isinstance(w, PerturbedArray):
-        use(w, "dot_general", _way(w, x, dot), _vectors(x, dot))
-    is_table = w.ndim == 2 and dot.contracted == (1,) and not dot.batched
-    return _by_rows(w, x, dot) if is_table and w.size > _LARGE else _product(w, x, dot)
-
-
-def _by_rows(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot) -> Array:
-    """A product with a table of many rows, such as the head of a language model, in pieces."""
-    rows, few = w.shape[0], max(_LARGE // w.shape[1], 1)
+def _stored(w: Stored, x: Array, dot: Dot) -> Array:
+    """The product with an array in the order that it is stored in, as planned."""
+    planned = plan(w, x, dot)
+    use(w, "dot_general", planned, _vectors(x, dot))
+    if planned.chunks == 1:
+        return _product(w, x, dot, planned)
     out = _empty(w, x, dot)
+    few = _rows_at_once(w, _thresholds())
 
     def product(start: Array) -> Array:
-        return _product(on_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), w), x, dot)
+        rows = take_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), w)
+        return _product(rows, x, dot, planned)
 
-    return in_pieces(product, rows, few, out, dot.place(0, w.ndim, out.ndim))
-
-
-def _product(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot) -> Array:
-    """The product, by the kernel or in parts where either can be."""
-    array = w.array if isinstance(w, PerturbedArray) else w
-    kernel = _kernel(w, x, dot) if isinstance(w, PerturbedArray) else None
-    if kernel is None and array.per_byte > 1 and w.ndim - 1 not in dot.batched:
-        return _by_parts(w, x, dot, array.per_byte)
-    return _in_its_way(w, x, dot, kernel)
+    return in_pieces(product, w.shape[0], few, out, dot.place(0, w.ndim, out.ndim))
 
 
-def _in_its_way(
-    w: QuantizedArray | PerturbedArray, x: Array, dot: Dot, kernel: Kernel | None = None
-) -> Array:
-    """The product in the way that suits it."""
-    if isinstance(w, QuantizedArray):
-        return dot(ways.after(x, w).materialise(), x)
-    chosen = _way(w, x, dot)
-    if chosen == "direct":
-        return ways.direct(w, x, dot, kernel)
-    if chosen == "halves":
-        return ways.halves(w, x, dot)
-    axis = max(dot.contracted, key=lambda axis: w.shape[axis])
-    at_edge = ways.slices_at_edge(w, axis)
-    by_halves = _is_one_sided(w, dot) and _are_few(w, x, dot)
-    return compiler.either(
-        at_edge.sum() <= _MOST_CORRECTED,
-        lambda: ways.shared(w, x, dot, axis, at_edge),
-        lambda: ways.halves(w, x, dot) if by_halves else ways.direct(w, x, dot, kernel),
-        jax.eval_shape(dot, w.aval(), x),
-    )
-
-
-def _by_parts(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot, count: int) -> Array:
-    """A product in the parts of the last axis that share bytes, so that codes are never joined."""
-    last, length = w.ndim - 1, w.shape[-1] // count
+def _product(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
+    """A chunk's product."""
+    if planned.parts == 1:
+        return _whole(w, x, dot, planned)
+    last, count = w.ndim - 1, planned.parts
+    length = w.shape[-1] // count
     out = _empty(w, x, dot)
     if last not in dot.contracted:
         return in_pieces(
-            lambda start: _in_its_way(_part(w, start // length), x, dot),
+            lambda start: _whole(_part(w, start // length), x, dot, planned),
             w.shape[-1],
             length,
             out,
@@ -174,15 +174,24 @@ def _by_parts(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot, count: int
 
     def add_product(i: Array, total: Array) -> Array:
         some = jax.lax.dynamic_slice_in_dim(x, i * length, length, dot.x_axis(last))
-        return total + _in_its_way(_part(w, i), some, wide)
+        return total + _whole(_part(w, i), some, wide, planned)
 
     return jax.lax.fori_loop(0, count, add_product, out.astype(dtype)).astype(out.dtype)
 
 
-def _part(w: QuantizedArray | PerturbedArray, i: Array) -> QuantizedArray | PerturbedArray:
+def _whole(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
+    """The product of what is neither cut into chunks nor into parts any more."""
+    if isinstance(w, QuantizedArray):
+        return dot(matmul.after(x, w).materialise(), x)
+    if planned.kernel:
+        return matmul.dequantize(w.array, w.direction, x, dot, _kernel(w, x, dot))
+    return w.direction.multiply(planned.algorithms[:-1], w.array, x, dot, _thresholds())
+
+
+def _part(w: Stored, i: Array) -> Stored:
     """A part, its scales sliced off first: within a product they would be sliced lane by lane."""
     part = w.part(i)
-    array = part.array if isinstance(part, PerturbedArray) else part
+    array = _array(part)
     scale, offset = (
         x if x is None or x.size == 1 else compiler.kept(x) for x in (array.scale, array.offset)
     )
@@ -190,40 +199,48 @@ def _part(w: QuantizedArray | PerturbedArray, i: Array) -> QuantizedArray | Pert
     return dataclasses.replace(part, array=array) if isinstance(part, PerturbedArray) else array
 
 
-def _empty(w: QuantizedArray | PerturbedArray, x: Array, dot: Dot) -> Array:
+def _empty(w: Stored, x: Array, dot: Dot) -> Array:
     """Zeros in the shape of a product."""
-    like = jax.eval_shape(dot, w.aval(), x)
-    return compiler.zeros(like, w)
-
-
-def _way(w: PerturbedArray, x: Array, dot: Dot) -> Way:
-    ranked = _is_ranked(w) and w.ndim >= 2
-    if not ranked or not w.size or w.ndim - 1 in dot.batched or not dot.contracted:
-        return "direct"
-    if w.array.grid.is_uniform and w.array.has_one_scale and _vectors(x, dot) <= _SOME_VECTORS:
-        return "shared"
-    return "halves" if _is_one_sided(w, dot) and _are_few(w, x, dot) else "direct"
-
-
-def _is_ranked(w: PerturbedArray) -> bool:
-    """Whether the two sides are opposite multiples of a matrix of rank one, in codes."""
-    return w.stencil.is_rank_one_signs and w.stencil.off_grid is None
-
-
-def _is_one_sided(w: PerturbedArray, dot: Dot) -> bool:
-    """Whether all of the row axes are contracted, or none; then `a` goes before or after D."""
-    contracted = [axis in dot.contracted for axis in range(w.ndim - 1)]
-    return not dot.batched and (all(contracted) or not any(contracted))
-
-
-def _are_few(w: PerturbedArray, x: Array, dot: Dot) -> bool:
-    """Whether two products with shared matrices cost less than one with a matrix of its own."""
-    return w.population > 2 and _vectors(x, dot) <= _FEW_VECTORS
+    return compiler.zeros(jax.eval_shape(dot, w.aval(), x), w)
 
 
 def _vectors(x: Array, dot: Dot) -> int:
     """How many vectors a product multiplies."""
     return x.size // max(math.prod(x.shape[dot.x_axis(axis)] for axis in dot.contracted), 1)
+
+
+def _one_displacement_at_a_time(fn: Callable[..., Array], *operands: Any) -> Array:
+    """A function of values with values of its own for every displacement, one after another.
+
+    Args:
+        fn: of the operands' values.
+        operands: arrays, of which any may be implicit, in whatever form.
+    """
+    implicit = tuple(x for x in operands if is_implicit(x))
+    if not perturbed(implicit):
+        return fn(*(x.materialise() if is_implicit(x) else x for x in operands))
+    plain = tuple(x for x in operands if not is_implicit(x))
+    leaves, treedef = jax.tree.flatten(implicit, is_leaf=is_quantized)
+    stored = [leaf for leaf in leaves if is_quantized(leaf)]
+    directions = [leaf for leaf in leaves if not is_quantized(leaf)]
+
+    def one(stored: PyTree, directions: PyTree, plain: PyTree) -> Array:
+        first = next(iter(jax.tree.leaves(plain)), None)
+        if first is not None:
+            stored = [matmul.after(first, array) for array in stored]
+        parts = iter(stored), iter(directions)
+        filled = [next(parts[0 if is_quantized(leaf) else 1]) for leaf in leaves]
+        arrays = iter(jax.tree.unflatten(treedef, filled))
+        rest = iter(plain)
+        return fn(*(next(arrays).materialise() if is_implicit(x) else next(rest) for x in operands))
+
+    turned = custom_vmap(one)
+
+    @turned.def_vmap
+    def _(size: int, batched: Any, *operands: Any) -> tuple[Array, bool]:
+        return matmul.one_by_one(turned, size, batched, operands)
+
+    return turned(stored, directions, plain)
 
 
 def _kernel(w: PerturbedArray, x: Array, dot: Dot) -> Kernel | None:
@@ -241,24 +258,26 @@ def _kernel(w: PerturbedArray, x: Array, dot: Dot) -> Kernel | None:
     is_matrix = w.ndim == 2 and len(dot.contracted) == 1 and not dot.batched
     preferred = dot.params.get("preferred_element_type")
     keeps_dtype = x.dtype == w.array.value_dtype and preferred in (None, x.dtype)
-    fits = is_matrix and keeps_dtype and _is_ranked(w)
+    is_opposite = isinstance(w.direction, RankOne) and w.direction.is_signs
+    is_opposite = is_opposite and w.direction.off_grid is None
+    fits = is_matrix and keeps_dtype and is_opposite
     if not fits or not kernels.supports(w.array):
         return None
     (contracted,) = dot.contracted
 
-    def both_sides(array: QuantizedArray, stencil: Stencil, sides: Array, x: Array) -> Array:
+    def both_sides(array: QuantizedArray, direction: Direction, sides: Array, x: Array) -> Array:
         x = jnp.moveaxis(x, 1 + dot.x_axis(contracted), -1)
         out = kernels.rank_one_product(
             x.reshape(2, -1, x.shape[-1]),
             array,
-            row_signs(stencil) * sides[0].astype(jnp.int8),
-            column_signs(stencil, array),
-            stencil.reach(array),
-            stencil.boundary,
+            direction.row_signs() * sides[0].astype(jnp.int8),
+            direction.column_signs(array),
+            direction.radius_in_codes(array),
+            direction.boundary,
             transposed=contracted == 1,
             precision=dot.params.get("precision"),
             interpret=mode == "interpret",
         ).reshape(*x.shape[:-1], -1)
-        return out if dot.side else jnp.moveaxis(out, -1, 1)
+        return out if dot.operand else jnp.moveaxis(out, -1, 1)
 
     return both_sides

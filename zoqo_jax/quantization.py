@@ -286,7 +286,7 @@ class Quantizer:
         array = QuantizedArray.from_codes(empty, scale, offset, self.grid, block, values.dtype)
         spread_offset = None if offset is None else array.spread(offset)
         codes = self._codes(values.astype(jnp.float32), array.spread(scale), spread_offset)
-        return array.moved(codes)
+        return array.with_codes(codes)
 
 
 def nf4(

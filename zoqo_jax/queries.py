@@ -20,9 +20,9 @@ import quax
 from jaxtyping import Array, Float, Float32, Int32, Integer, Key, PyTree
 
 from zoqo_jax.arrays import is_quantized, is_trained
+from zoqo_jax.directions import Direction
 from zoqo_jax.implicit import PerturbedArray
 from zoqo_jax.rules import quaxify
-from zoqo_jax.stencils import Stencil
 
 __all__ = [
     "Comparator",
@@ -49,18 +49,18 @@ Sides = Literal["together", "in_turn"]
 def losses(
     value_fn: Objective,
     params: PyTree,
-    stencils: Sequence[Stencil],
+    directions: Sequence[Direction],
     *,
     center: bool = False,
     together: int = 1,
     sides: Sides = "together",
 ) -> Float32[Array, " sides"]:
-    """Evaluate an objective at both sides of a stencil.
+    """Evaluate an objective at both sides of a direction.
 
     Args:
         value_fn: `value_fn(params) -> scalar`, made of JAX operations; sees floats.
         params: tree with quantized leaves; frozen and other leaves are not displaced.
-        stencils: one for each trained leaf, in the order of the tree.
+        directions: one for each trained leaf, in the order of the tree.
         center: evaluate at the present codes too.
         together: how many directions `jax.vmap` evaluates at once, this one among them: it decides
             how products are computed, not what they are.
@@ -75,9 +75,9 @@ def losses(
         ValueError: `value_fn` does not return a real scalar.
 
     Examples:
-        >>> from zoqo_jax import Quantizer, stencils
+        >>> from zoqo_jax import Quantizer, directions
         >>> w = Quantizer(range=1.275)(jnp.zeros(3))  # s = .01
-        >>> probe = stencils.describe(jax.random.key(0), w, 1.0, law="rademacher")
+        >>> probe = directions.describe(jax.random.key(0), w, 1.0, distribution="rademacher")
         >>> losses(lambda w: jnp.abs(w).sum(), w, [probe], center=True).round(3).tolist()
         [0.03, 0.03, 0.0]
     """
@@ -87,7 +87,7 @@ def losses(
         return scalar(quaxify(value_fn)(tree))
 
     def displaced_loss(side: Array) -> Array:
-        return loss(_displaced(params, stencils, side, _one_of(population)))
+        return loss(_displaced(params, directions, side, _one_of(population)))
 
     over = jax.vmap if sides == "together" else lambda fn: functools.partial(jax.lax.map, fn)
     pair = over(displaced_loss)(jnp.array([1, -1], jnp.int8))
@@ -97,19 +97,19 @@ def losses(
 def verdicts(
     compare_fn: Comparator,
     params: PyTree,
-    stencils: Sequence[Stencil],
+    directions: Sequence[Direction],
     *,
     keys: Key[Array, " comparisons"] | None = None,
     together: int = 1,
 ) -> Float32[Array, ""]:
-    """Compare the two sides of a stencil, by a function that may tell no more than which is better.
+    """Compare the two sides of a query, by a function that may tell no more than which is better.
 
     Args:
         compare_fn: `compare_fn(a, b) -> scalar`, made of JAX operations; sees two trees of floats,
             the sides +u and -u. Only the sign counts, as for a sort that puts the better first: -1
             where `a` is better, 1 where `b` is, 0 for a draw.
         params: tree with quantized leaves; frozen and other leaves are not displaced.
-        stencils: one for each trained leaf, in the order of the tree.
+        directions: one for each trained leaf, in the order of the tree.
         keys: compare once for each of them, by `compare_fn(a, b, key)`; what does not depend on the
             key is computed once.
         together: how many directions `jax.vmap` compares at once, this one among them.
@@ -121,14 +121,14 @@ def verdicts(
         ValueError: `compare_fn` does not return a real scalar, or returns a bool.
 
     Examples:
-        >>> from zoqo_jax import Quantizer, stencils
+        >>> from zoqo_jax import Quantizer, directions
         >>> w = Quantizer(range=1.275)(jnp.zeros(()))
-        >>> probe = stencils.describe(jax.random.key(0), w, 1.0, law="rademacher")
+        >>> probe = directions.describe(jax.random.key(0), w, 1.0, distribution="rademacher")
         >>> up = lambda a, b: jnp.sign(a - b)  # the smaller first
-        >>> verdicts(up, w, [probe]).item() == stencils.draw(probe, w).item()
+        >>> verdicts(up, w, [probe]).item() == probe.draw(w).item()
         True
     """
-    a, b = (_displaced(params, stencils, jnp.int8(side), _one_of(together)) for side in (1, -1))
+    a, b = (_displaced(params, directions, jnp.int8(side), _one_of(together)) for side in (1, -1))
 
     def verdict(*key: Array) -> Array:
         said = quaxify(lambda a, b: compare_fn(a, b, *key))(a, b)
@@ -140,25 +140,25 @@ def verdicts(
 
 
 def endpoints(
-    params: PyTree, stencils: Sequence[Stencil], side: int | Integer[Array, ""]
+    params: PyTree, directions: Sequence[Direction], side: int | Integer[Array, ""]
 ) -> PyTree:
     """The quantized tree at `n + side * u`: where a query looked.
 
     Args:
         params: tree with quantized leaves.
-        stencils: one for each trained leaf, in the order of the tree.
+        directions: one for each trained leaf, in the order of the tree.
         side: 1 or -1; 0 for no displacement.
 
     Examples:
-        >>> from zoqo_jax import Quantizer, stencils
+        >>> from zoqo_jax import Quantizer, directions
         >>> w = Quantizer(range=1.0)(jnp.zeros(3))
-        >>> probe = stencils.describe(jax.random.key(0), w, 5.0, law="rademacher")
+        >>> probe = directions.describe(jax.random.key(0), w, 5.0, distribution="rademacher")
         >>> plus, minus = endpoints(w, [probe], 1), endpoints(w, [probe], -1)
         >>> (plus.codes.astype(int) - minus.codes.astype(int)).tolist()
         [10, 10, 10]
     """
     side = jnp.asarray(side, jnp.int8)
-    return _displaced(params, stencils, side, lambda perturbed: perturbed.endpoint())
+    return _displaced(params, directions, side, lambda perturbed: perturbed.endpoint())
 
 
 def _one_of(population: int) -> Callable[[PerturbedArray], PerturbedArray]:
@@ -167,9 +167,12 @@ def _one_of(population: int) -> Callable[[PerturbedArray], PerturbedArray]:
 
 
 def _displaced(
-    params: PyTree, stencils: Sequence[Stencil], side: Array, how: Callable[[PerturbedArray], Any]
+    params: PyTree,
+    directions: Sequence[Direction],
+    side: Array,
+    how: Callable[[PerturbedArray], Any],
 ) -> PyTree:
-    remaining = iter(stencils)
+    remaining = iter(directions)
     return jax.tree.map(
         lambda leaf: (
             how(PerturbedArray(leaf, next(remaining).flipped(side))) if is_trained(leaf) else leaf

@@ -25,9 +25,10 @@ from zoqo_jax.implicit import (
     DerivedArray,
     Implicit,
     PerturbedArray,
+    Plan,
     TransposedArray,
     is_implicit,
-    on_rows,
+    take_rows,
     use,
 )
 from zoqo_jax.interpreter import Flags, higher, quaxify, register
@@ -107,14 +108,14 @@ def _reshape(w: Stored, *, new_sizes: Any, dimensions: Any = None, **params: Any
         or w.size == 0
     ):
         return NotImplemented
-    return on_rows(lambda x: x.reshape(*new_sizes[:-1], x.shape[-1]), w)
+    return take_rows(lambda x: x.reshape(*new_sizes[:-1], x.shape[-1]), w)
 
 
 @register("squeeze", *STORED)
 def _squeeze(w: Stored, *, dimensions: Any) -> Any:
     if w.ndim - 1 in dimensions:
         return NotImplemented
-    return on_rows(lambda x: jax.lax.squeeze(x, dimensions), w)
+    return take_rows(lambda x: jax.lax.squeeze(x, dimensions), w)
 
 
 @register("broadcast_in_dim", *STORED)
@@ -124,7 +125,7 @@ def _broadcast(w: Stored, *, shape: Any, broadcast_dimensions: Any, **params: An
     adds_ones = all(shape[axis] == 1 for axis in range(len(shape)) if axis not in dims)
     if not keeps_last or not adds_ones or w.size != math.prod(shape):
         return NotImplemented
-    return on_rows(lambda x: x.reshape(*shape[:-1], x.shape[-1]), w)
+    return take_rows(lambda x: x.reshape(*shape[:-1], x.shape[-1]), w)
 
 
 @register("slice", *STORED)
@@ -133,7 +134,9 @@ def _slice(w: Stored, *, start_indices: Any, limit_indices: Any, strides: Any) -
     if (start_indices[-1], limit_indices[-1], strides[-1]) != (0, w.shape[-1], 1):
         return NotImplemented
     start, limit, stride = start_indices[:-1], limit_indices[:-1], strides[:-1]
-    return on_rows(lambda x: jax.lax.slice(x, (*start, 0), (*limit, x.shape[-1]), (*stride, 1)), w)
+    return take_rows(
+        lambda x: jax.lax.slice(x, (*start, 0), (*limit, x.shape[-1]), (*stride, 1)), w
+    )
 
 
 @register("dynamic_slice", *STORED)
@@ -141,7 +144,7 @@ def _dynamic_slice(w: Stored, *starts: ArrayLike, slice_sizes: Any) -> Any:
     if slice_sizes[-1] != w.shape[-1] or any(map(is_implicit, starts)):
         return NotImplemented
     rows = (*starts[:-1], jnp.zeros_like(starts[-1]))
-    return on_rows(lambda x: jax.lax.dynamic_slice(x, rows, (*slice_sizes[:-1], x.shape[-1])), w)
+    return take_rows(lambda x: jax.lax.dynamic_slice(x, rows, (*slice_sizes[:-1], x.shape[-1])), w)
 
 
 @register("gather", *STORED)
@@ -169,8 +172,8 @@ def _gather(w: Stored, indices: Any, **params: Any) -> Any:
         kind = {**params, "slice_sizes": (*sizes[:-1], x.shape[-1]), "fill_value": fill}
         return jax.lax.gather_p.bind(x, indices, **{**kind, "dimension_numbers": at_end})
 
-    use(w, "gather", "rows")
-    values = on_rows(look_up, w).materialise()
+    use(w, "gather", Plan(("take_rows",)))
+    values = take_rows(look_up, w).materialise()
     if fills:
         found = look_up(jnp.ones((*w.shape[:-1], 1), bool), False)
         fill = params["fill_value"]

@@ -211,7 +211,12 @@ class _Run:
                 None, state, params, value_fn=lambda params: loss(params, batch)
             )
             params = optax.apply_updates(params, updates)
-            return self.parts.split(params)[0], state, state.losses.mean(), state.differences
+            return (
+                self.parts.split(params)[0],
+                state,
+                state.info.losses.mean(),
+                state.info.loss_differences,
+            )
 
         def of_trained(trained: Any) -> jax.Array:
             tree = self.parts.join(trained, rest)
@@ -223,7 +228,7 @@ class _Run:
             differences = jnp.zeros(config.num_queries)
         else:
             updates, state = self.tx.update(None, state, trained, value_fn=of_trained)
-            seen, differences = state[0].losses.mean(), state[0].differences
+            seen, differences = state[0].info.losses.mean(), state[0].info.loss_differences
         return optax.apply_updates(trained, updates), state, seen, differences
 
     def _start(self) -> Progress:

@@ -22,7 +22,6 @@ from experiments import drawing, footprint, markdown, settings
 from experiments.laboratory.claim import Cell, Claim, Measurement
 from experiments.laboratory.networks.steps import METHODS, counted, problem
 from experiments.laboratory.pages import grouped
-from zoqo_jax.stencils import Law
 
 __all__ = ["CLAIM", "Config"]
 
@@ -48,7 +47,7 @@ class Config:
     widths: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     batch_size: int = 32
     steps: int = 3
-    noise: Law = "uniform"
+    noise: Distribution = "uniform"
 
     def __post_init__(self) -> None:
         settings.check(self, least={"batch_size": 1, "steps": 1})

@@ -24,7 +24,7 @@ import pytest
 from loss_table import TABLE
 
 import zoqo_jax as zq
-from zoqo_jax import queries, stencils
+from zoqo_jax import directions, queries
 from zoqo_jax.arrays import trained_leaves
 
 DIRECTIONS = {"rank_one": "rademacher", "dense": "uniform"}
@@ -63,13 +63,13 @@ def probes(params, structure, seed=3):
     leaves = trained_leaves(params).values()
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return [
-        _probe(key, leaf, structure=structure, law=DIRECTIONS[structure])
+        _probe(key, leaf, structure=structure, distribution=DIRECTIONS[structure])
         for key, leaf in zip(keys, leaves, strict=True)
     ]
 
 
 def _probe(key, leaf, **choices):
-    return stencils.describe(key, leaf, leaf.grid.high / 6.0, **choices)
+    return directions.describe(key, leaf, leaf.grid.high / 6.0, **choices)
 
 
 @jax.jit

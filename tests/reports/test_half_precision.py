@@ -19,7 +19,7 @@ def test_an_estimate_beyond_the_range_has_the_largest_magnitude(dtype, slope):
     tx = zq.spsa(1e-3, key=KEY, num_queries=2)
     loss = lambda x: slope * x.astype(jnp.float32).sum()  # noqa: E731
     gradient, state = jax.jit(lambda s: tx.update(None, s, params, value_fn=loss))(tx.init(params))
-    assert bool(jnp.isfinite(gradient).all()) and state.skipped == 0
+    assert bool(jnp.isfinite(gradient).all()) and state.info.skipped == 0
     assert gradient.dtype == dtype and bool(gradient.any())
 
 
@@ -50,7 +50,7 @@ def test_queries_that_displace_nothing_are_counted(dtype):
         tx = zq.spsa(radius, key=KEY, num_queries=3)
         state = jax.jit(tx.init)(params)
         _, state = jax.jit(lambda s, tx=tx: tx.update(None, s, params, value_fn=loss))(state)
-        assert state.skipped == skipped
+        assert state.info.skipped == skipped
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -68,4 +68,4 @@ def test_a_quadratic_of_halves_comes_down(dtype):
     for _ in range(200):
         params, state = step(params, state)
     assert params.dtype == dtype and loss(params) < 0.5
-    np.testing.assert_array_equal(state[0].skipped, 0)
+    np.testing.assert_array_equal(state[0].info.skipped, 0)

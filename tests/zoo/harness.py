@@ -112,9 +112,11 @@ def examine(model: Model, depth: Depth = "run") -> Report:
             moved = _moved(quantized, eqx.combine(arrays, settings), bits=depth != "traced")
             if depth == "traced":
                 continue
-            for heard, end in zip(after.losses[0], _ends(tx, state, quantized), strict=True):
+            for heard, end in zip(after.info.losses[0], _ends(tx, state, quantized), strict=True):
                 near(heard, forward(_Tree(end).arrays))
-            assert after.losses[0, 0] != after.losses[0, 1], "both sides have the same loss"
+            assert after.info.losses[0, 0] != after.info.losses[0, 1], (
+                "both sides have the same loss"
+            )
             assert moved or name == "rank_one", "no code moved"  # it rounds its steps at random
             programs[name] = lambda step=step, state=state: step(codes.arrays, state)
     if depth == "timed":
@@ -139,7 +141,11 @@ def _quantized(tree: Any) -> dict[str, Any]:
 
 def _explain(report: Report, loss: Callable[[Any], Any], quantized: Any) -> None:
     explanation = zq.explain(loss, quantized, structure="rank_one", query_batch=1)
-    values = {(use.operation, use.label) for use in explanation.uses if use.way == "values"}
+    values = {
+        (use.operation, use.label)
+        for use in explanation.uses
+        if use.plan.algorithms == ("materialize",)
+    }
     for operation, _ in sorted(values):
         report.fallbacks[operation] = report.fallbacks.get(operation, 0) + 1
 

@@ -8,7 +8,8 @@ from zoqo_jax.transforms.quzo import quzo as quzo
 from zoqo_jax.transforms.qzo import qzo as qzo
 from zoqo_jax.transforms.replaying import replay as replay
 from zoqo_jax.transforms.spsa import spsa as spsa
-from zoqo_jax.transforms.state import StepState as StepState
+from zoqo_jax.transforms.state import Info as Info
+from zoqo_jax.transforms.state import State as State
 from zoqo_jax.transforms.zoqo import zoqo as zoqo
 
 __all__ = ["StepState", "caq_zo", "on_floats", "qes", "quzo", "qzo", "replay", "spsa", "zoqo"]

@@ -9,19 +9,20 @@ codebook, and nothing but the nominal mu r is known of where they came to lie.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
-from zoqo_jax import projection, queries, stencils
+from zoqo_jax import directions, projection, queries
 from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.directions import Boundary, Direction, Structure
 from zoqo_jax.draws import Rows
 from zoqo_jax.projection import Rounding
 from zoqo_jax.queries import Sides
-from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.schedules import (
     ONE,
@@ -32,8 +33,8 @@ from zoqo_jax.transforms.schedules import (
     is_traced,
     value_at,
 )
-from zoqo_jax.transforms.state import StepState
-from zoqo_jax.transforms.stepping import Rules
+from zoqo_jax.transforms.state import State
+from zoqo_jax.transforms.stepping import Method, Steps
 
 __all__ = ["caq_zo"]
 
@@ -76,7 +77,7 @@ def caq_zo(
             average.
         radius: mu of off-grid queries, as a fraction of the largest magnitude that a block can hold
             (NF4's absmax); a positive number or an optax schedule.
-        structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
+        structure: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`).
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
             1]; or an optax schedule of it that never exceeds its first value.
         rounding: Proj. "stochastic" is unbiased; "nearest" freezes when steps are below half a
@@ -98,7 +99,7 @@ def caq_zo(
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
-        `optax.apply_updates`. Its state is a `StepState`.
+        `optax.apply_updates`. Its state is a `State`.
 
     Raises:
         ValueError: an argument outside what is said above, naming it and its value.
@@ -120,15 +121,15 @@ def caq_zo(
         True
     """
     check_positive("learning_rate", learning_rate)
-    stencils.check_choice("query", query, get_args(Query))
+    directions.check_choice("query", query, get_args(Query))
     if (radius is None) != (query == "aligned"):
         raise ValueError(
             f"radius={radius} is not for query={query!r}: give it for 'off_grid' only."
         )
     if radius is not None:
         check_positive("radius", radius)
-    stencils.check("rademacher", structure, boundary, density)
-    stencils.check_choice("rounding", rounding, get_args(Rounding))
+    directions.check("rademacher", structure, boundary, density)
+    directions.check_choice("rounding", rounding, get_args(Rounding))
     usual = 2.0 if rounding == "significant" else 0.5
     least = usual if threshold is None else threshold
     check_positive("threshold", least)
@@ -139,44 +140,59 @@ def caq_zo(
             most = f"sqrt(num_queries={num_queries})"
             raise ValueError(f"threshold must be at most {most} for {rounding!r}, got {least}.")
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
-    mean_over_2 = np.float32(0.5 / num_queries)
+    method = _CaqZo(
+        learning_rate, radius, structure, density, boundary, rounding, least, num_queries
+    )
+    return Steps(method, key, num_queries, query_batch, sides, axis_name).transformation()
 
-    def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
-        return stencils.describe(
+
+@dataclasses.dataclass(frozen=True)
+class _CaqZo(Method):
+    learning_rate: Schedule
+    radius: Schedule | None
+    structure: Structure
+    density: Schedule | Array
+    boundary: Boundary
+    rounding: Rounding
+    threshold: float | Array
+    num_queries: int
+
+    def direction(self, key: Array, array: QuantizedArray, count: Array) -> Direction:
+        """See `Method`."""
+        radius = self.radius
+        return directions.describe(
             key,
             array,
             1.0,
-            law="rademacher",
-            structure=structure,
-            boundary=boundary if radius is None else "clamp",
-            **stencils.scheduled(density, count),
+            distribution="rademacher",
+            structure=self.structure,
+            boundary=self.boundary if radius is None else "clamp",
+            **directions.scheduled(self.density, count),
             off_grid=None if radius is None else value_at(radius, count) * array.grid.largest,
         )
 
-    def weigh(difference: Array, r: Array) -> Float[Array, "..."]:
-        return difference * r.astype(jnp.float32)
-
-    def move(
-        rows: Rows, array: QuantizedArray, total: Array, step: StepState, residual: Any
+    def code_step(
+        self, rows: Rows, array: QuantizedArray, direction_sum: Array, step: State, residual: Any
     ) -> tuple[Array, Any]:
-        if rounding == "significant":
-            heard, per_unit = queries.whole(step.differences)
-            return projection.significant(-total * per_unit, heard, least), residual
-        mean_slope = mean_over_2
-        if radius is not None:
+        """See `Method`."""
+        if self.rounding == "significant":
+            sizes, per_unit = queries.whole(step.info.loss_differences)
+            votes = -direction_sum * per_unit
+            return projection.significant(votes, sizes, self.threshold), residual
+        mean_slope = np.float32(0.5 / self.num_queries)
+        if self.radius is not None:
             codes = np.float32(array.grid.largest / array.grid.spacing)  # of a radius of one
-            mean_slope = mean_over_2 / codes * inverse_at(radius, step.count)
-        length = -(value_at(learning_rate, step.count) * mean_slope) * total
-        if rounding == "stochastic":
+            mean_slope = mean_slope / codes * inverse_at(self.radius, step.count)
+        length = -(value_at(self.learning_rate, step.count) * mean_slope) * direction_sum
+        if self.rounding == "stochastic":
             return stepping.rounded_at_random(rows, length), residual
-        if rounding == "nearest":
+        if self.rounding == "nearest":
             return projection.nearest(length), residual
-        if rounding == "threshold":
-            return projection.threshold(length, least), residual
+        if self.rounding == "threshold":
+            return projection.threshold(length, self.threshold), residual
         return projection.error_feedback(length, residual)
 
-    def remember(array: QuantizedArray) -> Array:
-        return jnp.zeros(array.shape, jnp.int32)
-
-    rules = Rules(describe, weigh, move, remember if rounding == "error_feedback" else None)
-    return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)
+    def init_residual(self, array: QuantizedArray) -> Array | None:
+        """See `Method`."""
+        needs_one = self.rounding == "error_feedback"
+        return jnp.zeros(array.shape, jnp.int32) if needs_one else None

@@ -9,6 +9,7 @@ population by its normalised fitness; here, as everywhere in this library, queri
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,14 +19,13 @@ from jaxtyping import Array, PRNGKeyArray
 
 from zoqo_jax import projection
 from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.directions import Boundary, Structure
 from zoqo_jax.draws import Rows
 from zoqo_jax.queries import Sides
-from zoqo_jax.stencils import Boundary, Structure
-from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.rounded import Noise, RoundedDescent, weigh
+from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_count, is_traced
-from zoqo_jax.transforms.state import StepState
-from zoqo_jax.transforms.stepping import Rules
+from zoqo_jax.transforms.state import State
+from zoqo_jax.transforms.stepping import Steps
 
 __all__ = ["qes"]
 
@@ -72,8 +72,8 @@ def qes(
         decay: gamma, in (0, 1]; what is older than a window counts little where decay^window is
             small.
         num_queries: query pairs a step, q.
-        noise: law of an entry of u: standard "gaussian" or "rademacher".
-        structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
+        noise: distribution of an entry of u: standard "gaussian" or "rademacher".
+        structure: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`).
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
             1]; or an optax schedule of it that never exceeds its first value.
         boundary: "clamp", "mask" or "reflect".
@@ -85,7 +85,7 @@ def qes(
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
-        `optax.apply_updates`. Its state is a `StepState`.
+        `optax.apply_updates`. Its state is a `State`.
 
     Raises:
         ValueError: an argument outside what is said above, naming it and its value.
@@ -105,21 +105,26 @@ def qes(
         >>> loss(zq.dequantize(params)).item() < 0.05, state.recent[0].shape
         (True, (10, 1))
     """
-    descent = RoundedDescent(
-        learning_rate, radius, num_queries, noise, structure, density, boundary
-    )
-    descent.check()
     check_count("window", window, or_none=True)
     if not is_traced(decay) and not 0.0 < decay <= 1.0:
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
+    method = _Qes(
+        learning_rate, radius, num_queries, noise, structure, density, boundary, decay, window
+    )
+    return Steps(method, key, num_queries, query_batch, sides, axis_name).transformation()
 
-    def move(
-        rows: Rows, array: QuantizedArray, total: Array, step: StepState, residual: Array
+
+@dataclasses.dataclass(frozen=True)
+class _Qes(RoundedDescent):
+    decay: float | Array
+    window: Count | None = None
+
+    def code_step(
+        self, rows: Rows, array: QuantizedArray, direction_sum: Array, step: State, residual: Any
     ) -> tuple[Array, Any]:
-        return projection.error_feedback(descent.length(step, total), residual, decay)
+        """See `Method`."""
+        return projection.error_feedback(self.length(step, direction_sum), residual, self.decay)
 
-    def remember(array: QuantizedArray) -> Array:
+    def init_residual(self, array: QuantizedArray) -> Array | None:
+        """See `Method`."""
         return jnp.zeros(array.shape, jnp.int32)
-
-    rules = Rules(descent.describe, weigh, move, remember, window)
-    return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)

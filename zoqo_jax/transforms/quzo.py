@@ -15,14 +15,14 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.directions import Boundary, Direction, Structure
 from zoqo_jax.draws import Rows
 from zoqo_jax.queries import Sides
-from zoqo_jax.stencils import Boundary, Stencil, Structure
 from zoqo_jax.transforms import stepping
-from zoqo_jax.transforms.rounded import Noise, RoundedDescent, weigh
+from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule
-from zoqo_jax.transforms.state import StepState
-from zoqo_jax.transforms.stepping import Rules
+from zoqo_jax.transforms.state import State
+from zoqo_jax.transforms.stepping import Steps
 
 __all__ = ["quzo"]
 
@@ -58,8 +58,8 @@ def quzo(
         radius: mu, codes; a positive number or an optax schedule.
         key: all of the run's randomness.
         num_queries: query pairs a step, q.
-        noise: law of an entry of u: standard "gaussian" or "rademacher".
-        structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
+        noise: distribution of an entry of u: standard "gaussian" or "rademacher".
+        structure: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`).
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
             1]; or an optax schedule of it that never exceeds its first value.
         boundary: "clamp", "mask" or "reflect".
@@ -71,7 +71,7 @@ def quzo(
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
-        `optax.apply_updates`. Its state is a `StepState`.
+        `optax.apply_updates`. Its state is a `State`.
 
     Raises:
         ValueError: an argument outside what is said above, naming it and its value.
@@ -88,18 +88,20 @@ def quzo(
         >>> state = tx.init(params)
         >>> for _ in range(100):
         ...     params, state = step(params, state)
-        >>> loss(zq.dequantize(params)).item() < 0.05, state.queries.item()
+        >>> loss(zq.dequantize(params)).item() < 0.05, state.info.evaluations.item()
         (True, 200)
     """
-    descent = RoundedDescent(
-        learning_rate, radius, num_queries, noise, structure, density, boundary
-    )
-    descent.check()
+    method = _Quzo(learning_rate, radius, num_queries, noise, structure, density, boundary)
+    return Steps(method, key, num_queries, query_batch, sides, axis_name).transformation()
 
-    def move(
-        rows: Rows, array: QuantizedArray, total: Array, step: StepState, residual: Any
+
+class _Quzo(RoundedDescent):
+    def update_direction(self, probed: Direction) -> Direction:
+        """See `Method`: the independent rounding."""
+        return probed.rounded_again()
+
+    def code_step(
+        self, rows: Rows, array: QuantizedArray, direction_sum: Array, step: State, residual: Any
     ) -> tuple[Array, Any]:
-        return stepping.rounded_at_random(rows, descent.length(step, total)), residual
-
-    rules = Rules(descent.describe, weigh, move, heard=Stencil.rounded_again)
-    return stepping.by_queries(rules, key, num_queries, query_batch, sides, axis_name)
+        """See `Method`."""
+        return stepping.rounded_at_random(rows, self.length(step, direction_sum)), residual

@@ -18,13 +18,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, UInt32
 
-from zoqo_jax import compiler, draws, queries, stencils
+from zoqo_jax import compiler, directions, draws, queries
 from zoqo_jax.arrays import is_quantized, is_trained, no_update, trained_leaves
 from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, inverse_at, value_at
-from zoqo_jax.transforms.state import StepState, initial_state, record, replayed, step_key
+from zoqo_jax.transforms.state import State, initial_state, record, replayed, step_key
 
 __all__ = ["qzo"]
 
@@ -61,13 +61,13 @@ def qzo(
         key: all of the run's randomness.
         clip: C, the largest derivative along a direction that is believed, or None for any.
         num_queries: query pairs a step, q.
-        noise: law of an entry of z: standard "gaussian" or "rademacher".
+        noise: distribution of an entry of z: standard "gaussian" or "rademacher".
         query_batch: query pairs evaluated at once, None for all.
         axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
-        `optax.apply_updates`. Its state is a `StepState`.
+        `optax.apply_updates`. Its state is a `State`.
 
     Raises:
         ValueError: an argument outside what is said above, naming it and its value.
@@ -94,11 +94,11 @@ def qzo(
     check_positive("radius", radius)
     if clip is not None:
         check_positive("clip", clip)
-    stencils.check_choice("noise", noise, get_args(Noise))
+    directions.check_choice("noise", noise, get_args(Noise))
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
     mean = float(np.float32(1 / num_queries))
 
-    def init(params: PyTree) -> StepState:
+    def init(params: PyTree) -> State:
         trained_leaves(params)
         return initial_state(key, num_queries)
 
@@ -110,12 +110,12 @@ def qzo(
         value_fn: queries.Objective | None = None,
         differences: Float[Array, " queries"] | None = None,
         **extra: Any,
-    ) -> tuple[PyTree, StepState]:
+    ) -> tuple[PyTree, State]:
         del updates, extra
         trained_leaves(params)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
         own_key = step_key(state)
-        directions = Directions(own_key, num_queries, noise)
+        noise_of = Directions(own_key, num_queries, noise)
         mu, eta = value_at(radius, state.count), value_at(learning_rate, state.count)
         scales = [leaf.scale.astype(jnp.float32) if is_trained(leaf) else None for leaf in leaves]
 
@@ -125,7 +125,7 @@ def qzo(
                     leaf
                     if scale is None
                     else dataclasses.replace(
-                        leaf, scale=scale + side * mu * directions.draw(query, i, scale)
+                        leaf, scale=scale + side * mu * noise_of.draw(query, i, scale)
                     )
                     for i, (leaf, scale) in enumerate(zip(leaves, scales, strict=True))
                 ]
@@ -143,7 +143,9 @@ def qzo(
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 
-        derivatives = after.differences * (np.float32(0.5) * inverse_at(radius, state.count))
+        derivatives = after.info.loss_differences * (
+            np.float32(0.5) * inverse_at(radius, state.count)
+        )
         if clip is not None:
             derivatives = jnp.clip(derivatives, -clip, clip)
         move_key = jax.random.fold_in(own_key, num_queries)
@@ -153,7 +155,7 @@ def qzo(
             scale = scales[i]
             if scale is None:
                 return zeros
-            moved = scale - compiler.unfused(eta * mean * directions.total(derivatives, i, scale))
+            moved = scale - compiler.unfused(eta * mean * noise_of.total(derivatives, i, scale))
             moved = jnp.where(moved * jnp.sign(scale) < 0.0, 0.0, moved)
             rows = draws.rows(jax.random.fold_in(move_key, i), scale.shape[:-1])
             words = draws.words(rows, scale.shape[-1] if scale.ndim else 1, 0).reshape(scale.shape)

@@ -23,7 +23,7 @@ def replay(
 
     Args:
         params: the quantized tree that the run began with.
-        log: `state.differences` of each of its steps, in order.
+        log: `state.info.loss_differences` of each of its steps, in order.
         tx: a transformation made with the run's arguments and key.
 
     Returns:
@@ -40,7 +40,7 @@ def replay(
         >>> for _ in range(5):
         ...     updates, state = tx.update(None, state, params, value_fn=lambda p: p["w"].sum())
         ...     params = optax.apply_updates(params, updates)
-        ...     log.append(state.differences)
+        ...     log.append(state.info.loss_differences)
         >>> again = zq.replay(start, jnp.stack(log), tx)
         >>> bool((again["w"].codes == params["w"].codes).all())
         True

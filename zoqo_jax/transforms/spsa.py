@@ -15,13 +15,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from zoqo_jax import queries, stencils
+from zoqo_jax import directions, queries
 from zoqo_jax.arrays import is_float_array, is_quantized, no_update
 from zoqo_jax.rules import quaxify
 from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, value_at
-from zoqo_jax.transforms.state import StepState, initial_state, record, step_key
+from zoqo_jax.transforms.state import State, initial_state, record, step_key
 
 __all__ = ["spsa"]
 
@@ -42,7 +42,7 @@ def spsa(
     or None where there is nothing to add to. Estimates are made in
     float32 and have the dtype of their leaf; those beyond its range have its largest magnitude. In
     float16 and bfloat16, x + mu u is rounded: a query that displaces no entry says nothing, and is
-    counted in `state.skipped`.
+    counted in `state.info.skipped`.
 
     Args:
         radius: mu, value units; a positive number or an optax schedule. It must be at least about
@@ -50,13 +50,13 @@ def spsa(
             5e-4 in float16 at values near 1), or it moves nothing there.
         key: all of the run's randomness.
         num_queries: query pairs a step, q.
-        noise: law of an entry of u: "rademacher" or standard "gaussian".
+        noise: distribution of an entry of u: "rademacher" or standard "gaussian".
         query_batch: query pairs evaluated at once, None for all.
         axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
 
     Returns:
         A transformation whose updates are gradients, to be followed by any other. Its state is a
-        `StepState`.
+        `State`.
 
     Raises:
         ValueError: an argument outside what is said above, naming it and its value; in `tx.init`,
@@ -75,11 +75,11 @@ def spsa(
         True
     """
     check_positive("radius", radius)
-    stencils.check_choice("noise", noise, get_args(Noise))
+    directions.check_choice("noise", noise, get_args(Noise))
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
     mean_over_2 = float(np.float32(0.5 / num_queries))
 
-    def init(params: PyTree) -> StepState:
+    def init(params: PyTree) -> State:
         _check_reach(radius, params)
         return initial_state(key, num_queries)
 
@@ -91,7 +91,7 @@ def spsa(
         value_fn: queries.Objective | None = None,
         compare_fn: queries.Comparator | None = None,
         **extra: Any,
-    ) -> tuple[PyTree, StepState]:
+    ) -> tuple[PyTree, State]:
         del updates, extra
         if compare_fn is not None:
             raise ValueError("compare_fn serves zoqo alone: spsa needs losses, by value_fn.")
@@ -101,13 +101,13 @@ def spsa(
                 f"{missing} must be given: tx.update(None, state, params, value_fn=f)."
             )
         own_key = step_key(state)
-        directions = Directions(own_key, num_queries, noise)
+        noise_of = Directions(own_key, num_queries, noise)
         mu = value_at(radius, state.count)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
 
         def displaced(query: Array | int, index: int, side: Array) -> Array:
             leaf = leaves[index]
-            return leaf + (side * mu).astype(leaf.dtype) * directions.draw(query, index, leaf)
+            return leaf + (side * mu).astype(leaf.dtype) * noise_of.draw(query, index, leaf)
 
         def query_losses(query: Array | int) -> tuple[Array, Array]:
             def loss(side: Array) -> Array:
@@ -137,7 +137,7 @@ def spsa(
         state = record(state, pairs, stuck)
 
         def gradient(index: int) -> Array:
-            total = directions.total(state.differences, index, leaves[index])
+            total = noise_of.total(state.info.loss_differences, index, leaves[index])
             dtype = leaves[index].dtype
             largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
             return jnp.clip(total * (mean_over_2 / mu), -largest, largest).astype(dtype)

@@ -1,7 +1,8 @@
-"""The state of the zeroth-order transformations, and how a step's answers come into it."""
+"""`State`, what the next step needs, and `Info`, what a reader wants to know of the last one."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -11,27 +12,32 @@ from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
 
 from zoqo_jax import draws, queries
 
-__all__ = ["StepState", "initial_state", "record", "record_votes", "replayed", "step_key"]
+__all__ = [
+    "Info",
+    "State",
+    "initial_state",
+    "record",
+    "record_votes",
+    "replayed",
+    "step_key",
+]
 
 
-class StepState(NamedTuple):
-    """State of the zeroth-order transformations.
+class Info(NamedTuple):
+    """What the last step learnt and did, and a run's totals.
 
     Attributes:
-        count: steps taken.
-        key: the run's key, a Threefry key whatever the user's is, never changed;
-            `state._replace(key=...)` gives vmapped problems their own.
-        queries: evaluations of the objective so far.
-        losses: the last step's (l+, l-) for each query; inf before the first, and after a step by
-            comparisons, which has none (under `jax_debug_infs` the largest float32).
-        differences: the last step's l+ - l-, 16 significant bits of the largest, 0 where a loss
-            was not finite; or the votes of its comparisons, -1, 0 or 1. These, `key` and `count`
+        losses: (l+, l-) for each query; inf before the first step, and after a step by comparisons,
+            which has none (under `jax_debug_infs` the largest float32). Of a direction for each
+            example, their means.
+        loss_differences: l+ - l-, 16 significant bits of the largest, 0 where a loss was not
+            finite; or the votes of comparisons, -1, 0 or 1. These, `state.key` and `state.count`
             determine the step: keep them, and `replay` can rebuild the run.
+        codes_moved: how many codes the step moved, a float (counts may pass 2^31).
+        share_at_edges: of the trained codes, those at the least or greatest legal code.
         skipped: query pairs so far with a NaN or inf loss, or a NaN among their comparisons, or
             (spsa) whose radius was too short to displace anything; they move nothing.
-        residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
-        recent: differences of the last steps, the latest last, where a residual is made from them
-            rather than kept; else empty.
+        evaluations: of the objective so far; a comparison counts as two.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -41,24 +47,74 @@ class StepState(NamedTuple):
         >>> _, state = jax.jit(lambda state: tx.update(None, state, params, value_fn=loss))(
         ...     tx.init(params)
         ... )
-        >>> state.count.item(), state.queries.item(), state.losses.shape
+        >>> state.count.item(), state.info.evaluations.item(), state.info.losses.shape
         (1, 4, (2, 2))
-        >>> state.differences.tolist(), state.skipped.item()
+        >>> state.info.loss_differences.tolist(), state.info.skipped.item()
         ([0.0, 0.0], 2)
+        >>> state.info.codes_moved.item(), state.info.share_at_edges.item()
+        (0.0, 0.0)
+    """
+
+    losses: Float32[Array, "queries 2"]
+    loss_differences: Float32[Array, " queries"] | Float32[Array, "queries examples"]
+    codes_moved: Float32[Array, ""]
+    share_at_edges: Float32[Array, ""]
+    skipped: Int32[Array, ""]
+    evaluations: Int32[Array, ""]
+
+
+class State(NamedTuple):
+    """State of the zeroth-order transformations: what the next step needs.
+
+    Attributes:
+        count: steps taken.
+        key: the run's key, a Threefry key whatever the user's is, never changed;
+            `state._replace(key=...)` gives vmapped problems their own.
+        info: what the last step learnt and did.
+        residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
+        recent: loss differences of the last steps, the latest last, where a residual is made from
+            them rather than kept; else empty.
     """
 
     count: Int32[Array, ""]
     key: Key[Array, ""]
-    queries: Int32[Array, ""]
-    losses: Float32[Array, "queries 2"]
-    differences: Float32[Array, " queries"]
-    skipped: Int32[Array, ""]
+    info: Info
     residual: tuple[Int32[Array, "..."], ...] = ()
     recent: tuple[Float32[Array, "steps queries"], ...] = ()
 
+    @property
+    def losses(self) -> Float32[Array, "queries 2"]:
+        """The old name of `info.losses`."""
+        return self._renamed("losses", "losses")
 
-def initial_state(key: PRNGKeyArray, num_queries: int) -> StepState:
+    @property
+    def differences(self) -> Float32[Array, " queries"]:
+        """The old name of `info.loss_differences`."""
+        return self._renamed("differences", "loss_differences")
+
+    @property
+    def skipped(self) -> Int32[Array, ""]:
+        """The old name of `info.skipped`."""
+        return self._renamed("skipped", "skipped")
+
+    @property
+    def queries(self) -> Int32[Array, ""]:
+        """The old name of `info.evaluations`."""
+        return self._renamed("queries", "evaluations")
+
+    def _renamed(self, old: str, new: str) -> Any:
+        message = f"state.{old} is now state.info.{new}, and will go in the next release."
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+        return getattr(self.info, new)
+
+
+def initial_state(key: PRNGKeyArray, num_queries: int, of_examples: tuple[int, ...] = ()) -> State:
     """The state before the first step.
+
+    Args:
+        key: the run's.
+        num_queries: query pairs a step.
+        of_examples: (examples,) where a query has a difference for each of them.
 
     Raises:
         ValueError: `key` is not one key.
@@ -66,58 +122,62 @@ def initial_state(key: PRNGKeyArray, num_queries: int) -> StepState:
     key = draws.threefry(key)
     if key.ndim:
         raise ValueError(f"key must be one key, got keys of shape {key.shape}.")
-    return StepState(
-        count=jnp.zeros((), jnp.int32),
+    nothing = jnp.zeros((), jnp.int32)
+    return State(
+        count=nothing,
         key=jnp.copy(key),  # the caller keeps his when a state is donated
-        queries=jnp.zeros((), jnp.int32),
-        losses=jnp.full((num_queries, 2), _no_loss(), jnp.float32),
-        differences=jnp.zeros((num_queries,), jnp.float32),
-        skipped=jnp.zeros((), jnp.int32),
+        info=Info(
+            losses=jnp.full((num_queries, 2), _no_loss(), jnp.float32),
+            loss_differences=jnp.zeros((num_queries, *of_examples), jnp.float32),
+            codes_moved=jnp.zeros((), jnp.float32),
+            share_at_edges=jnp.zeros((), jnp.float32),
+            skipped=jnp.copy(nothing),
+            evaluations=jnp.copy(nothing),
+        ),
     )
 
 
 def record(
-    state: StepState,
-    pairs: Float32[Array, "queries 2"],
+    state: State,
+    pairs: Float32[Array, "queries 2"] | Float32[Array, "queries 2 examples"],
     stuck: Bool[Array, " queries"] | None = None,
-) -> StepState:
+) -> State:
     """The state after a step's losses came in; queries that displaced nothing were `stuck`."""
-    bad = ~jnp.isfinite(pairs).all(axis=-1)
+    bad = ~jnp.isfinite(pairs).all(axis=tuple(range(1, pairs.ndim)))
     bad = bad if stuck is None else bad | stuck
-    return state._replace(
-        count=state.count + 1,
-        queries=state.queries + pairs.size,
-        losses=pairs,
-        differences=queries.differences(pairs),
-        skipped=state.skipped + bad.sum(dtype=jnp.int32),
+    info = state.info._replace(
+        losses=pairs if pairs.ndim == 2 else pairs.mean(axis=-1),
+        loss_differences=queries.differences(pairs),
+        skipped=state.info.skipped + bad.sum(dtype=jnp.int32),
+        evaluations=state.info.evaluations + 2 * pairs.shape[0],
     )
+    return state._replace(count=state.count + 1, info=info)
 
 
-def record_votes(
-    state: StepState, votes: Float32[Array, " queries"], evaluations: int
-) -> StepState:
+def record_votes(state: State, votes: Float32[Array, " queries"], evaluations: int) -> State:
     """The state after a step's comparisons came in, their verdicts summed for each query."""
     bad = jnp.isnan(votes)
-    return state._replace(
-        count=state.count + 1,
-        queries=state.queries + evaluations,
-        losses=jnp.full_like(state.losses, _no_loss()),
-        differences=jnp.where(bad, 0.0, jnp.sign(votes)),
-        skipped=state.skipped + bad.sum(dtype=jnp.int32),
+    info = state.info._replace(
+        losses=jnp.full_like(state.info.losses, _no_loss()),
+        loss_differences=jnp.where(bad, 0.0, jnp.sign(votes)),
+        skipped=state.info.skipped + bad.sum(dtype=jnp.int32),
+        evaluations=state.info.evaluations + evaluations,
     )
+    return state._replace(count=state.count + 1, info=info)
 
 
-def replayed(state: StepState, differences: Any) -> StepState:
+def replayed(state: State, loss_differences: Any) -> State:
     """The state after a step of which nothing but its differences is known.
 
     Raises:
         ValueError: they are not one for each query.
     """
-    shape, expected = jnp.shape(differences), state.differences.shape
+    shape, expected = jnp.shape(loss_differences), state.info.loss_differences.shape
     if shape != expected:
         raise ValueError(f"differences must have shape {expected}, got {shape}.")
-    heard = jnp.asarray(differences, jnp.float32)
-    return state._replace(count=state.count + 1, differences=heard)
+    known = jnp.asarray(loss_differences, jnp.float32)
+    info = state.info._replace(loss_differences=known)
+    return state._replace(count=state.count + 1, info=info)
 
 
 def _no_loss() -> float:
@@ -125,6 +185,6 @@ def _no_loss() -> float:
     return float(np.finfo(np.float32).max) if jax.config.jax_debug_infs else float("inf")
 
 
-def step_key(state: StepState) -> Key[Array, ""]:
+def step_key(state: State) -> Key[Array, ""]:
     """The key of the step that a state is before."""
     return jax.random.fold_in(draws.threefry(state.key), state.count)

@@ -1,14 +1,14 @@
-"""One step of every quantized zeroth-order method: describe directions, query, weigh, move.
+"""One step of every quantized zeroth-order method: describe directions, query, sum, move codes.
 
-The methods differ in three rules (`Rules`): how a direction is described, what a query pair says
-about it, and how many codes to move for what all said. This room does the rest: keys, the loop over
-queries, losses that are not finite, deltas that `optax.apply_updates` can add, and steps replayed
-from their differences.
+The methods differ in a few rules (`Method`): how a direction is described, what a query says about
+each code, and how many codes to move for what all said. `Steps` does the rest, in the order of its
+methods: keys, the loop over queries, losses that are not finite, changes that
+`optax.apply_updates` can add, and steps replayed from their loss differences.
 
 Randomness: `fold_in(key, count)` makes the key of a step, folding in the query and then the leaf
 makes that of a direction. Nothing is stored, so the update draws again what the forward passes
 drew. It goes through large leaves, or through all but small ones where it sums over queries, in
-pieces of a few rows, so that what it needs besides the codes does not grow with the model. An
+chunks of a few rows, so that what it needs besides the codes does not grow with the model. An
 update's bytes are changes modulo 256: `packed + update` wraps to the true sum, and
 `optax.apply_updates` is exact.
 """
@@ -18,14 +18,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, Key, PRNGKeyArray, PyTree
 
-from zoqo_jax import compiler, draws, projection, queries, stencils
+from zoqo_jax import compiler, directions, draws, projection, queries
 from zoqo_jax.arrays import (
     QuantizedArray,
     cut,
@@ -34,13 +34,13 @@ from zoqo_jax.arrays import (
     no_update,
     trained_leaves,
 )
+from zoqo_jax.directions import Contribution, Direction
 from zoqo_jax.draws import Rows
-from zoqo_jax.implicit import PerturbedArray, by_row, on_rows
+from zoqo_jax.implicit import PerturbedArray, by_row, take_rows
 from zoqo_jax.pieces import Pick, in_place
-from zoqo_jax.stencils import Stencil
 from zoqo_jax.transforms.schedules import ONE, Count, check_count
 from zoqo_jax.transforms.state import (
-    StepState,
+    State,
     initial_state,
     record,
     record_votes,
@@ -49,52 +49,70 @@ from zoqo_jax.transforms.state import (
 )
 
 __all__ = [
+    "Method",
     "QueryTransformation",
-    "Rules",
-    "by_queries",
+    "Steps",
     "check_query_count",
     "over_queries",
     "rounded_at_random",
 ]
 
-# Codes of a leaf that an update treats as a whole, and, of larger leaves, in a piece. One query's
+# Codes of a leaf that an update treats as a whole, and, of larger leaves, in a chunk. One query's
 # direction is never made: beside the codes there is a random bit for each.
-_WHOLE, _PIECE = 2**24, 2**21
-_PIECE_OF_SUM = 2**17  # both, where it sums over queries, in floats
+_WHOLE, _CHUNK = 2**24, 2**21
+_CHUNK_OF_SUM = 2**17  # both, where it sums over queries, in floats
 
 
-class Rules(NamedTuple):
-    """What makes a method.
+class Method:
+    """What makes a quantized zeroth-order method; subclass it, and give `Steps` an instance.
 
     Attributes:
-        describe: (key, array, count) -> the stencil to probe `array` with.
-        weigh: (l+ - l-, u) -> what one query pair says, in the shape of u, to be summed over
-            queries; a product of something of the first and something of the second.
-        move: (rows, array, sum over queries of `weigh`, step, residual) -> (codes to move,
-            residual); `rows` are where the bits of the move come from, `step` is the state before
-            it, but with its differences.
-        remember: array -> its first residual, or None for a method that has none.
+        contribution: what a query says about each code, summed over queries.
         window: from how many steps back a residual is made anew in every step, rather than kept, or
-            None; `move` must make it without `rows`, and of the codes may use but their grid.
-        heard: the stencil that was probed -> one whose direction `weigh` is given in place of its
-            own: easier to draw, or rounded independently.
-        compares: whether the sign of l+ - l- serves `weigh` as well.
+            None; `code_step` must make it without `rows`, and of the codes may use but their grid.
+        takes_comparisons: whether the signs of l+ - l- suffice.
     """
 
-    describe: Callable[[Array, QuantizedArray, Array], Stencil]
-    weigh: Callable[[Array, Array], Array]
-    move: Callable[[Rows, QuantizedArray, Array, StepState, Any], tuple[Array, Any]]
-    remember: Callable[[QuantizedArray], Any] | None = None
+    contribution: Contribution = "product"
     window: int | None = None
-    heard: Callable[[Stencil], Stencil] = lambda probed: probed
-    compares: bool = False
+    takes_comparisons: ClassVar[bool] = False
+
+    def direction(self, key: Array, array: QuantizedArray, count: Array) -> Direction:
+        """Where to probe an array in a step."""
+        raise NotImplementedError
+
+    def update_direction(self, probed: Direction) -> Direction:
+        """The direction used in the update, if it differs from the one probed."""
+        return probed
+
+    def code_step(
+        self, rows: Rows, array: QuantizedArray, direction_sum: Array, step: State, residual: Any
+    ) -> tuple[Array, Any]:
+        """How many codes to move.
+
+        Args:
+            rows: where the random bits of the move come from.
+            array: a part of a leaf, a code to a byte.
+            direction_sum: the sum over queries of the contributions, in the shape of `array`.
+            step: the state before the step, but with its loss differences.
+            residual: what error feedback has yet to apply.
+
+        Returns:
+            Whole codes, and the new residual.
+        """
+        raise NotImplementedError
+
+    def init_residual(self, array: QuantizedArray) -> Array | None:
+        """The first residual, or None for a method that has none."""
+        del array
+        return None
 
 
 class QueryTransformation(optax.GradientTransformationExtraArgs):
     """An optax transformation that can also tell where its next step will look.
 
     Attributes:
-        probes: (state, params, query=0) -> the stencils of a query, one for each trained leaf;
+        probes: (state, params, query=0) -> the directions of a query, one for each trained leaf;
             give them to `queries.endpoints` to see the codes.
 
     Examples:
@@ -106,89 +124,135 @@ class QueryTransformation(optax.GradientTransformationExtraArgs):
         >>> probes = tx.probes(state, params)
         >>> ends = [zq.queries.endpoints(params, probes, side) for side in (1, -1)]
         >>> _, state = tx.update(None, state, params, value_fn=loss)
-        >>> [loss(zq.dequantize(end)).item() for end in ends] == state.losses[0].tolist()
+        >>> [loss(zq.dequantize(end)).item() for end in ends] == state.info.losses[0].tolist()
         True
     """
 
-    probes: Callable[..., list[Stencil]]
+    probes: Callable[..., list[Direction]]
 
 
-def by_queries(
-    rules: Rules,
-    key: PRNGKeyArray,
-    num_queries: Count = ONE,
-    query_batch: Count | None = ONE,
-    sides: queries.Sides = "together",
-    axis_name: str | None = None,
-    num_comparisons: Count | None = None,
-) -> QueryTransformation:
-    """Make an optax transformation of a method's rules.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Steps:
+    """The steps of a method.
 
-    Args:
-        rules: the method.
+    Attributes:
+        method: its rules.
         key: the run's key.
         num_queries: query pairs a step.
-        query_batch: how many of them to evaluate at once; 1 needs the least memory.
+        query_batch: how many of them to evaluate at once; 1 needs the least memory, None is all.
         sides: evaluate the two sides of a pair "together" or "in_turn".
         axis_name: average losses over this mapped axis, for data-parallel steps: only scalars
             travel.
         num_comparisons: how often to compare the sides of a query, each time with a new key; None
             for once, without a key.
-
-    Returns:
-        A transformation whose `update` takes `value_fn=`, or `compare_fn=` where the method
-        `compares` (or `differences=`, to replay a step).
     """
-    num_queries, query_batch = check_query_count(num_queries, query_batch)
-    check_count("num_comparisons", num_comparisons, or_none=True)
-    stencils.check_choice("sides", sides, get_args(queries.Sides))
-    together = min(query_batch or num_queries, num_queries)
 
-    def init(params: PyTree) -> StepState:
-        arrays = list(trained_leaves(params).values())
-        state = initial_state(key, num_queries)
-        if rules.window:
-            nothing = jnp.zeros((rules.window, num_queries), jnp.float32)
+    method: Method
+    key: PRNGKeyArray
+    num_queries: Count = ONE
+    query_batch: Count | None = ONE
+    sides: queries.Sides = "together"
+    axis_name: str | None = None
+    num_comparisons: Count | None = None
+
+    def __post_init__(self) -> None:
+        checked = check_query_count(self.num_queries, self.query_batch)
+        for name, value in zip(("num_queries", "query_batch"), checked, strict=True):
+            object.__setattr__(self, name, value)
+        check_count("num_comparisons", self.num_comparisons, or_none=True)
+        directions.check_choice("sides", self.sides, get_args(queries.Sides))
+
+    def transformation(self) -> QueryTransformation:
+        """The optax transformation.
+
+        Its `update` takes `value_fn=`, or `compare_fn=` where the method `takes_comparisons` (or
+        `differences=`, to replay a step).
+        """
+        tx = QueryTransformation(self.init, self.update)
+        tx.probes = self.probes
+        return tx
+
+    def init(self, params: PyTree) -> State:
+        """The state before the first step."""
+        arrays = trained_leaves(params).values()
+        state = initial_state(self.key, self.num_queries)
+        if self.method.window:
+            nothing = jnp.zeros((self.method.window, self.num_queries), jnp.float32)
             return state._replace(recent=(nothing,))
-        return state._replace(residual=tuple(map(rules.remember, arrays)) if rules.remember else ())
+        residual = tuple(map(self.method.init_residual, arrays))
+        return state._replace(residual=() if None in residual else residual)
 
-    def keys(state: StepState, leaves: Array) -> Key[Array, "queries_and_move leaves"]:
+    def keys(self, state: State, leaves: Array) -> Key[Array, "queries_and_move leaves"]:
         """A key for every direction and, in the last row, for every move."""
         own_key = step_key(state)
-        by_query = jax.vmap(lambda i: jax.random.fold_in(own_key, i))(jnp.arange(num_queries + 1))
-        return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(leaves))(
-            by_query
-        )
+        fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        by_query = fold_in(own_key, jnp.arange(self.num_queries + 1))
+        return jax.vmap(lambda key: fold_in(key, leaves))(by_query)
 
-    def probes(state: StepState, params: PyTree, query: Array | int = 0) -> list[Stencil]:
+    def probes(self, state: State, params: PyTree, query: Array | int = 0) -> list[Direction]:
+        """The directions of a query, one for each trained leaf."""
         arrays = list(trained_leaves(params).values())
-        of_query = keys(state, jnp.arange(len(arrays)))[query]
-        return [rules.describe(of_query[i], array, state.count) for i, array in enumerate(arrays)]
+        of_query = self.keys(state, jnp.arange(len(arrays)))[query]
+        return [
+            self.method.direction(of_query[i], array, state.count) for i, array in enumerate(arrays)
+        ]
 
-    def move(
-        step: StepState, leaf: int, leaf_keys: Array, pick: Pick, array: QuantizedArray, kept: Any
-    ) -> tuple[Array, Any]:
-        """A leaf's new bytes, and what error feedback keeps, for the rows picked."""
-        piece = on_rows(pick, array)
-        rows = draws.rows(leaf_keys[num_queries], array.shape[:-1])
-        rows = by_row(pick, rows)
-        moves, rest = [], []
-        for i, part in enumerate(piece.parts):
-            total = said(step, leaf_keys, array, pick, i)
-            rows_of_part = draws.part(rows, i)
-            if rules.window:
-                residual = left_over(step, leaf, rows_of_part, array, pick, i, part)
-            else:
-                residual = None if kept is None else cut(pick(kept), i, array.per_byte)
-            codes, residual = rules.move(rows_of_part, part, total, step, residual)
-            moves.append(codes)
-            rest.append(residual)
-        if kept is not None:
-            kept = jnp.concatenate(rest, axis=-1) if len(rest) > 1 else rest[0]
-        return piece.stepped(moves).packed, kept
+    def ask(self, state: State, params: PyTree, value_fn: queries.Objective) -> State:
+        """The state after a step's losses came in."""
 
-    def left_over(
-        step: StepState,
+        def losses(query: Array | int) -> Array:
+            probes = self.probes(state, params, query)
+            return queries.losses(
+                value_fn, params, probes, together=self._together, sides=self.sides
+            )
+
+        pairs = over_queries(losses, self.num_queries, self.query_batch)
+        return record(state, pairs if self.axis_name is None else self._over_devices(pairs))
+
+    def ask_which(self, state: State, params: PyTree, compare_fn: queries.Comparator) -> State:
+        """The state after a step's comparisons came in."""
+        own_key = step_key(state)
+
+        def votes(query: Array | int) -> Array:
+            keys = None
+            if self.num_comparisons is not None:  # rows of `keys` end at num_queries
+                own = jax.random.fold_in(own_key, self.num_queries + 1 + query)
+                if self.axis_name is not None:  # devices err independently
+                    own = jax.random.fold_in(own, jax.lax.axis_index(self.axis_name))
+                keys = jax.random.split(own, self.num_comparisons)
+            probes = self.probes(state, params, query)
+            return queries.verdicts(compare_fn, params, probes, keys=keys, together=self._together)
+
+        total = over_queries(votes, self.num_queries, self.query_batch)
+        total = total if self.axis_name is None else jax.lax.psum(total, self.axis_name)
+        return record_votes(state, total, 2 * self.num_queries * (self.num_comparisons or 1))
+
+    @property
+    def _together(self) -> int:
+        return min(self.query_batch or self.num_queries, self.num_queries)
+
+    def _over_devices(self, pairs: Array) -> Array:
+        return jax.lax.pmean(pairs, self.axis_name)
+
+    def direction_sum(
+        self, step: State, keys: Array, array: QuantizedArray, pick: Pick, part: int
+    ) -> Array:
+        """What the step's queries said about a part of a leaf, for the rows picked."""
+        by_signs = self.method.contribution == "signs"
+
+        def of_query(query: Array | int) -> tuple[Direction, QuantizedArray]:
+            probed = self.method.direction(keys[query], array, step.count)
+            direction = self.method.update_direction(probed)
+            direction = direction.signs_only() if by_signs else direction
+            picked = take_rows(pick, PerturbedArray(array, direction)).part(part)
+            return picked.direction, picked.array
+
+        add_up = type(of_query(0)[0]).direction_sum
+        return add_up(of_query, step.info.loss_differences, self.method.contribution)
+
+    def residual(
+        self,
+        step: State,
         leaf: int,
         rows: Rows,
         array: QuantizedArray,
@@ -197,120 +261,107 @@ def by_queries(
         part: QuantizedArray,
     ) -> Any:
         """The residual of a part of a leaf, from what the window's steps said."""
-        window, (recent,) = rules.window or 0, step.recent
+        window, (recent,) = self.method.window or 0, step.recent
 
         def after(k: Array, residual: Any) -> Any:
             count = jnp.maximum(step.count - window + k, 0)  # before the first, nothing was said
-            past = step._replace(count=count, differences=recent[k])
-            total = said(past, keys(past, jnp.array([leaf]))[:, 0], array, pick, i)
-            return rules.move(rows, part, total, past, residual)[1]
+            info = step.info._replace(loss_differences=recent[k])
+            past = step._replace(count=count, info=info)
+            keys = self.keys(past, jnp.array([leaf]))[:, 0]
+            total = self.direction_sum(past, keys, array, pick, i)
+            return self.method.code_step(rows, part, total, past, residual)[1]
 
-        first = rules.remember(part) if rules.remember else None
-        return jax.lax.fori_loop(0, window, after, first)
+        return jax.lax.fori_loop(0, window, after, self.method.init_residual(part))
 
-    def said(step: StepState, keys: Array, array: QuantizedArray, pick: Pick, part: int) -> Array:
-        """What the step's queries said about a part of a leaf, for the rows picked."""
+    def move(
+        self,
+        step: State,
+        leaf: int,
+        keys: Array,
+        pick: Pick,
+        is_new: Array,
+        array: QuantizedArray,
+        kept: Any,
+    ) -> tuple[tuple[Array, Any], Array]:
+        """A leaf's new bytes and what error feedback keeps, for the rows picked, and two counts.
 
-        def stencil(query: Array | int) -> tuple[Stencil, QuantizedArray]:
-            described = rules.heard(rules.describe(keys[query], array, step.count))
-            picked = on_rows(pick, PerturbedArray(array, described))
-            return stencils.part(picked.stencil, picked.array, part)
-
-        def one(query: Array | int) -> Array:
-            return rules.weigh(step.differences[query], stencils.draw(*stencil(query)))
-
-        if num_queries == 1:
-            return one(0)
-        first, piece = stencil(0)
-        if not first.is_rank_one_signs:
-            add = lambda query, total: total + one(query)  # noqa: E731
-            return jax.lax.fori_loop(1, num_queries, add, one(0))
-        weights = jax.vmap(lambda d: rules.weigh(d, jnp.int16(1)))(step.differences)
-        directions = jax.vmap(lambda query: stencil(query)[0])(jnp.arange(num_queries))
-        total = stencils.weighted_signs(directions, weights.astype(jnp.float32), piece)
-        m = piece.spread(first.reach(piece))
-        return total * rules.weigh(jnp.float32(1.0), m).astype(jnp.float32)
-
-    def compared(state: StepState, params: PyTree, compare_fn: queries.Comparator) -> StepState:
-        """The state after a step's comparisons came in."""
-        own_key = step_key(state)
-
-        def votes(query: Array | int) -> Array:
-            keys = None
-            if num_comparisons is not None:  # rows of `keys` end at num_queries
-                own = jax.random.fold_in(own_key, num_queries + 1 + query)
-                if axis_name is not None:  # devices err independently
-                    own = jax.random.fold_in(own, jax.lax.axis_index(axis_name))
-                keys = jax.random.split(own, num_comparisons)
-            stencils = probes(state, params, query)
-            return queries.verdicts(compare_fn, params, stencils, keys=keys, together=together)
-
-        total = over_queries(votes, num_queries, query_batch)
-        total = total if axis_name is None else jax.lax.psum(total, axis_name)
-        return record_votes(state, total, 2 * num_queries * (num_comparisons or 1))
+        The counts are of codes moved and of codes at an edge, in rows that `is_new`.
+        """
+        chunk = take_rows(pick, array)
+        rows = by_row(pick, draws.rows(keys[self.num_queries], array.shape[:-1]))
+        steps, rest = [], []
+        for i, part in enumerate(chunk.parts):
+            total = self.direction_sum(step, keys, array, pick, i)
+            rows_of_part = draws.part(rows, i)
+            if self.method.window:
+                residual = self.residual(step, leaf, rows_of_part, array, pick, i, part)
+            else:
+                residual = None if kept is None else cut(pick(kept), i, array.per_byte)
+            codes, residual = self.method.code_step(rows_of_part, part, total, step, residual)
+            steps.append(codes)
+            rest.append(residual)
+        if kept is not None:
+            kept = jnp.concatenate(rest, axis=-1) if len(rest) > 1 else rest[0]
+        moved = chunk.stepped(steps)
+        return (moved.packed, kept), _counts(chunk, moved, is_new)
 
     def update(
+        self,
         updates: Any,
         state: Any,
         params: PyTree | None = None,
         *,
         value_fn: queries.Objective | None = None,
         compare_fn: queries.Comparator | None = None,
-        differences: Float[Array, " queries"] | None = None,
+        differences: Float[Array, "queries ..."] | None = None,
         **extra: Any,
-    ) -> tuple[PyTree, StepState]:
+    ) -> tuple[PyTree, State]:
+        """A step, as optax calls it."""
         del updates, extra
         arrays = list(trained_leaves(params).values())
         if compare_fn is not None and value_fn is not None:
             raise ValueError("value_fn and compare_fn must not both be given.")
-        if compare_fn is not None and not rules.compares:
+        if compare_fn is not None and not self.method.takes_comparisons:
             raise ValueError("compare_fn serves zoqo alone: this method needs losses, by value_fn.")
 
         if differences is not None:
             after = replayed(state, differences)
         elif value_fn is not None:
-            pairs = over_queries(
-                lambda query: queries.losses(
-                    value_fn, params, probes(state, params, query), together=together, sides=sides
-                ),
-                num_queries,
-                query_batch,
-            )
-            after = record(state, pairs if axis_name is None else jax.lax.pmean(pairs, axis_name))
+            after = self.ask(state, params, value_fn)
         elif compare_fn is not None:
-            after = compared(state, params, compare_fn)
+            after = self.ask_which(state, params, compare_fn)
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 
         # What the update needs is made when the forward passes are over, and takes their place.
-        wait = functools.partial(compiler.after, after.differences)
-        step = state._replace(count=wait(state.count), differences=after.differences)
-        all_keys = keys(step, jnp.arange(len(arrays)))
-        deltas, residual = [], []
+        heard = after.info.loss_differences
+        wait = functools.partial(compiler.after, heard)
+        step = state._replace(count=wait(state.count), info=after.info)
+        keys = self.keys(step, jnp.arange(len(arrays)))
+        changes, residual, counts = [], [], jnp.zeros(2, jnp.float32)
         for leaf, array in enumerate(arrays):
             kept = state.residual[leaf] if state.residual else None
-            change = functools.partial(move, step, leaf, all_keys[:, leaf])
-            whole, most = (_WHOLE, _PIECE) if num_queries == 1 else (_PIECE_OF_SUM, _PIECE_OF_SUM)
+            change = functools.partial(self.move, step, leaf, keys[:, leaf])
+            whole, most = (_WHOLE, _CHUNK) if self.num_queries == 1 else (_CHUNK_OF_SUM,) * 2
             if array.ndim < 2 or array.size <= whole:
                 waiting = dataclasses.replace(array, scale=wait(array.scale))
-                packed, kept = change(lambda x: x, waiting, kept)
+                (packed, kept), more = change(lambda x: x, jnp.array([True]), waiting, kept)
             else:
-                packed, kept = _in_place(change, array, kept, most, after.differences)
+                (packed, kept), more = _in_place(change, array, kept, most, heard)
             # What `optax.apply_updates` adds it to is what it was taken from, and XLA knows that
             # p + (n - p) is n: compiled together, the new bytes are written over the old.
-            deltas.append(packed - array.packed)
+            changes.append(packed - array.packed)
             residual.append(kept)
+            counts = counts + more
+        moved, at_edges = counts
+        share = at_edges / max(sum(array.size for array in arrays), 1)
+        after = after._replace(info=after.info._replace(codes_moved=moved, share_at_edges=share))
         if state.residual:
             after = after._replace(residual=tuple(residual))
-        if rules.window:
+        if self.method.window:
             (recent,) = state.recent
-            latest = jnp.concatenate([recent[1:], after.differences[None]])
-            after = after._replace(recent=(latest,))
-        return _fill(params, deltas), after
-
-    tx = QueryTransformation(init, update)
-    tx.probes = probes
-    return tx
+            after = after._replace(recent=(jnp.concatenate([recent[1:], heard[None]]),))
+        return _fill(params, changes), after
 
 
 def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:
@@ -336,28 +387,44 @@ def check_query_count(num_queries: Any, query_batch: Any) -> tuple[int, int | No
     return int(num_queries), None if query_batch is None else int(query_batch)
 
 
+def _counts(
+    before: QuantizedArray, after: QuantizedArray, is_new: Array
+) -> Float[Array, "moved_and_at_edges"]:
+    """How many codes moved, and how many are at an edge now, among rows that `is_new`."""
+    counts = jnp.zeros(2, jnp.float32)
+    is_new = is_new.reshape(-1, *(1,) * max(before.ndim - 1, 0))
+    for old, new in zip(before.parts, after.parts, strict=True):
+        n = new.packed
+        is_at_edge = (n == before.grid.low) | (n == before.grid.high)
+        both = [old.packed != n, is_at_edge]
+        counts = counts + jnp.stack([(x & is_new).sum(dtype=jnp.float32) for x in both])
+    return counts
+
+
 def _in_place(
-    change: Callable[[Pick, QuantizedArray, Any], tuple[Array, Any]],
+    change: Callable[[Pick, Array, QuantizedArray, Any], tuple[tuple[Array, Any], Array]],
     array: QuantizedArray,
     kept: Any,
     most: int,
     heard: Array,
-) -> tuple[Array, Any]:
+) -> tuple[tuple[Array, Any], Array]:
     """A leaf's new bytes, a few rows of its first axis at a time, some `most` codes."""
     rows = array.shape[0]
     few = max(most // (array.size // rows), 1)
 
-    def piece(pick: Pick, now: tuple[Array, Any]) -> tuple[Array, Any]:
+    def chunk(pick: Pick, is_new: Array, now: tuple[Array, Any]) -> Any:
         packed, kept = now
-        make = functools.partial(change, pick, dataclasses.replace(array, packed=packed), kept)
+        make = functools.partial(
+            change, pick, is_new, dataclasses.replace(array, packed=packed), kept
+        )
         return compiler.held(make, heard, jax.eval_shape(make))
 
-    return in_place(piece, rows, few, (array.packed, kept))
+    return in_place(chunk, rows, few, (array.packed, kept), jnp.zeros(2, jnp.float32))
 
 
-def _fill(params: PyTree, deltas: list[Array]) -> PyTree:
-    """A tree of updates: the codes' deltas, and zeros for all that is frozen."""
-    remaining = iter(deltas)
+def _fill(params: PyTree, changes: list[Array]) -> PyTree:
+    """A tree of updates: the codes' changes, and zeros for all that is frozen."""
+    remaining = iter(changes)
 
     def one(leaf: Any) -> Any:
         zeros = no_update(leaf)

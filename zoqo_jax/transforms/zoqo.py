@@ -7,21 +7,21 @@ difference is used.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from zoqo_jax import stencils
+from zoqo_jax import directions
 from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.directions import Boundary, Contribution, Direction, Distribution, Structure
 from zoqo_jax.draws import Rows
 from zoqo_jax.queries import Sides
-from zoqo_jax.stencils import Boundary, Law, Stencil, Structure
-from zoqo_jax.transforms import stepping
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, value_at
-from zoqo_jax.transforms.state import StepState
-from zoqo_jax.transforms.stepping import Rules
+from zoqo_jax.transforms.state import State
+from zoqo_jax.transforms.stepping import Method, Steps
 
 __all__ = ["zoqo"]
 
@@ -35,7 +35,7 @@ def zoqo(
     *,
     key: PRNGKeyArray,
     num_queries: Count = ONE,
-    noise: Law = "uniform",
+    noise: Distribution = "uniform",
     structure: Structure = "dense",
     density: Schedule | Array = 1.0,
     vote: Vote = "mean",
@@ -62,8 +62,9 @@ def zoqo(
         radius: mu, value units; a positive number or an optax schedule.
         key: all of the run's randomness.
         num_queries: query pairs a step, q.
-        noise: law of an entry of u: "uniform" or "gaussian" on {-m .. m}, "rademacher" on {-m, m}.
-        structure: "dense", "rank_one" or "sparse" (see `zoqo_jax.stencils`).
+        noise: distribution of an entry of u: "uniform" or "gaussian" on {-m .. m}, "rademacher" on
+            {-m, m}.
+        structure: of u: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`).
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
             1]; or an optax schedule of it that never exceeds its first value. It is the step size
             of few-bit codes.
@@ -85,7 +86,7 @@ def zoqo(
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
-        `optax.apply_updates`. Its state is a `StepState`. Where no loss is to be had, give
+        `optax.apply_updates`. Its state is a `State`. Where no loss is to be had, give
         `compare_fn=` instead: `compare_fn(a, b)` is -1 where the parameters `a` are better than
         `b`, 1 where they are worse, 0 for a draw (see `queries.verdicts`); g is made of these
         signs. Each comparison counts as two evaluations.
@@ -105,56 +106,69 @@ def zoqo(
         >>> state = tx.init(params)
         >>> for _ in range(100):
         ...     params, state = step(params, state)
-        >>> loss(zq.dequantize(params)).item() < 0.05, state.queries.item()
+        >>> loss(zq.dequantize(params)).item() < 0.05, state.info.evaluations.item()
         (True, 200)
 
         Of a judge that tells no more than which is better:
 
         >>> judge = lambda a, b: jnp.sign(loss(a) - loss(b))
         >>> updates, state = tx.update(None, state, params, compare_fn=judge)
-        >>> state.differences.item() in (-1.0, 0.0, 1.0), state.queries.item()
+        >>> state.info.loss_differences.item() in (-1.0, 0.0, 1.0), state.info.evaluations.item()
         (True, 202)
     """
     check_positive("learning_rate", learning_rate)
     check_positive("radius", radius)
-    stencils.check(noise, structure, boundary, density)
-    stencils.check_choice("vote", vote, get_args(Vote))
-    stencils.check_choice("step", step, get_args(StepRule))
-    dithered = step == "dithered"
+    directions.check(noise, structure, boundary, density)
+    directions.check_choice("vote", vote, get_args(Vote))
+    directions.check_choice("step", step, get_args(StepRule))
+    method = _Zoqo(
+        learning_rate,
+        radius,
+        noise,
+        structure,
+        density,
+        boundary,
+        is_dithered=step == "dithered",
+        contribution="signs" if vote == "majority" or num_queries == 1 else "product",
+    )
+    steps = Steps(method, key, num_queries, query_batch, sides, axis_name, num_comparisons)
+    return steps.transformation()
 
-    def describe(key: Array, array: QuantizedArray, count: Array) -> Stencil:
-        return stencils.describe(
+
+@dataclasses.dataclass(frozen=True)
+class _Zoqo(Method):
+    learning_rate: Schedule
+    radius: Schedule
+    noise: Distribution
+    structure: Structure
+    density: Schedule | Array
+    boundary: Boundary
+    is_dithered: bool
+    contribution: Contribution
+    takes_comparisons = True
+
+    def direction(self, key: Array, array: QuantizedArray, count: Array) -> Direction:
+        """See `Method`."""
+        return directions.describe(
             key,
             array,
-            value_at(radius, count),
+            value_at(self.radius, count),
             unit="values",
-            law=noise,
-            structure=structure,
-            boundary=boundary,
-            **stencils.scheduled(density, count),
-            dithered=dithered,
+            distribution=self.noise,
+            structure=self.structure,
+            boundary=self.boundary,
+            **directions.scheduled(self.density, count),
+            dithered=self.is_dithered,
         )
 
-    hears_signs = vote == "majority" or num_queries == 1
-
-    def weigh(difference: Array, u: Array) -> Array:
-        if hears_signs:  # stay with integers
-            return jnp.sign(difference).astype(jnp.int16) * jnp.sign(u)
-        return difference * u.astype(jnp.float32)
-
-    def move(
-        rows: Rows, array: QuantizedArray, votes: Array, step: StepState, residual: Any
+    def code_step(
+        self, rows: Rows, array: QuantizedArray, direction_sum: Array, step: State, residual: Any
     ) -> tuple[Array, Any]:
-        eta, s = value_at(learning_rate, step.count), array.step
-        g = jnp.sign(votes).astype(jnp.int16)
-        if dithered:
-            E = stencils.dithered_reach(rows, eta / s, array)
+        """See `Method`."""
+        eta, s = value_at(self.learning_rate, step.count), array.step
+        g = jnp.sign(direction_sum).astype(jnp.int16)
+        if self.is_dithered:
+            E = directions.dithered_steps(rows, eta / s, array)
         else:
-            E = array.spread(stencils.reach(eta / s, array.grid))
+            E = array.spread(directions.radius_in_codes(eta / s, array.grid))
         return -E * g, residual
-
-    rules = Rules(describe, weigh, move, compares=True)
-    rules = rules._replace(heard=Stencil.one_code_long) if hears_signs else rules
-    return stepping.by_queries(
-        rules, key, num_queries, query_batch, sides, axis_name, num_comparisons
-    )

@@ -19,7 +19,7 @@ __all__ = ["grid", "make"]
 
 class _State(NamedTuple):
     perturbation: zq.QuantizedArray  # (height, width * channels)
-    step: zq.StepState
+    step: zq.State
 
 
 def grid(config: Config) -> zq.Quantizer:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import zoqo_jax as zq
 from experiments.laboratory.networks.models import Params
 from zoqo_jax.certificates import Gate, GateState
-from zoqo_jax.stencils import Stencil
 
 __all__ = ["audit", "clipped"]
 
@@ -32,15 +31,15 @@ def audit(
     return jax.lax.while_loop(goes_on, call, start)[1:]
 
 
-def clipped(stencils: Sequence[Stencil], params: Params) -> jax.Array:
+def clipped(directions: Sequence[Direction], params: Params) -> jax.Array:
     """Of the codes that a direction probes, the share of those whose chord is cut short."""
     ends = [
         [layer["kernel"].codes.astype(jnp.int16) for layer in end]
-        for end in (zq.queries.endpoints(params, stencils, side) for side in (1, -1))
+        for end in (zq.queries.endpoints(params, directions, side) for side in (1, -1))
     ]
     cut = probed = jnp.int32(0)
-    for stencil, layer, plus, minus in zip(stencils, params, *ends, strict=True):
-        u = zq.stencils.draw(stencil, layer["kernel"])
+    for direction, layer, plus, minus in zip(directions, params, *ends, strict=True):
+        u = direction.draw(layer["kernel"])
         cut += jnp.sum(plus - minus != 2 * u, dtype=jnp.int32)
         probed += jnp.sum(u != 0, dtype=jnp.int32)
     return cut / jnp.maximum(probed, 1)

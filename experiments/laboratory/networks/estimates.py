@@ -15,7 +15,7 @@ from experiments.laboratory.networks.models import Params
 from experiments.laboratory.networks.tasks import Examples
 from experiments.laboratory.networks.training import cross_entropy
 from zoqo_jax.arrays import trained_leaves
-from zoqo_jax.stencils import Law, Structure
+from zoqo_jax.directions import Structure
 
 __all__ = ["linear_gain", "means", "statistics"]
 
@@ -28,7 +28,7 @@ def means(
     keys: jax.Array,
     radius: jax.Array,
     *,
-    law: Law,
+    law: Distribution,
     structure: Structure,
     density: float,
 ) -> dict[str, jax.Array]:
@@ -51,15 +51,15 @@ def means(
     loss = functools.partial(cross_entropy, logits, batch=batch)
     g = _flat(jax.grad(loss)(zq.dequantize(params)))
     arrays = list(trained_leaves(params).values())
-    options = {"law": law, "structure": structure, "density": density}
+    options = {"distribution": law, "structure": structure, "density": density}
 
     def estimate(key: jax.Array) -> jax.Array:
         probes = [
-            zq.stencils.describe(jax.random.fold_in(key, i), array, radius, **options)
+            zq.directions.describe(jax.random.fold_in(key, i), array, radius, **options)
             for i, array in enumerate(arrays)
         ]
         plus, minus = zq.queries.losses(loss, params, probes, together=keys.shape[1])
-        u = _flat([zq.stencils.draw(*pair) for pair in zip(probes, arrays, strict=True)])
+        u = _flat([pair[0].draw(pair[1]) for pair in zip(probes, arrays, strict=True)])
         return jnp.sign(plus - minus) * jnp.sign(u).astype(jnp.float32)
 
     def agreement(estimated: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import zoqo_jax as zq
-from zoqo_jax.stencils import Law, Structure
+from zoqo_jax.directions import Structure
 
 __all__ = ["METHODS", "Method", "counted", "problem"]
 
@@ -80,7 +80,7 @@ def counted(method: Method, width: int, batch_size: int) -> dict[str, int]:
 
 
 def problem(
-    method: Method, width: int, batch_size: int, noise: Law = "uniform"
+    method: Method, width: int, batch_size: int, noise: Distribution = "uniform"
 ) -> tuple[Any, tuple[list[Any], list[Any]]]:
     """A jitted step, which writes over its first argument, and the shapes of its two arguments.
 

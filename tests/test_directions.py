@@ -1,4 +1,4 @@
-"""Stencils: the laws of directions, what they cost in random words, and the grid's edges."""
+"""Directions: distributions, what they cost in random words, sums, and the grid's edges."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from statistical import (
 )
 
 import zoqo_jax as zq
-from zoqo_jax import Grid, Quantizer, companders, draws, stencils
+from zoqo_jax import Grid, Quantizer, companders, directions, draws
 
 KEY = jax.random.key(0)
 LAWS = ["uniform", "gaussian", "rademacher"]
@@ -39,7 +39,7 @@ def centred(shape, bits=8, seed=0):
 
 
 def sample(array, key, width, **choices):
-    return stencils.draw(stencils.describe(key, array, width, **choices), array)
+    return directions.describe(key, array, width, **choices).draw(array)
 
 
 # Laws
@@ -61,7 +61,7 @@ def law(name, m, width):
 def test_entries_have_the_laws_frequencies(name, bits):
     """Chi-square against p(k), for reaches from one code to the width of the grid."""
     array = centred((400, 500), bits)
-    drawn = jax.jit(functools.partial(sample, law=name))
+    drawn = jax.jit(functools.partial(sample, distribution=name))
     widths = [0.4, 1.0, 2.0, 3.7, 7.0, 15.0] + [42.9, 127.0, 255.0, 400.0] * (bits == 8)
     for index, width in enumerate(widths):
         m = min(max(int(width), 1), 2**bits - 1)
@@ -83,13 +83,13 @@ def test_reach_is_the_floor_of_mu_over_s():
     for step in (0.6 / 255, 2 / 255, 16 / 255 / 255, 0.001, 0.1, 1 / 3, 0.0117):
         s = np.float32(step)
         for mu in ((k * step).astype(np.float32), k.astype(np.float32) * s):
-            m = stencils.reach(jnp.asarray(mu) / jnp.asarray(s), grid)
+            m = directions.radius_in_codes(jnp.asarray(mu) / jnp.asarray(s), grid)
             np.testing.assert_array_equal(m, k)
     below = jnp.asarray(k - 1e-3, jnp.float32)
-    np.testing.assert_array_equal(stencils.reach(below, grid), np.maximum(k - 1, 1))
+    np.testing.assert_array_equal(directions.radius_in_codes(below, grid), np.maximum(k - 1, 1))
     wide = jnp.asarray([1e-6, 255.5, 1e9, np.inf], jnp.float32)
-    np.testing.assert_array_equal(stencils.reach(wide, grid), [1, 255, 255, 255])
-    assert stencils.reach(jnp.float32(99), Grid(grid.levels[:4], 1, 3)) == 2
+    np.testing.assert_array_equal(directions.radius_in_codes(wide, grid), [1, 255, 255, 255])
+    assert directions.radius_in_codes(jnp.float32(99), Grid(grid.levels[:4], 1, 3)) == 2
 
 
 @pytest.mark.parametrize("name", ["uniform", "rademacher"])
@@ -99,7 +99,7 @@ def test_every_block_has_its_own_reach(name):
     codes = jnp.full((50, 3 * 64), 128, jnp.uint8)
     array = zq.QuantizedArray.from_codes(codes, scale, None, GRIDS[8], (-1, 64))
     mu = 0.03
-    drawn = jax.jit(functools.partial(sample, law=name, unit="values"))
+    drawn = jax.jit(functools.partial(sample, distribution=name, unit="values"))
     u = np.abs(drawn(array, KEY, mu)).reshape(50, 3, 64)
     np.testing.assert_array_equal(u.max(axis=(0, 2)), [3, 7, 38])
     if name == "rademacher":
@@ -117,7 +117,7 @@ def test_a_direction_is_made_from_its_key_alone(name, structure):
     """Not from codes, not from the program it is part of, not from 64-bit mode."""
     array, other = centred((6, 40)), centred((6, 40), seed=1)
     density = 0.3 if structure == "sparse" else 1.0
-    choices = {"law": name, "structure": structure, "density": density, "dithered": True}
+    choices = {"distribution": name, "structure": structure, "density": density, "dithered": True}
     compiled = jax.jit(functools.partial(sample, **choices))
     for width in (jnp.float32(0.7), jnp.float32(5.3)):
         u = np.asarray(compiled(array, KEY, width))
@@ -128,7 +128,7 @@ def test_a_direction_is_made_from_its_key_alone(name, structure):
     @jax.jit
     @functools.partial(jax.vmap, in_axes=(0, None))
     def both_sides(side, width):  # as a query draws it
-        return stencils.draw(stencils.describe(KEY, array, width, **choices).flipped(side), array)
+        return directions.describe(KEY, array, width, **choices).flipped(side).draw(array)
 
     sides = both_sides(jnp.asarray([1, -1, 0], jnp.int8), width)
     np.testing.assert_array_equal(sides, [u, -u, 0 * u])
@@ -159,11 +159,11 @@ def test_a_slice_of_a_stack_draws_what_the_stack_draws(structure, layout, bits):
         array = dataclasses.replace(array, scale=array.scale * layers)
     density = 0.3 if structure == "sparse" else 1.0
     describe = functools.partial(
-        stencils.describe, unit="values", structure=structure, density=density
+        directions.describe, unit="values", structure=structure, density=density
     )
-    stencil = jax.jit(describe)(KEY, array, radius)
-    drawn = jax.jit(stencils.draw)
-    whole = drawn(stencil, array)
+    direction = jax.jit(describe)(KEY, array, radius)
+    drawn = jax.jit(lambda direction, array: direction.draw(array))
+    whole = drawn(direction, array)
 
     def sliced(tree, i):
         return jax.tree.map(
@@ -171,27 +171,31 @@ def test_a_slice_of_a_stack_draws_what_the_stack_draws(structure, layout, bits):
         )
 
     for i in range(3):
-        np.testing.assert_array_equal(drawn(sliced(stencil, i), sliced(array, i)), whole[i])
+        np.testing.assert_array_equal(drawn(sliced(direction, i), sliced(array, i)), whole[i])
 
 
 # Structures
 
 
+def of(distribution, structure="dense", **more):
+    return {"distribution": distribution, "structure": structure, **more}
+
+
 @pytest.mark.parametrize(
     ("bits", "choices", "words"),
     [
-        (8, {"law": "rademacher"}, 64 * 4),  # three words and, as they come in pairs, a fourth
-        (4, {"law": "rademacher"}, 64 * 2 * 2),  # two for either part
-        (8, {"law": "rademacher", "structure": "rank_one"}, 4 + 64 * 2),  # a row of signs, a column
-        (8, {"law": "uniform"}, 64 * 96),
-        (4, {"law": "gaussian"}, 64 * 96),
-        (8, {"law": "uniform", "structure": "rank_one"}, 96 + 64 * 2),
+        (8, of("rademacher"), 64 * 4),  # three words and, as they come in pairs, a fourth
+        (4, of("rademacher"), 64 * 2 * 2),  # two for either part
+        (8, of("rademacher", "rank_one"), 4 + 64 * 2),  # a row of signs, a column
+        (8, of("uniform"), 64 * 96),
+        (4, of("gaussian"), 64 * 96),
+        (8, of("uniform", "rank_one"), 96 + 64 * 2),
         # A place and a sign for every cell, and words for whether it is in the support.
-        (8, {"law": "rademacher", "structure": "sparse", "density": 0.375}, 64 * (48 + 2 + 2 * 2)),
-        (8, {"law": "uniform", "structure": "sparse", "density": 1 / 16}, 64 * (8 + 8 + 8)),
-        (8, {"law": "rademacher", "structure": "sparse", "density": 2.0**-11}, 64 * (2 + 2 + 2)),
-        (8, {"law": "rademacher", "structure": "sparse", "density": 0.5}, 64 * 4 * (1 + 1)),
-        (8, {"law": "rademacher", "structure": "sparse", "density": 0.7}, 64 * 4 * (1 + 24)),
+        (8, of("rademacher", "sparse", density=0.375), 64 * (48 + 2 + 2 * 2)),
+        (8, of("uniform", "sparse", density=1 / 16), 64 * (8 + 8 + 8)),
+        (8, of("rademacher", "sparse", density=2.0**-11), 64 * (2 + 2 + 2)),
+        (8, of("rademacher", "sparse", density=0.5), 64 * 4 * (1 + 1)),
+        (8, of("rademacher", "sparse", density=0.7), 64 * 4 * (1 + 24)),
     ],
 )
 def test_random_words_of_a_direction(bits, choices, words, monkeypatch):
@@ -204,7 +208,7 @@ def test_random_words_of_a_direction(bits, choices, words, monkeypatch):
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("name", ["uniform", "rademacher"])
 def test_a_rank_one_direction_is_a_row_times_signs(name, bits):
-    drawn = jax.jit(functools.partial(sample, law=name, structure="rank_one"))
+    drawn = jax.jit(functools.partial(sample, distribution=name, structure="rank_one"))
     u = np.asarray(drawn(centred((30, 20), bits), KEY, 9.0))
     assert np.linalg.matrix_rank(u) == 1
     assert ((u == u[0]).all(1) | (u == -u[0]).all(1)).all()
@@ -216,7 +220,7 @@ def test_a_rank_one_direction_is_a_row_times_signs(name, bits):
 )
 def test_entries_of_a_rank_one_direction_are_uncorrelated(shape, bits):
     """E[r r^T] = I: for a matrix all 435 pairs of entries, for a stack pairs across slices too."""
-    drawn = functools.partial(sample, law="rademacher", structure="rank_one")
+    drawn = functools.partial(sample, distribution="rademacher", structure="rank_one")
     drawn = jax.jit(jax.vmap(drawn, in_axes=(None, 0, None)))
     r = np.asarray(drawn(centred(shape, bits), jax.random.split(KEY, 20_000), 1.0))
     assert_identity_covariance(r.reshape(20_000, -1).astype(float))
@@ -224,7 +228,7 @@ def test_entries_of_a_rank_one_direction_are_uncorrelated(shape, bits):
 
 @pytest.mark.parametrize("name", ["uniform", "rademacher"])
 def test_slices_of_a_rank_one_stack_share_a_row_but_no_signs(name):
-    drawn = jax.jit(functools.partial(sample, law=name, structure="rank_one"))
+    drawn = jax.jit(functools.partial(sample, distribution=name, structure="rank_one"))
     u = np.asarray(drawn(centred((50, 4, 64)), KEY, 3.0))
     assert np.linalg.matrix_rank(u.reshape(200, 64)) == 1
     some = np.flatnonzero(u[0, 0])[0]
@@ -257,25 +261,25 @@ def test_weighted_signs_are_the_sum_of_weighted_directions(bits, boundary, layou
     @jax.jit
     @functools.partial(jax.vmap, in_axes=0)
     def describe(key):
-        choices = {"law": "rademacher", "structure": "rank_one", "boundary": boundary}
-        return stencils.describe(key, array, radius, unit="values", **choices)
+        choices = {"distribution": "rademacher", "structure": "rank_one", "boundary": boundary}
+        return directions.describe(key, array, radius, unit="values", **choices)
 
     @jax.jit
     def add_up(described, weights):
-        first = jax.tree.map(lambda leaf: leaf[0], described)
         sums = []
-        for part in range(array.per_byte):
-            stencil, piece = stencils.part(first, array, part)
-            of_part = jax.vmap(lambda one, part=part: stencils.part(one, array, part)[0])
-            m = stencils.reach(piece.spread(stencil.width(piece)), piece.grid)
-            total = stencils.weighted_signs(of_part(described), weights, piece)
-            sums.append(total * m.astype(jnp.float32))
+        for i, piece in enumerate(array.parts):
+
+            def of_query(query, i=i, piece=piece):
+                of_one = jax.tree.map(lambda leaf: leaf[query], described)
+                return of_one.part(i, array), piece
+
+            sums.append(directions.RankOne.direction_sum(of_query, weights, "product"))
         return jnp.concatenate(sums, axis=-1)
 
     described = describe(jax.random.split(KEY, 9))
     together = add_up(described, weights)
-    directions = jax.jit(jax.vmap(lambda stencil: stencils.draw(stencil, array)))(described)
-    expected = np.tensordot(np.asarray(weights, np.float64), np.asarray(directions, np.int64), 1)
+    drawn = jax.jit(jax.vmap(lambda direction: direction.draw(array)))(described)
+    expected = np.tensordot(np.asarray(weights, np.float64), np.asarray(drawn, np.int64), 1)
     assert expected.any()
     np.testing.assert_array_equal(together, expected)
 
@@ -286,7 +290,7 @@ def test_weighted_signs_are_the_sum_of_weighted_directions(bits, boundary, layou
     ids=str,
 )
 def test_a_sparse_support_has_its_density(density, shape):
-    drawn = functools.partial(sample, law="rademacher", structure="sparse", density=density)
+    drawn = functools.partial(sample, **of("rademacher", "sparse", density=density))
     u = np.asarray(jax.jit(drawn)(centred(shape), KEY, 1.0))
     assert_binomial(np.count_nonzero(u), u.size, density)
     assert_binomial((u > 0).sum(), np.count_nonzero(u), 0.5)
@@ -302,8 +306,8 @@ def test_at_most_one_place_in_every_cell_is_in_the_support(density, cell, bits):
     columns = 3 * cell + cell // 2
     columns -= columns % (8 // bits)
     array = centred((rows, columns), bits)
-    choices = {"law": "rademacher", "structure": "sparse", "density": density}
-    assert stencils.describe(KEY, array, 1.0, **choices).cell == cell
+    choices = {"distribution": "rademacher", "structure": "sparse", "density": density}
+    assert directions.describe(KEY, array, 1.0, **choices).cell == cell
     u = np.asarray(jax.jit(functools.partial(sample, **choices))(array, KEY, 1.0))
     kept, places = [], []
     for part in np.split(u != 0, 8 // bits, axis=-1):
@@ -325,9 +329,9 @@ def test_at_most_one_place_in_every_cell_is_in_the_support(density, cell, bits):
 
 @pytest.mark.parametrize(("density", "cell"), [(1.0, 1), (0.7, 1), (0.5, 1), (2.0**-30, 2**16)])
 def test_cells_are_as_long_as_the_density_allows(density, cell):
-    stencil = stencils.describe(KEY, centred((2, 4)), 1.0, structure="sparse", density=density)
-    assert stencil.cell == cell
-    share = 1.0 if stencil.share is None else stencil.share.item()
+    direction = directions.describe(KEY, centred((2, 4)), 1.0, structure="sparse", density=density)
+    assert direction.cell == cell
+    share = 1.0 if direction.share is None else direction.share.item()
     assert share == pytest.approx(density * cell)
 
 
@@ -341,8 +345,8 @@ def test_entries_of_a_sparse_support_have_the_law_and_are_uncorrelated(name):
     @functools.partial(jax.vmap, in_axes=(0, None))
     def drawn(key, density):
         array = centred((2, 2 * cell))
-        known = sample(array, key, width, law=name, structure="sparse", density=1 / cell)
-        return known, sample(array, key, width, law=name, structure="sparse", density=density)
+        known = sample(array, key, width, **of(name, "sparse", density=1 / cell))
+        return known, sample(array, key, width, **of(name, "sparse", density=density))
 
     for u in drawn(jax.random.split(KEY, 20_000), jnp.float32(1 / cell)):
         u = np.asarray(u).reshape(20_000, -1)
@@ -360,7 +364,7 @@ def test_places_in_a_row_with_blocks_have_their_own_blocks_reach():
     scale = jnp.asarray(np.tile([1.0, 0.5, 0.25, 0.125], (3_000, 1)), jnp.float32)
     codes = jnp.full((3_000, 22), 128, jnp.uint8)
     array = zq.QuantizedArray.from_codes(codes, scale, None, GRIDS[8], (-1, 6))
-    choices = {"law": "rademacher", "structure": "sparse", "density": 0.2, "unit": "values"}
+    choices = of("rademacher", "sparse", density=0.2, unit="values")
     u = np.abs(jax.jit(functools.partial(sample, **choices))(array, KEY, 3.0))
     reach = np.repeat([3, 6, 12, 24], 6)[:22]
     assert ((u == 0) | (u == reach)).all()
@@ -372,7 +376,7 @@ def test_a_traced_density_is_kept(bits):
     array = centred((400, 1000), bits)
     drawn = jax.jit(
         lambda density: sample(
-            array, KEY, 1.0, law="rademacher", structure="sparse", density=density
+            array, KEY, 1.0, distribution="rademacher", structure="sparse", density=density
         )
     )
     for density in (0.0, 2.0**-20, 2.0**-11, 0.01, 0.7, 1.0):
@@ -385,7 +389,7 @@ def test_a_traced_density_is_kept(bits):
 @pytest.mark.parametrize("name", ["uniform", "rademacher"])
 def test_a_dithered_probe_below_one_code_is_kept_with_probability_mu_over_s(name):
     array = centred((400, 500), 4)
-    drawn = jax.jit(functools.partial(sample, law=name, dithered=True))
+    drawn = jax.jit(functools.partial(sample, distribution=name, dithered=True))
     for width in (0.05, 0.4, 1.0, 3.0):
         u = np.asarray(drawn(array, KEY, jnp.float32(width)))
         k, p = law(name, max(int(width), 1), width)
@@ -397,7 +401,7 @@ def dithered_by_row():
     codes = jnp.zeros((255, 2000), jnp.uint8)
     scale = jnp.ones((255, 1), jnp.float32)
     array = zq.QuantizedArray.from_codes(codes, scale, None, GRIDS[8])
-    rows, reach = draws.rows(KEY, (255,)), jax.jit(stencils.dithered_reach)
+    rows, reach = draws.rows(KEY, (255,)), jax.jit(directions.dithered_steps)
     return lambda width: np.asarray(reach(rows, jnp.asarray(width, jnp.float32), array))
 
 
@@ -436,7 +440,7 @@ def test_every_displacement_of_every_code_obeys_its_boundary(grid):
     pairs = list(itertools.product(range(low, high + 1), range(low - high, high - low + 1)))
     n, u = (jnp.asarray(column, jnp.int32) for column in zip(*pairs, strict=True))
     moved = {
-        how: stencils.displace(n, u, grid, how).tolist() for how in ("clamp", "mask", "reflect")
+        how: directions.displace(n, u, grid, how).tolist() for how in ("clamp", "mask", "reflect")
     }
     assert moved["clamp"] == np.clip(n + u, low, high).tolist()
     assert moved["reflect"] == [reflected(n + u, low, high) for n, u in pairs]
@@ -480,22 +484,22 @@ def test_no_direction_leaves_the_grid(
     array = zq.QuantizedArray.from_codes(
         jnp.asarray(n, jnp.uint8), scale, None, grid, block if shape else None
     )
-    stencil = stencils.describe(
+    direction = directions.describe(
         jax.random.key(seed),
         array,
         width,
         unit="values",
-        law=name,
+        distribution=name,
         structure=structure,
         boundary=boundary,
         density=0.5 if structure == "sparse" else 1.0,
         dithered=dithered,
     )
-    u = stencils.draw(stencil, array)
+    u = direction.draw(array)
     assert u.shape == shape and u.dtype == jnp.int16
     assert np.abs(u).max() <= np.clip(np.floor(np.max(width / array.step)), 1, high - low)
-    plus = np.asarray(stencils.displace(array.codes, u, array.grid, boundary))
-    minus = np.asarray(stencils.displace(array.codes, -u, array.grid, boundary))
+    plus = np.asarray(directions.displace(array.codes, u, array.grid, boundary))
+    minus = np.asarray(directions.displace(array.codes, -u, array.grid, boundary))
     assert plus.dtype == minus.dtype == np.int16
     u = np.asarray(u)
     assert (low <= plus).all() and (plus <= high).all()
@@ -521,7 +525,7 @@ def test_an_empty_array_has_an_empty_direction(shape):
         assert jax.jit(drawn)(array, KEY, 1.0).shape == shape
     part = array.parts[0]
     width, rows = jnp.ones(part.scale.shape, jnp.float32), draws.rows(KEY, shape[:-1])
-    assert jax.jit(stencils.dithered_reach)(rows, width, part).shape == part.shape
+    assert jax.jit(directions.dithered_steps)(rows, width, part).shape == part.shape
 
 
 @pytest.mark.parametrize(
@@ -541,7 +545,7 @@ def test_an_empty_array_has_an_empty_direction(shape):
 )
 def test_bad_choices_are_named_with_their_value(choices, message):
     with pytest.raises(ValueError, match=message):
-        stencils.check(*choices)
+        directions.check(*choices)
 
 
 @pytest.mark.parametrize("method", ["zoqo", "caq_zo"])
@@ -557,8 +561,8 @@ def test_a_scheduled_density_is_that_of_its_step(method):
     state = tx.init(array)
     for count in (0, 1, 7):
         at = state._replace(count=jnp.int32(count))
-        (stencil,) = tx.probes(at, array)
-        share = float((stencils.draw(stencil, array) != 0).mean())
+        (direction,) = tx.probes(at, array)
+        share = float((direction.draw(array) != 0).mean())
         expected = float(density(count))
         assert abs(share - expected) < 5 * (expected / array.size) ** 0.5
     with pytest.raises(ValueError, match=r"density must be in \(0, 1\], got 2.0"):
@@ -570,7 +574,7 @@ def test_a_negative_scale_probes_as_far_as_a_positive_one():
     positive = zq.Quantizer(8, block=4, range=1.0)(jnp.zeros((2, 8)))
     negative = dataclasses.replace(positive, scale=-positive.scale)
     drawn = [
-        stencils.draw(stencils.describe(jax.random.key(0), array, 0.1, unit="values"), array)
+        directions.describe(jax.random.key(0), array, 0.1, unit="values").draw(array)
         for array in (positive, negative)
     ]
     assert jnp.abs(drawn[0]).max() > 1

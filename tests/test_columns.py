@@ -1,0 +1,109 @@
+"""Directions on few inputs: the update and the product see the same one, on any grid."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zoqo_jax as zq
+from zoqo_jax import companders, directions, queries
+
+GRIDS = {
+    "one scale": lambda: zq.Quantizer(8),
+    "two codes a byte": lambda: zq.Quantizer(4, block=4),
+    "nf4": lambda: zq.nf4(block=4),
+    "four codes a byte, of rows": lambda: zq.Quantizer(2, axis=0, range="minmax"),
+    "mu-law": lambda: zq.Quantizer(8, companders.mu_law(), axis=1),
+}
+CHOICES = {
+    "signs": {"distribution": "rademacher"},
+    "masked": {"distribution": "uniform", "boundary": "mask"},
+    "reflected, few outputs": {"distribution": "gaussian", "boundary": "reflect", "outputs": 0.4},
+    "rounded": {"distribution": "gaussian", "rounded": True},
+    "dithered": {"distribution": "rademacher", "dithered": True},
+    "off the grid": {"distribution": "rademacher", "off_grid": 0.9},
+}
+
+
+def weights(grid, shape=(24, 16), seed=0):
+    return GRIDS[grid]()(jax.random.normal(jax.random.key(seed), shape))
+
+
+def describe(array, inputs, seed=1, width=None, density=0.25, **choices):
+    width = array.grid.high / 6.0 if width is None else width
+    own = {"structure": "columns", "inputs": inputs, "density": density}
+    return directions.describe(jax.random.key(seed), array, width, **own, **choices)
+
+
+@pytest.mark.parametrize("inputs", ["rows", "columns"])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("choices", CHOICES)
+def test_a_product_is_that_of_the_end_points(grid, inputs, choices):
+    """Both sides and two queries together, contracted along either axis, from either hand."""
+    array = weights(grid)
+    x = jax.random.normal(jax.random.key(2), (2, 5, 24))
+    y = jax.random.normal(jax.random.key(3), (16, 5))
+
+    def loss(w):
+        return ((x @ w) ** 2).sum() + jnp.abs(w @ y).sum()
+
+    width = 0.4 if choices in ("rounded", "dithered") else None
+
+    @jax.jit
+    def both(array):
+        def one(seed):
+            probe = describe(array, inputs, seed, width, **CHOICES[choices])
+            ends = [queries.endpoints(array, [probe], side) for side in (1, -1)]
+            asked = queries.losses(loss, array, [probe], together=2)
+            return asked, jnp.stack([loss(zq.dequantize(end)) for end in ends]), ends
+
+        return jax.vmap(one)(jnp.arange(2))
+
+    asked, expected, ends = both(array)
+    np.testing.assert_allclose(asked, expected, rtol=2e-5)
+    assert (expected[:, 0] != expected[:, 1]).any()
+    for end in ends:
+        moved = np.asarray(end.codes != array.codes)
+        line = moved.any(axis=2 if inputs == "rows" else 1)
+        assert (line.sum(axis=1) <= (6 if inputs == "rows" else 4)).all() and line.any()
+
+
+@pytest.mark.parametrize("inputs", ["rows", "columns"])
+def test_layers_of_a_scanned_stack_have_their_own(inputs):
+    stack = weights("two codes a byte", (3, 16, 16))
+    x = jax.random.normal(jax.random.key(2), (5, 16))
+
+    def scanned(w):
+        return jax.lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), x, w)[0].sum()
+
+    def looped(w):
+        h = x
+        for layer in w:
+            h = jnp.tanh(h @ layer)
+        return h.sum()
+
+    @jax.jit
+    def both(stack):
+        probe = describe(stack, inputs)
+        ends = [queries.endpoints(stack, [probe], side) for side in (1, -1)]
+        losses = queries.losses(scanned, stack, [probe])
+        return losses, jnp.stack([looped(zq.dequantize(end)) for end in ends])
+
+    asked, expected = both(stack)
+    np.testing.assert_allclose(asked, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("inputs", ["rows", "columns"])
+def test_all_inputs_are_chosen_equally_often(inputs):
+    array = weights("one scale", (10, 13))
+    choices = {"structure": "columns", "density": 0.3, "distribution": "rademacher"}
+
+    def drawn(key):
+        return directions.describe(key, array, 1.0, inputs=inputs, **choices).draw(array)
+
+    u = np.asarray(jax.jit(jax.vmap(drawn))(jax.random.split(jax.random.key(0), 4000)))
+    line = (u != 0).any(axis=2 if inputs == "rows" else 1)
+    count = {"rows": 3, "columns": 4}[inputs]
+    assert (line.sum(axis=1) == count).all()
+    share = count / line.shape[1]
+    assert abs(line.mean(axis=0) - share).max() < 5 * (share * (1 - share) / 4000) ** 0.5

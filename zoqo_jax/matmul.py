@@ -1,0 +1,222 @@
+"""Products of a displaced matrix and vectors: what all matmul algorithms are made of.
+
+`dequantize`, which serves every direction, decodes the displaced codes and multiplies, one side
+after the other, so that one decoded matrix exists at a time. What a structure can do better stands
+in its own file (`directions/`). All are exact but for the roundings of their floats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, PyTree
+
+from zoqo_jax import compiler
+from zoqo_jax.arrays import QuantizedArray
+
+__all__ = [
+    "Dims",
+    "Dot",
+    "Kernel",
+    "Thresholds",
+    "after",
+    "correct_slices",
+    "dequantize",
+    "lay_along",
+    "one_by_one",
+]
+
+Dims = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+Kernel = Callable[[QuantizedArray, Any, Array, Array], Array]
+
+_FEW_SLICES = 4  # of a matrix that are corrected at a time
+
+
+class Thresholds(NamedTuple):
+    """Where one matmul algorithm begins to cost less than another.
+
+    Attributes:
+        few_vectors: up to so many vectors for each of several displacements, two products with
+            shared matrices cost less than one with a matrix of its own.
+        some_vectors: up to so many, one shared product and its corrections do.
+        chunk: codes of a table of rows that are decoded at a time.
+        corrected: slices of a matrix with codes at the edges that are corrected at most.
+    """
+
+    few_vectors: int
+    some_vectors: int
+    chunk: int
+    corrected: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """`jax.lax.dot_general` of a matrix, as an implicit one is, and an array of vectors.
+
+    Attributes:
+        operand: the place of the matrix among the operands, 0 (lhs) or 1 (rhs).
+        dims: dimension numbers, (contracting, batch), in the order of the operands.
+        params: the other parameters of `jax.lax.dot_general_p`.
+    """
+
+    operand: int
+    dims: Dims
+    params: dict[str, Any]
+
+    def __call__(self, values: Array, x: Array) -> Array:
+        """The product."""
+        lhs, rhs = (x, values) if self.operand else (values, x)
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers=self.dims, **self.params)
+
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """Axes of the matrix that are contracted."""
+        return tuple(self.dims[0][self.operand])
+
+    @property
+    def batched(self) -> tuple[int, ...]:
+        """Axes of the matrix that both operands have."""
+        return tuple(self.dims[1][self.operand])
+
+    def x_axis(self, axis: int) -> int:
+        """The axis of the vectors that is contracted with an axis of the matrix."""
+        return self.dims[0][1 - self.operand][self.contracted.index(axis)]
+
+    def place(self, axis: int, ndim: int, out_ndim: int) -> int:
+        """Where in the result an axis of the matrix, of `ndim` axes, comes to lie."""
+        free = [i for i in range(ndim) if i not in (*self.contracted, *self.batched)]
+        first = out_ndim - len(free) if self.operand else len(self.batched)
+        return first + free.index(axis)
+
+    def without(self, axis: int) -> Dot:
+        """The product when a contracted axis is gone from both."""
+        gone = (axis, self.x_axis(axis)) if self.operand == 0 else (self.x_axis(axis), axis)
+
+        def rest(axes: tuple[Sequence[int], Sequence[int]]) -> tuple[Any, Any]:
+            lhs, rhs = (
+                tuple(i - (i > out) for i in of if i != out)
+                for of, out in zip(axes, gone, strict=True)
+            )
+            return lhs, rhs
+
+        return dataclasses.replace(self, dims=(rest(self.dims[0]), rest(self.dims[1])))
+
+
+def dequantize(
+    array: QuantizedArray,
+    direction: Any,
+    x: Array,
+    dot: Callable[[Array, Array], Array],
+    kernel: Kernel | None = None,
+) -> Array:
+    """A product with a matrix of its own for every displacement, one after another.
+
+    Args:
+        array: the matrix.
+        direction: a `Direction`, its side that of the query.
+        x: what multiplies it.
+        dot: multiplies decoded values and `x`.
+        kernel: multiplies both sides of a query at once, or None.
+    """
+
+    def one_side(array: QuantizedArray, direction: Any, side: Array, x: Array) -> Array:
+        array = after(x, array)
+        u = direction.after(x).draw(array)
+        return dot(array.decode(direction.displaced(array, side * u)), x)
+
+    def two_sides(array: QuantizedArray, direction: Any, sides: Array, x: Array) -> Array:
+        """The products of two sides, whose direction is drawn once."""
+        if kernel is not None:
+            return kernel(array, direction, sides, x)
+        u = direction.after(x[0]).draw(after(x[0], array))
+
+        def codes(side: Array) -> Array:
+            return direction.displaced(array, side * u)
+
+        vectors = x[0].size + jax.eval_shape(dot, array.aval(), x[0]).size
+        if vectors > array.size:  # a second matrix is little beside them
+            waiting = after(x[0], array)
+            return jax.vmap(lambda side, x: dot(waiting.decode(codes(side)), x))(sides, x)
+        first = dot(after(x[0], array).decode(codes(sides[0])), x[0])
+        return jnp.stack([first, dot(after(first, array).decode(codes(sides[1])), x[1])])
+
+    one, two = custom_vmap(one_side), custom_vmap(two_sides)
+
+    @one.def_vmap
+    def _(size: int, batched: Any, *operands: Any) -> tuple[Array, bool]:
+        in_array, in_direction, in_side, in_x = batched
+        if size != 2 or not in_side or any(jax.tree.leaves((in_array, in_direction))):
+            return one_by_one(one, size, batched, operands)
+        array, direction, sides, x = operands
+        return two(array, direction, sides, x if in_x else jnp.stack([x, x])), True
+
+    @two.def_vmap
+    def _(size: int, batched: Any, *operands: Any) -> tuple[Array, bool]:
+        return one_by_one(two, size, batched, operands)
+
+    upward = dataclasses.replace(direction, side=jnp.ones(direction.side.shape, jnp.int8))
+    return one(array, upward, direction.query_side.astype(jnp.int16), x)
+
+
+def correct_slices(
+    out: Array,
+    x: Array,
+    dot: Dot,
+    axis: int,
+    chosen: Bool[Array, " slices"],
+    missing: Callable[[Array], Array],
+) -> Array:
+    """Add to a product what its matrix lacks in some of its slices, a few of them at a time.
+
+    Args:
+        out: the product without it.
+        x: what multiplies the matrix.
+        dot: how.
+        axis: a contracted axis of the matrix.
+        chosen: which slices along it.
+        missing: from the numbers of a few slices to what their values lack.
+    """
+    x_axis, few = dot.x_axis(axis), min(_FEW_SLICES, chosen.size)
+
+    def correct(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        remaining, out = state
+        todo, numbers = jax.lax.top_k(remaining.astype(jnp.float32), few)
+        some = jnp.take(x, numbers, axis=x_axis)
+        some = some * lay_along(todo, [x_axis], x.ndim, x.dtype)
+        return remaining.at[numbers].set(False), out + dot(missing(numbers), some)
+
+    return jax.lax.while_loop(lambda state: state[0].any(), correct, (chosen, out))[1]
+
+
+def one_by_one(fn: Any, size: int, batched: PyTree, operands: PyTree) -> tuple[Array, bool]:
+    """A batching rule that has one decoded matrix at a time, or one for all where that will do."""
+    batched = tuple(batched)
+    operands = jax.tree.map(jnp.asarray, operands)  # constants come as a NumPy type of JAX's own
+    in_array, *in_direction, _ = batched
+    if any(jax.tree.leaves(in_array)) or not any(jax.tree.leaves(in_direction)):
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, batched)
+        return jax.vmap(fn.fun, in_axes=axes, axis_size=size)(*operands), True
+
+    def pick(i: Array) -> PyTree:
+        return jax.tree.map(lambda x, is_batched: x[i] if is_batched else x, operands, batched)
+
+    return jax.lax.map(lambda i: fn(*pick(i)), jnp.arange(size)), True
+
+
+def after(x: Array, array: QuantizedArray) -> QuantizedArray:
+    """The same array, not to be decoded before `x` is known."""
+    return dataclasses.replace(array, scale=compiler.after(x, array.scale))
+
+
+def lay_along(v: Array, axes: Sequence[int], ndim: int, dtype: Any) -> Array:
+    """Lay the axes of `v` along the given axes of an array of `ndim` axes."""
+    order = sorted(range(v.ndim), key=lambda i: axes[i])
+    shape = [1] * ndim
+    for i in order:
+        shape[axes[i]] = v.shape[i]
+    return jnp.transpose(v, order).reshape(shape).astype(dtype)
