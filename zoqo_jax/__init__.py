@@ -27,6 +27,8 @@ from zoqo_jax.explanation import explain as explain
 from zoqo_jax.implicit import PerturbedArray as PerturbedArray
 from zoqo_jax.lora import LoraArray as LoraArray
 from zoqo_jax.lora import lora as lora
+from zoqo_jax.observation import Observation as Observation
+from zoqo_jax.observation import observe as observe
 from zoqo_jax.quantization import Quantizer as Quantizer
 from zoqo_jax.quantization import is_matrix as is_matrix
 from zoqo_jax.quantization import nf4 as nf4
@@ -53,6 +55,7 @@ __all__ = [
     "Grid",
     "Info",
     "LoraArray",
+    "Observation",
     "PerturbedArray",
     "QuantizedArray",
     "Quantizer",
@@ -70,6 +73,7 @@ __all__ = [
     "is_quantized",
     "lora",
     "nf4",
+    "observe",
     "on_floats",
     "projection",
     "qes",

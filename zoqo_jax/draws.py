@@ -25,6 +25,7 @@ from zoqo_jax import compiler
 from zoqo_jax.pieces import in_pieces
 
 __all__ = [
+    "PART",
     "RESOLUTION",
     "Rows",
     "below",
@@ -43,7 +44,7 @@ RESOLUTION = 24  # binary digits of a probability that is not known beforehand
 
 _THREEFRY = "threefry2x32"
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PART = 30  # where a row's number ends and that of its part begins
+PART = 30  # where a row's number ends and that of its part begins
 _MANY_WORDS = 2**15
 _PARITY = np.uint32(0x1BD11BDA)
 
@@ -118,19 +119,19 @@ def rows(key: Key[Array, ""], shape: tuple[int, ...]) -> Rows:
 
 def part(of: Rows, i: Array | int) -> Rows:
     """The i-th of up to four parts of the same rows, each with bits of its own."""
-    return dataclasses.replace(of, index=of.index | (jnp.asarray(i, jnp.uint32) << _PART))
+    return dataclasses.replace(of, index=of.index | (jnp.asarray(i, jnp.uint32) << PART))
 
 
 def whole(of: Rows) -> Rows:
     """The rows that a part is of."""
-    return dataclasses.replace(of, index=of.index & jnp.uint32(2**_PART - 1))
+    return dataclasses.replace(of, index=of.index & jnp.uint32(2**PART - 1))
 
 
 def shared(of: Rows) -> Rows:
     """A row of bits for all rows to share, each of its axes 1 long; for the same part."""
     first = (slice(0, 1),) * of.index.ndim
     one = jax.tree.map(lambda field: field[first], of)
-    return dataclasses.replace(one, index=one.index | jnp.uint32(2**_PART - 1))
+    return dataclasses.replace(one, index=one.index | jnp.uint32(2**PART - 1))
 
 
 def words(

@@ -54,7 +54,7 @@ def losses(
     center: bool = False,
     together: int = 1,
     sides: Sides = "together",
-) -> Float32[Array, " sides"]:
+) -> Float32[Array, "sides ..."]:
     """Evaluate an objective at both sides of a direction.
 
     Args:
@@ -69,7 +69,7 @@ def losses(
 
     Returns:
         Float32 losses at +u, -u and, with `center`, at the present codes; two or three forward
-        passes.
+        passes. Where directions are of examples, a loss of each along a second axis.
 
     Raises:
         ValueError: `value_fn` does not return a real scalar.
@@ -83,15 +83,18 @@ def losses(
     """
     population = together * (2 if sides == "together" else 1)
 
+    examples = max((direction.examples for direction in directions), default=0)
+
     def loss(tree: PyTree) -> Array:
-        return scalar(quaxify(value_fn)(tree))
+        value = quaxify(value_fn)(tree)
+        return of_examples(value, examples) if examples else scalar(value)
 
     def displaced_loss(side: Array) -> Array:
         return loss(_displaced(params, directions, side, _one_of(population)))
 
     over = jax.vmap if sides == "together" else lambda fn: functools.partial(jax.lax.map, fn)
     pair = over(displaced_loss)(jnp.array([1, -1], jnp.int8))
-    return jnp.append(pair, loss(params)) if center else pair
+    return jnp.concatenate([pair, loss(params)[None]]) if center else pair
 
 
 def verdicts(
@@ -206,6 +209,19 @@ def scalar(value: Any, source: str = "value_fn") -> Float32[Array, ""]:
             f"shape {shape} and dtype {dtype}" if dtype is not None else f"a {type(value).__name__}"
         )
         raise ValueError(f"{source} must return a real scalar, got {got}.")
+    return jnp.asarray(value, jnp.float32)
+
+
+def of_examples(value: Any, examples: int) -> Float32[Array, " examples"]:
+    """What an objective returned, as float32, where it is to return a loss for each example.
+
+    Raises:
+        ValueError: it did not.
+    """
+    shape = getattr(value, "shape", None)
+    if shape != (examples,):
+        got = f"a {type(value).__name__}" if shape is None else f"shape {shape}"
+        raise ValueError(f"value_fn must return a loss for each of {examples} examples, got {got}.")
     return jnp.asarray(value, jnp.float32)
 
 

@@ -28,6 +28,7 @@ from zoqo_jax.directions.base import radius_in_codes as radius_in_codes
 from zoqo_jax.directions.columns import Columns as Columns
 from zoqo_jax.directions.columns import Guide as Guide
 from zoqo_jax.directions.dense import Dense as Dense
+from zoqo_jax.directions.per_example import PerExample as PerExample
 from zoqo_jax.directions.rank_one import RankOne as RankOne
 from zoqo_jax.directions.sparse import Sparse as Sparse
 
@@ -40,6 +41,7 @@ __all__ = [
     "Direction",
     "Distribution",
     "Guide",
+    "PerExample",
     "RankOne",
     "Sparse",
     "Structure",
@@ -59,6 +61,7 @@ STRUCTURES: dict[str, type[Direction]] = {
     "rank_one": RankOne,
     "sparse": Sparse,
     "columns": Columns,
+    "per_example": PerExample,
 }
 """How the entries of a direction hang together, by name."""
 

@@ -82,6 +82,7 @@ class Direction(eqx.Module):
         dithered: whether entries narrower than a code are kept with the chance of their width.
         rounding: which of the two roundings of a real-valued direction, 0 or 1, or None for a
             direction of whole numbers.
+        examples: of how many examples the objective returns losses; 0 where it returns one loss.
 
     Examples:
         >>> from zoqo_jax import Quantizer, directions
@@ -108,6 +109,7 @@ class Direction(eqx.Module):
     boundary: Boundary = eqx.field(static=True, default="clamp")
     dithered: bool = eqx.field(static=True, default=False)
     rounding: int | None = eqx.field(static=True, default=None)
+    examples: int = eqx.field(static=True, default=0)
 
     @classmethod
     def describe(
@@ -246,6 +248,14 @@ class Direction(eqx.Module):
             return one(0)
         add = lambda query, total: total + one(query)  # noqa: E731
         return jax.lax.fori_loop(1, len(loss_differences), add, one(0))
+
+    def guided(self, guide: Any, array: QuantizedArray) -> Direction:
+        """The direction with what is known of the array's inputs (see `columns.Guide`).
+
+        Raises:
+            ValueError: this structure takes no guide.
+        """
+        raise ValueError(f"guides serve structure='columns', got {type(self).__name__}.")
 
     def flipped(self, side: Int8[Array, ""]) -> Direction:
         """The direction `side * u`, side in {-1, 1}."""

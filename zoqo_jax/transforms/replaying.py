@@ -6,6 +6,8 @@ is drawn again. No forward pass is made.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,8 +18,9 @@ __all__ = ["replay"]
 
 def replay(
     params: PyTree,
-    log: Float[ArrayLike, "steps queries"],
+    log: Float[ArrayLike, "steps queries ..."],
     tx: optax.GradientTransformationExtraArgs,
+    **extra: Any,
 ) -> PyTree:
     """Rebuild the codes of a run, bit for bit.
 
@@ -25,12 +28,13 @@ def replay(
         params: the quantized tree that the run began with.
         log: `state.info.loss_differences` of each of its steps, in order.
         tx: a transformation made with the run's arguments and key.
+        extra: what else each step was given, as `guides`.
 
     Returns:
         The tree that the run ended with.
 
     Raises:
-        ValueError: `log` does not have two axes, or not the queries of `tx` along the second.
+        ValueError: `log` has not two axes (or three, with examples), or not the queries of `tx`.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -45,14 +49,14 @@ def replay(
         >>> bool((again["w"].codes == params["w"].codes).all())
         True
     """
-    if jnp.ndim(log) != 2:
+    if jnp.ndim(log) not in (2, 3):
         raise ValueError(f"log must have shape (steps, queries), got {jnp.shape(log)}.")
 
     def step(
         carry: tuple[PyTree, PyTree], differences: Array
     ) -> tuple[tuple[PyTree, PyTree], None]:
         params, state = carry
-        updates, state = tx.update((), state, params, differences=differences)
+        updates, state = tx.update((), state, params, differences=differences, **extra)
         return (optax.apply_updates(params, updates), state), None
 
     @jax.jit

@@ -108,13 +108,13 @@ class State(NamedTuple):
         return getattr(self.info, new)
 
 
-def initial_state(key: PRNGKeyArray, num_queries: int, of_examples: tuple[int, ...] = ()) -> State:
+def initial_state(key: PRNGKeyArray, num_queries: int, examples: int = 0) -> State:
     """The state before the first step.
 
     Args:
         key: the run's.
         num_queries: query pairs a step.
-        of_examples: (examples,) where a query has a difference for each of them.
+        examples: how many a query has a difference for, or 0 where it has one for all.
 
     Raises:
         ValueError: `key` is not one key.
@@ -128,7 +128,7 @@ def initial_state(key: PRNGKeyArray, num_queries: int, of_examples: tuple[int, .
         key=jnp.copy(key),  # the caller keeps his when a state is donated
         info=Info(
             losses=jnp.full((num_queries, 2), _no_loss(), jnp.float32),
-            loss_differences=jnp.zeros((num_queries, *of_examples), jnp.float32),
+            loss_differences=jnp.zeros((num_queries, examples)[: 1 + bool(examples)], jnp.float32),
             codes_moved=jnp.zeros((), jnp.float32),
             share_at_edges=jnp.zeros((), jnp.float32),
             skipped=jnp.copy(nothing),
@@ -147,11 +147,17 @@ def record(
     bad = bad if stuck is None else bad | stuck
     info = state.info._replace(
         losses=pairs if pairs.ndim == 2 else pairs.mean(axis=-1),
-        loss_differences=queries.differences(pairs),
+        loss_differences=_differences(pairs),
         skipped=state.info.skipped + bad.sum(dtype=jnp.int32),
         evaluations=state.info.evaluations + 2 * pairs.shape[0],
     )
     return state._replace(count=state.count + 1, info=info)
+
+
+def _differences(pairs: Array) -> Array:
+    """The differences of a step, of queries or of each of their examples."""
+    flat = jnp.moveaxis(pairs, 1, -1).reshape(-1, 2)
+    return queries.differences(flat).reshape(pairs.shape[:1] + pairs.shape[2:])
 
 
 def record_votes(state: State, votes: Float32[Array, " queries"], evaluations: int) -> State:

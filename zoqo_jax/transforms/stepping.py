@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, get_args
 
 import jax
@@ -34,7 +34,7 @@ from zoqo_jax.arrays import (
     no_update,
     trained_leaves,
 )
-from zoqo_jax.directions import Contribution, Direction
+from zoqo_jax.directions import Contribution, Direction, Guide
 from zoqo_jax.draws import Rows
 from zoqo_jax.implicit import PerturbedArray, by_row, take_rows
 from zoqo_jax.pieces import Pick, in_place
@@ -145,6 +145,7 @@ class Steps:
             travel.
         num_comparisons: how often to compare the sides of a query, each time with a new key; None
             for once, without a key.
+        guides: for each trained leaf, what is known of its inputs, or none at all.
     """
 
     method: Method
@@ -154,6 +155,7 @@ class Steps:
     sides: queries.Sides = "together"
     axis_name: str | None = None
     num_comparisons: Count | None = None
+    guides: tuple[Guide | None, ...] = ()
 
     def __post_init__(self) -> None:
         checked = check_query_count(self.num_queries, self.query_batch)
@@ -174,10 +176,11 @@ class Steps:
 
     def init(self, params: PyTree) -> State:
         """The state before the first step."""
-        arrays = trained_leaves(params).values()
-        state = initial_state(self.key, self.num_queries)
+        arrays = list(trained_leaves(params).values())
+        state = initial_state(self.key, self.num_queries, self._examples(arrays[0]))
         if self.method.window:
-            nothing = jnp.zeros((self.method.window, self.num_queries), jnp.float32)
+            window, heard = self.method.window, state.info.loss_differences
+            nothing = jnp.zeros((window, *heard.shape), jnp.float32)
             return state._replace(recent=(nothing,))
         residual = tuple(map(self.method.init_residual, arrays))
         return state._replace(residual=() if None in residual else residual)
@@ -189,13 +192,25 @@ class Steps:
         by_query = fold_in(own_key, jnp.arange(self.num_queries + 1))
         return jax.vmap(lambda key: fold_in(key, leaves))(by_query)
 
+    def _examples(self, array: QuantizedArray) -> int:
+        """Of how many examples the objective returns losses, or 0 for one loss."""
+        describe = functools.partial(self.method.direction, array=array, count=jnp.int32(0))
+        return jax.eval_shape(describe, draws.threefry(jax.random.key(0))).examples
+
     def probes(self, state: State, params: PyTree, query: Array | int = 0) -> list[Direction]:
         """The directions of a query, one for each trained leaf."""
         arrays = list(trained_leaves(params).values())
         of_query = self.keys(state, jnp.arange(len(arrays)))[query]
         return [
-            self.method.direction(of_query[i], array, state.count) for i, array in enumerate(arrays)
+            self.direction(leaf, of_query[leaf], array, state.count)
+            for leaf, array in enumerate(arrays)
         ]
+
+    def direction(self, leaf: int, key: Array, array: QuantizedArray, count: Array) -> Direction:
+        """The direction of a leaf, guided where there is a guide for it."""
+        direction = self.method.direction(key, array, count)
+        guide = self.guides[leaf] if self.guides else None
+        return direction if guide is None else direction.guided(guide, array)
 
     def ask(self, state: State, params: PyTree, value_fn: queries.Objective) -> State:
         """The state after a step's losses came in."""
@@ -235,13 +250,13 @@ class Steps:
         return jax.lax.pmean(pairs, self.axis_name)
 
     def direction_sum(
-        self, step: State, keys: Array, array: QuantizedArray, pick: Pick, part: int
+        self, step: State, leaf: int, keys: Array, array: QuantizedArray, pick: Pick, part: int
     ) -> Array:
         """What the step's queries said about a part of a leaf, for the rows picked."""
         by_signs = self.method.contribution == "signs"
 
         def of_query(query: Array | int) -> tuple[Direction, QuantizedArray]:
-            probed = self.method.direction(keys[query], array, step.count)
+            probed = self.direction(leaf, keys[query], array, step.count)
             direction = self.method.update_direction(probed)
             direction = direction.signs_only() if by_signs else direction
             picked = take_rows(pick, PerturbedArray(array, direction)).part(part)
@@ -268,7 +283,7 @@ class Steps:
             info = step.info._replace(loss_differences=recent[k])
             past = step._replace(count=count, info=info)
             keys = self.keys(past, jnp.array([leaf]))[:, 0]
-            total = self.direction_sum(past, keys, array, pick, i)
+            total = self.direction_sum(past, leaf, keys, array, pick, i)
             return self.method.code_step(rows, part, total, past, residual)[1]
 
         return jax.lax.fori_loop(0, window, after, self.method.init_residual(part))
@@ -291,7 +306,7 @@ class Steps:
         rows = by_row(pick, draws.rows(keys[self.num_queries], array.shape[:-1]))
         steps, rest = [], []
         for i, part in enumerate(chunk.parts):
-            total = self.direction_sum(step, keys, array, pick, i)
+            total = self.direction_sum(step, leaf, keys, array, pick, i)
             rows_of_part = draws.part(rows, i)
             if self.method.window:
                 residual = self.residual(step, leaf, rows_of_part, array, pick, i, part)
@@ -314,11 +329,18 @@ class Steps:
         value_fn: queries.Objective | None = None,
         compare_fn: queries.Comparator | None = None,
         differences: Float[Array, "queries ..."] | None = None,
+        guides: Mapping[str, Any] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, State]:
-        """A step, as optax calls it."""
-        del updates, extra
-        arrays = list(trained_leaves(params).values())
+        """A step, as optax calls it; `guides` are by the leaf's path, as `observe` has them."""
+        leaves = trained_leaves(params)
+        if guides is not None:
+            of_leaves = tuple(
+                getattr(guides.get(name), "guide", guides.get(name)) for name in leaves
+            )
+            self = dataclasses.replace(self, guides=of_leaves)
+        del updates, extra, guides
+        arrays = list(leaves.values())
         if compare_fn is not None and value_fn is not None:
             raise ValueError("value_fn and compare_fn must not both be given.")
         if compare_fn is not None and not self.method.takes_comparisons:
