@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import NORMALLY
 
 from experiments import footprint
 from experiments.laboratory import memory
@@ -64,7 +65,7 @@ def test_parts_are_those_of_the_textbook():
 def test_a_step_writes_over_its_arguments(name):
     method = steps.METHODS[name]
     step, arrays = steps.problem(method, 32, 4)
-    program = footprint.of_program(step.lower(*arrays).compile())
+    program = footprint.of_program(step.lower(*arrays).compile(compiler_options=NORMALLY))
     counted = steps.counted(method, 32, 4)
     expected = counted["weights"] + counted["state"]
     assert program["argument"] == pytest.approx(expected + 2 * 4 * 4 * 32, abs=16)

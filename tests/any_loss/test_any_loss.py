@@ -28,10 +28,6 @@ from zoqo_jax import queries, stencils
 from zoqo_jax.arrays import trained_leaves
 
 DIRECTIONS = {"rank_one": "rademacher", "dense": "uniform"}
-# What is compared here is right or wrong at every level of optimization, and compiled faster so.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.default_backend() == "cpu":
-    FAST["xla_cpu_use_fusion_emitters"] = False
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +41,7 @@ def compiled(fn):
 
     def call(*trees):
         arrays, rest = eqx.partition(trees, eqx.is_array)
-        program = jax.jit(lambda arrays: fn(*eqx.combine(arrays, rest)), compiler_options=FAST)
+        program = jax.jit(lambda arrays: fn(*eqx.combine(arrays, rest)))
         return program(arrays)
 
     return call
@@ -54,7 +50,7 @@ def compiled(fn):
 def on_floats(fn, example):
     """A loss of floats, compiled once for all trees like the example."""
     _, rest = eqx.partition(example, eqx.is_array)
-    program = jax.jit(lambda arrays: fn(eqx.combine(arrays, rest)), compiler_options=FAST)
+    program = jax.jit(lambda arrays: fn(eqx.combine(arrays, rest)))
     return lambda tree: program(eqx.filter(tree, eqx.is_array))
 
 
