@@ -128,7 +128,13 @@ def test_outcomes_depend_on_the_image_alone(digits, settings):
         np.testing.assert_array_equal(one[order], few)
 
 
-@every_method
+@pytest.mark.parametrize(
+    "settings",
+    [  # of zoqo's four structures one
+        pytest.param(settings, id=name, marks=pytest.mark.slow if "structure" in settings else ())
+        for name, settings in _METHODS.items()
+    ],
+)
 def test_a_targeted_attack_reaches_its_class(digits, settings):
     logits_fn, images, labels = digits
     targets = ((labels + 1) % 10).astype(np.int32)
