@@ -39,8 +39,8 @@ finetune: $(SMOLLM2)  ## train the codes of a 4-bit language model in place on f
 test: style  ## check the style, then run every fast test and doctest
 	@$(TEST)
 
-test-slow: $(STAMP)  ## run the slow tests
-	@$(TEST) -m slow
+test-slow: $(STAMP)  ## run the slow tests, compiled as everywhere else
+	@XLA_NORMALLY=1 $(TEST) -m slow
 
 zoo: $(ZOO)/.complete  ## examine other people's models for docs/models.md, an hour or two; ONLY=text: some of them
 	@PYTHONPATH=tests JAX_PLATFORMS=cpu $(ZOO)/bin/python -m zoo $(if $(ONLY),--only=$(ONLY))

@@ -1,12 +1,23 @@
-"""What every test runs under: four host devices, strict promotion, and reproducible hypothesis."""
+"""What every test runs under: four host devices, strict promotion, and reproducible hypothesis.
+
+Programs are compiled in a hurry (`compiling.py`), unless XLA_NORMALLY=1 is in the environment, as
+it is for the slow tests.
+"""
 
 import os
+import shutil
+import tempfile
+
+import compiling
 
 # Before jax is imported. JAX_PLATFORMS=cuda in the environment runs the same tests on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    four = "--xla_force_host_platform_device_count=4"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {four}".strip()
+os.environ["XLA_FLAGS"] = compiling.flags(os.environ.get("XLA_FLAGS", ""))
+# What one process has compiled, the others of this run and the commands that tests start read.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="zoqo_jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
@@ -16,6 +27,11 @@ import pytest
 hypothesis.settings.register_profile("default", deadline=None)  # the first example compiles
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_unconfigure(config):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -88,8 +88,19 @@ def test_what_is_found_is_misread_in_the_ball_and_on_the_grid(digits, settings):
         np.testing.assert_allclose(codes, np.round(codes), atol=1e-3)
 
 
-@every_method
-@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "targeted"),
+    [
+        *(pytest.param(settings, False, id=name) for name, settings in _METHODS.items()),
+        pytest.param(_METHODS["square"], True, id="square, targeted"),
+        # What a target changes is no part of a method.
+        *(
+            pytest.param(settings, True, id=f"{name}, targeted", marks=pytest.mark.slow)
+            for name, settings in _METHODS.items()
+            if name != "square"
+        ),
+    ],
+)
 def test_every_evaluation_is_counted_and_both_paths_agree(digits, settings, targeted):
     logits_fn, images, labels = (x if callable(x) else x[:12] for x in digits)
     targets = (labels + 1) % 10 if targeted else None
@@ -107,17 +118,23 @@ def test_every_evaluation_is_counted_and_both_paths_agree(digits, settings, targ
 
 @every_method
 def test_outcomes_depend_on_the_image_alone(digits, settings):
-    logits_fn, images, labels = digits
-    config = Config(budget=120, epsilon=0.2, **settings)
+    logits_fn, images, labels = (x if callable(x) else x[:12] for x in digits)
+    config = Config(budget=66, epsilon=0.15, **settings)  # a program of the test above
     whole = attack(logits_fn, images, labels, config)
-    order = np.random.default_rng(0).permutation(50)[:37]
-    other = dataclasses.replace(config, batch_size=24)
+    order = np.random.default_rng(0).permutation(12)[:9]
+    other = dataclasses.replace(config, batch_size=4)
     some = attack(logits_fn, images[order], labels[order], other)
     for one, few in zip(whole, some, strict=True):
         np.testing.assert_array_equal(one[order], few)
 
 
-@every_method
+@pytest.mark.parametrize(
+    "settings",
+    [  # of zoqo's four structures one
+        pytest.param(settings, id=name, marks=pytest.mark.slow if "structure" in settings else ())
+        for name, settings in _METHODS.items()
+    ],
+)
 def test_a_targeted_attack_reaches_its_class(digits, settings):
     logits_fn, images, labels = digits
     targets = ((labels + 1) % 10).astype(np.int32)

@@ -71,11 +71,12 @@ def test_a_network_is_known_by_its_weights(module):
 def test_folding_keeps_what_the_network_computes():
     images = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3))
     module = ResNet(4, normalised=True)
-    variables = module.init(jax.random.key(1), images)
     noise = lambda x: x + 0.3 * jax.random.uniform(jax.random.key(2), x.shape)  # noqa: E731
-    variables = jax.tree.map(noise, variables)
-    folded = apply(fold(variables), images)
-    np.testing.assert_allclose(folded, module.apply(variables, images), rtol=1e-3, atol=1e-4)
+    made = jax.jit(lambda key: jax.tree.map(noise, module.init(key, images)))
+    variables = made(jax.random.key(1))
+    folded = jax.jit(apply)(fold(variables), images)
+    expected = jax.jit(module.apply)(variables, images)
+    np.testing.assert_allclose(folded, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -251,14 +252,14 @@ def test_a_network_with_batch_normalisation_is_trained_and_folded(tmp_path):
 
 def test_an_interrupted_training_goes_on_bit_for_bit(tiny_folder, tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole.npz", tmp_path / "parts.npz"
-    settings = {"data": tiny_folder, "epochs": 3, "batch_size": 128, "progress": False}
+    settings = {"data": tiny_folder, "epochs": 2, "batch_size": 128, "progress": False}
     with jax.numpy_dtype_promotion("standard"):
         train(TrainConfig(output=str(whole), **settings))
         keep = training._keep
 
         def killed(config, epochs, state):
             keep(config, epochs, state)
-            if epochs == 2:
+            if epochs == 1:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(training, "_keep", killed)
@@ -266,7 +267,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tiny_folder, tmp_path, monk
             train(TrainConfig(output=str(parts), **settings))
         assert not parts.exists()
         with pytest.raises(ValueError, match="of a training with other settings"):
-            train(TrainConfig(output=str(parts), **{**settings, "epochs": 4}))
+            train(TrainConfig(output=str(parts), **{**settings, "epochs": 3}))
         monkeypatch.setattr(training, "_keep", keep)
         train(TrainConfig(output=str(parts), **settings))
     jax.tree.map(assert_array_equal, load_params(parts), load_params(whole))

@@ -58,7 +58,8 @@ def test_a_row_goes_on_where_it_was_stopped(places, monkeypatch):
     }  # fmt: skip
 
 
-def test_a_row_of_other_settings_is_attacked_anew(places):
+def test_a_row_of_other_settings_is_attacked_anew(places, monkeypatch):
+    monkeypatch.setattr(tables, "_draw", lambda *args: None)
     tables.main(places)
     other = dataclasses.replace(_ROW, config=dataclasses.replace(_CONFIG, budget=31))
     assert len(found(places)) == 2

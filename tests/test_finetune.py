@@ -81,7 +81,7 @@ def assert_log_rebuilds(outcome, chosen):
 
 
 def test_codes_are_trained_in_place_and_rebuilt_from_the_log(files, tmp_path):
-    chosen = config(files, tmp_path, targets=("q", "down"))
+    chosen = config(files, tmp_path, targets=("q", "down"), eval_every=1)
     outcome = run(chosen)
     assert {name.split(".")[2] for name in changed_by(tmp_path, files)} == {"attn_q", "ffn_down"}
     best = max(outcome.history, key=lambda line: (line["dev_accuracy"], -line["dev_loss"]))
@@ -89,6 +89,8 @@ def test_codes_are_trained_in_place_and_rebuilt_from_the_log(files, tmp_path):
     assert_log_rebuilds(outcome, chosen)
     assert "ZOQO, codes in place" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "curves.png").stat().st_size > 1000
+    # Only the best step is left on disk.
+    assert [path.name for path in (tmp_path / "best").iterdir()] == [f"{outcome.best_step}.npz"]
 
 
 def test_without_steps_a_run_only_reads(files, tmp_path):
@@ -358,8 +360,3 @@ def test_without_llama_cpp_its_package_is_named(files, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(SystemExit, match="pip install xllamacpp"):
         llama_cpp.main(llama_cpp.Asked(files[0], data=files[1]))
-
-
-def test_only_the_best_step_is_left_on_disk(files, tmp_path):
-    outcome = run(config(files, tmp_path, eval_every=1))
-    assert [path.name for path in (tmp_path / "best").iterdir()] == [f"{outcome.best_step}.npz"]

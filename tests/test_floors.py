@@ -8,10 +8,13 @@ below twice the floor now and then. CAQ-ZO's stochastic rounding moves in propor
 stays at a level in inverse proportion, and averages E[e (1 - e)] = 1/6: twice the floor.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from compiling import NORMALLY
 
 import zoqo_jax as zq
 
@@ -21,10 +24,15 @@ _PROBLEMS = 48
 
 def _losses_over_floor(tx, bits, condition, steps):
     """Loss over floor along the run, float32 (problems, steps), for random quadratics."""
-    d, s = _DIMENSION, 2 / (2**bits - 1)
-    curvatures = jnp.geomspace(1.0, condition, d)
+    curvatures = jnp.geomspace(1.0, condition, _DIMENSION)
+    return _program(tx, bits, steps)(jax.random.split(jax.random.key(1), _PROBLEMS), curvatures)
 
-    def trajectory(key):
+
+@functools.cache
+def _program(tx, bits, steps):
+    d, s = _DIMENSION, 2 / (2**bits - 1)
+
+    def trajectory(key, curvatures):
         rotation_key, target_key, run_key = jax.random.split(key, 3)
         target = jax.random.uniform(target_key, (d,), minval=-0.7, maxval=0.7)
         rotation = jnp.linalg.qr(jax.random.normal(rotation_key, (d, d)))[0]
@@ -44,9 +52,11 @@ def _losses_over_floor(tx, bits, condition, steps):
         _, losses = jax.lax.scan(step, (params, state), None, length=steps)
         return losses / (s**2 * curvatures.sum() / 24)
 
-    return jax.jit(jax.vmap(trajectory))(jax.random.split(jax.random.key(1), _PROBLEMS))
+    # Of tens of thousands of steps, which take longer than the compiler: 8 s instead of 3.
+    return jax.jit(jax.vmap(trajectory, in_axes=(0, None)), compiler_options=NORMALLY)
 
 
+@functools.cache
 def _zoqo(bits, steps, density, coarse):
     """ZOQO on about one coordinate in 16 x density; the step falls from `coarse` codes to one."""
     s = 2 / (2**bits - 1)

@@ -18,9 +18,6 @@ from zoqo_jax import companders, directions, kernels
 # result is rounded once from such a sum.
 RTOL = {jnp.float32: 1e-5, jnp.bfloat16: 2.0**-8}
 
-# These programs run once, for a millisecond.
-COMPILED_FAST = {"xla_backend_optimization_level": "0"}
-
 BOUNDARIES = ["clamp", "mask", "reflect"]
 TOKENS, ROWS = 3, 20  # neither divisible by a tile
 SHORT = kernels.Tiles(16, 16, 16)
@@ -60,9 +57,7 @@ def make(name, dtype=jnp.float32):
     return array, a, b, jnp.asarray(m, jnp.int16), tiles
 
 
-@functools.partial(
-    jax.jit, static_argnames=("boundary", "transposed"), compiler_options=COMPILED_FAST
-)
+@functools.partial(jax.jit, static_argnames=("boundary", "transposed"))
 def expected(x, array, a, b, m, boundary, transposed=False):
     """The products with the values at `n +- m a b^T`, the boundary's arithmetic included."""
     out = []
@@ -95,7 +90,7 @@ def check_rank_one(name, boundary, dtype=jnp.float32, transposed=False):
         tiles=tiles,
         interpret=True,
     )
-    out = jax.jit(product, compiler_options=COMPILED_FAST)(x, array, a, b, m)
+    out = jax.jit(product)(x, array, a, b, m)
     assert_close(out, expected(x, array, a, b, m, boundary, transposed), dtype)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import NORMALLY
 
 from experiments import footprint
 from experiments.laboratory import memory
@@ -64,7 +65,7 @@ def test_parts_are_those_of_the_textbook():
 def test_a_step_writes_over_its_arguments(name):
     method = steps.METHODS[name]
     step, arrays = steps.problem(method, 32, 4)
-    program = footprint.of_program(step.lower(*arrays).compile())
+    program = footprint.of_program(step.lower(*arrays).compile(compiler_options=NORMALLY))
     counted = steps.counted(method, 32, 4)
     expected = counted["weights"] + counted["state"]
     assert program["argument"] == pytest.approx(expected + 2 * 4 * 4 * 32, abs=16)
@@ -83,6 +84,8 @@ def test_rounded_weights_have_the_gradient_of_plain_ones():
 def test_processes_are_measured_and_shown(tmp_path, monkeypatch):
     some = {name: steps.METHODS[name] for name in ("adam", "zoqo_8")}
     monkeypatch.setattr(memory, "METHODS", some)
+    for ours in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):  # a process as a user starts it
+        monkeypatch.delenv(ours)
     document = tmp_path / "page.md"
     document.write_text(PLACE)
     config = memory.Config(widths=(1024,), batch_size=2, steps=1)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import NORMALLY
 from flax import linen as nn
 
 import zoqo_jax as zq
@@ -83,8 +84,8 @@ def compiled(model, layers, storage, structure, num_queries=1):
     tx, step = step_of(value_fn, num_queries, **STRUCTURES[structure])
     forward = jax.jit(zq.quaxify(value_fn))
     return (
-        step.lower(params, tx.init(params)).compile(),
-        forward.lower(params).compile(),
+        step.lower(params, tx.init(params)).compile(compiler_options=NORMALLY),
+        forward.lower(params).compile(compiler_options=NORMALLY),
     )
 
 

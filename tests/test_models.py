@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import NORMALLY
 from flax import nnx
 
 import zoqo_jax as zq
@@ -216,7 +217,7 @@ def test_remat_costs_what_the_model_without_it_does():
             return jnp.mean(h**2)
 
         assert zq.explain(loss, params).is_fused
-        program = jax.jit(zq.quaxify(loss)).lower(params).compile()
+        program = jax.jit(zq.quaxify(loss)).lower(params).compile(compiler_options=NORMALLY)
         return program.memory_analysis().temp_size_in_bytes
 
     layer = lambda h, w: jnp.tanh(h @ w)  # noqa: E731

@@ -22,6 +22,8 @@ NAMES = ["zoqo", "caq_zo", "quzo", "qzo", "qes", "spsa"]
 QUANTIZED = ["zoqo", "caq_zo", "quzo", "qzo", "qes"]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("caq_zo", "quzo", "qzo", "qes")]
 ONE_OF_EACH = ["zoqo", *SLOW, "spsa"]
+# `update` is written three times: a promise that the others keep by the same lines is slow of them.
+EACH_UPDATE = ["zoqo", *SLOW[:2], "qzo", SLOW[3], "spsa"]
 four_devices = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 
 
@@ -158,7 +160,7 @@ def test_multi_steps_holds_spsa():
     assert moved == [False, True, False, True]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_UPDATE)
 def test_chain_passes_updates_and_arguments_through(name):
     tx, params = make(name), start()
     chained = optax.chain(optax.identity(), tx, optax.identity())
@@ -168,7 +170,7 @@ def test_chain_passes_updates_and_arguments_through(name):
     assert_equal(step_state(state), step_state(expected_state))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_UPDATE)
 def test_unknown_extra_arguments_are_swallowed(name):
     params, state = start(), make(name).init(start())
     with_extras = stepper(make(name), value=1.0, grad=None, anything="at all")(params, state)
@@ -231,7 +233,7 @@ def test_eager_jitted_and_scanned_steps_are_the_same(name):
     assert_moved(eager[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_UPDATE)
 def test_both_branches_of_a_cond_have_the_same_types(name):
     tx = make(name)
     params, state = start(), tx.init(start())
@@ -258,7 +260,7 @@ def test_second_call_does_not_recompile(name):
     assert jitted(name)._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_UPDATE)
 def test_donated_buffers_are_reused(name):
     tx = make(name)
     params, state = start(), tx.init(start())
@@ -359,18 +361,26 @@ def test_query_batch_changes_nothing_but_the_cost(name, query_batch):
     assert_equal(run(make(name, num_queries=4, query_batch=query_batch)), baseline(name))
 
 
+def in_pieces(name, *, fast, **options):
+    """Of one query and of three, whose sum is made otherwise; 8 s each, so either is fast."""
+    return [
+        pytest.param(name, options, n, marks=() if n == fast else pytest.mark.slow) for n in (1, 3)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "num_queries"),
     [
-        ("zoqo", {"structure": "rank_one", "noise": "rademacher", "boundary": "mask"}),
-        ("zoqo", {"structure": "sparse", "density": 0.4, "vote": "majority", "step": "dithered"}),
-        ("caq_zo", {"structure": "rank_one", "rounding": "stochastic"}),
-        ("caq_zo", {"structure": "sparse", "density": 0.5, "rounding": "error_feedback"}),
-        ("quzo", {"boundary": "mask"}),
-        pytest.param("qes", {"boundary": "mask"}, marks=pytest.mark.slow),
+        *in_pieces("zoqo", structure="rank_one", noise="rademacher", boundary="mask", fast=3),
+        *in_pieces(
+            "zoqo", structure="sparse", density=0.4, vote="majority", step="dithered", fast=3
+        ),
+        *in_pieces("caq_zo", structure="rank_one", rounding="stochastic", fast=1),
+        *in_pieces("caq_zo", structure="sparse", density=0.5, rounding="error_feedback", fast=1),
+        *in_pieces("quzo", boundary="mask", fast=1),
+        *in_pieces("qes", boundary="mask", fast=None),
     ],
 )
-@pytest.mark.parametrize("num_queries", [1, 3])
 def test_an_update_made_in_place_piece_by_piece_is_the_update_made_at_once(
     name, options, num_queries, monkeypatch
 ):
@@ -400,7 +410,7 @@ def test_an_update_made_in_place_piece_by_piece_is_the_update_made_at_once(
     assert_equal(replayed(), at_once)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_UPDATE)
 def test_legacy_keys_give_the_run_of_the_typed_key(name):
     legacy, typed = (make(name, key=key) for key in (jax.random.PRNGKey(3), jax.random.key(3)))
     params = start()
@@ -465,7 +475,7 @@ def test_equal_losses_move_nothing(name, options):
 
 
 @pytest.mark.parametrize("constant", [jnp.float32(1.5), 2, 1.5])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_UPDATE)
 def test_an_objective_may_ignore_its_params(name, constant):
     tx = make(name)
     params, state = stepper(tx, value_fn=lambda params: constant)(start(), tx.init(start()))
@@ -573,7 +583,7 @@ def test_a_tree_without_a_quantized_leaf_is_refused(name):
     ],
     ids=["quantized", "vector", "shape (1,)", "complex", "tuple", "None", "str", "Python complex"],
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_UPDATE)
 def test_value_fn_must_return_a_real_scalar(name, wrong):
     tx = make(name)
     with pytest.raises(ValueError, match="value_fn must return a real scalar, got"):
@@ -581,7 +591,7 @@ def test_value_fn_must_return_a_real_scalar(name, wrong):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int32])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH_UPDATE)
 def test_losses_of_any_real_dtype_are_taken_as_float32(name, dtype):
     tx = make(name)
     value = lambda params: value_fn(params).astype(dtype)  # noqa: E731
