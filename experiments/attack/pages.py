@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.attack.config import Config
 from experiments.files import write_text
 from experiments.markdown import filled, interval, table
 
-if TYPE_CHECKING:
-    from experiments.attack.tables import Runs
-
-__all__ = ["Example", "examples", "markdown", "write"]
+__all__ = ["Example", "Row", "Runs", "examples", "markdown", "write"]
 
 _HEADER = ["attack", "images", "seeds", "failure rate", "mean queries", "median", "images/s"]
 _PANELS = ("mnist", "cifar10", "robust")
@@ -25,6 +24,43 @@ _TITLES = {
     "cifar10": "CIFAR-10, $\\epsilon$ = 12/255",
     "robust": "robust MNIST, $\\epsilon$ = 0.3",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+      table: the table's name.
+      name: the row's, which names its files, too.
+      config: what is attacked, and how; its seed is that of the first run.
+      seeds: how many runs, with as many seeds.
+    """
+
+    table: str
+    name: str
+    config: Config
+    seeds: int = 3
+
+    def stem(self, seed: int) -> str:
+        """The name of a run's file."""
+        words = f"{self.table} {self.name} {seed}".lower().replace(",", "").replace("/", "-")
+        return words.replace(" ", "_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What the runs of a row came to, so far.
+
+    Attributes:
+      row: the row.
+      queries: of each run, evaluations spent on each image, 0 where it was not misclassified.
+      seconds: of each run.
+    """
+
+    row: Row
+    queries: list[np.ndarray]
+    seconds: list[float]
 
 
 class Example(NamedTuple):

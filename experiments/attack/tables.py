@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
+from experiments.attack.pages import Row, Runs
 from experiments.attack.run import Case, load_case
 from experiments.files import claimed, writable
 from zoqo_jax.interop.files import replacing
@@ -57,43 +58,6 @@ class Places:
     only: str = ""
     render: bool = False
     progress: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-      table: the table's name.
-      name: the row's, which names its files, too.
-      config: what is attacked, and how; its seed is that of the first run.
-      seeds: how many runs, with as many seeds.
-    """
-
-    table: str
-    name: str
-    config: Config
-    seeds: int = 3
-
-    def stem(self, seed: int) -> str:
-        """The name of a run's file."""
-        words = f"{self.table} {self.name} {seed}".lower().replace(",", "").replace("/", "-")
-        return words.replace(" ", "_")
-
-
-@dataclasses.dataclass(frozen=True)
-class Runs:
-    """What the runs of a row came to, so far.
-
-    Attributes:
-      row: the row.
-      queries: of each run, evaluations spent on each image, 0 where it was not misclassified.
-      seconds: of each run.
-    """
-
-    row: Row
-    queries: list[np.ndarray]
-    seconds: list[float]
 
 
 def _rows() -> Iterator[Row]:

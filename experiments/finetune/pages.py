@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from experiments import drawing
 from experiments.files import write_text
+from experiments.finetune.config import Config
 from experiments.markdown import filled, interval, table
 
-if TYPE_CHECKING:
-    from experiments.finetune.tables import Row
-
-__all__ = ["write"]
+__all__ = ["Row", "write"]
 
 _HEAD = ["what trains", "seeds", "forward passes", "accuracy, %", "loss", "minutes", "peak, MiB"]
 
@@ -33,7 +32,30 @@ _DRAWN = {  # rows of the figure, and how they are called there
     "QZO, scales of the 4-bit file": "QZO, scales",
 }
 
-Found = tuple["Row", list[dict[str, Any]]]
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+      table: the table's name.
+      name: the row's.
+      config: of its first run; data and output are filled in.
+      seeds: how many runs, with as many seeds.
+    """
+
+    table: str
+    name: str
+    config: Config
+    seeds: int = 1
+
+    def stem(self, seed: int) -> str:
+        """The name of a run's file and folder."""
+        words = f"{self.table} {self.name} {seed}".lower()
+        return "_".join("".join(c if c.isalnum() else " " for c in words).split())
+
+
+Found = tuple[Row, list[dict[str, Any]]]
 
 
 def write(document: Path, all_found: Sequence[Found]) -> None:

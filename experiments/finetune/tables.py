@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from experiments.files import claimed, plain, read_json, writable, write_json
 from experiments.finetune import pages
 from experiments.finetune.config import Config
+from experiments.finetune.pages import Row
 
 __all__ = ["ROWS", "Row", "found"]
 
@@ -55,28 +56,6 @@ class Places:
     sst2: str = "tfds:sst2"
     only: str = ""
     render: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-      table: the table's name.
-      name: the row's.
-      config: of its first run; data and output are filled in.
-      seeds: how many runs, with as many seeds.
-    """
-
-    table: str
-    name: str
-    config: Config
-    seeds: int = 1
-
-    def stem(self, seed: int) -> str:
-        """The name of a run's file and folder."""
-        words = f"{self.table} {self.name} {seed}".lower()
-        return "_".join("".join(c if c.isalnum() else " " for c in words).split())
 
 
 def _rows() -> Iterator[Row]:
