@@ -1,14 +1,13 @@
 """Markdown tables, and the places in a document that a command writes them into."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from scipy import stats
 
 __all__ = ["filled", "interval", "table"]
 
-_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, seeds - 1 degrees
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -59,5 +58,5 @@ def interval(values: Sequence[float], digits: int) -> str:
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) < 2:
         return mean
-    half = _T95[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return f"{mean} ± {half:.{digits}f}"
