@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.models import STORAGES
-from benchmarks.results import Results
 from experiments import markdown
+from experiments.files import read_json
 
 __all__ = [
     "ABSENT",
@@ -66,9 +66,11 @@ def load(where: Path) -> list[Measured]:
     for path in sorted(where.glob("*_*.json")):
         script, backend = path.stem.rsplit("_", 1)
         if script in _NAMES:
-            read = Results.load(path)
-            one = found.setdefault(backend, Measured(backend, read.machine, {}))
-            one.entries[script] = list(read.cells.values())
+            read = read_json(path)
+            if not {"machine", "cells"} <= read.keys():
+                raise ValueError(f"{path} holds no results.")
+            one = found.setdefault(backend, Measured(backend, read["machine"], {}))
+            one.entries[script] = list(read["cells"].values())
     return sorted(found.values(), key=lambda one: (one.backend != "cpu", one.backend))
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from zoqo_jax.interop.files import replacing
 
 __all__ = ["claimed", "plain", "read_json", "writable", "write_json", "write_text"]
@@ -17,13 +19,17 @@ _LOCK = ".lock"
 
 
 def plain(content: Any) -> Any:
-    """What JSON gives back of something: tuples are lists there.
+    """What JSON gives back of something: tuples and arrays are lists there.
+
+    Raises:
+      ValueError: a number in it is not finite.
 
     Example:
-      >>> plain({"bits": (4, 8)})
-      {'bits': [4, 8]}
+      >>> plain({"bits": (4, 8), "loss": np.float32(0.5)})
+      {'bits': [4, 8], 'loss': 0.5}
     """
-    return json.loads(json.dumps(content))
+    as_list = lambda array: np.asarray(array).tolist()  # noqa: E731
+    return json.loads(json.dumps(content, default=as_list, allow_nan=False))
 
 
 def read_json(path: Path) -> dict[str, Any]:

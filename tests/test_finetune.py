@@ -360,6 +360,7 @@ def test_without_llama_cpp_its_package_is_named(files, monkeypatch, capsys):
         llama_cpp.main(llama_cpp.Asked(files[0], data=files[1]))
 
 
-def test_only_the_best_step_is_left_on_disk(files, tmp_path):
+def test_only_the_best_step_and_the_last_are_left_on_disk(files, tmp_path):
     outcome = run(config(files, tmp_path, eval_every=1))
-    assert [path.name for path in (tmp_path / "best").iterdir()] == [f"{outcome.best_step}.npz"]
+    steps = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {str(outcome.best_step), "10"}

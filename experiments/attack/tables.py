@@ -9,7 +9,6 @@ adversarial images, too.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,8 +28,8 @@ from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
 from experiments.attack.pages import Row, Runs
 from experiments.attack.run import Case, load_case
-from experiments.files import claimed, writable
-from zoqo_jax.interop.files import replacing
+from experiments.files import writable
+from experiments.store import Store, storing
 
 __all__ = ["ROWS", "Places", "Row", "Runs", "load"]
 
@@ -137,36 +136,26 @@ def load(folder: Path, row: Row) -> Runs:
       >>> load(Path("/nowhere"), ROWS[0]).queries
       []
     """
-    runs = Runs(row, [], [])
-    for seed in range(row.seeds):
-        queries, seconds = _read(folder, row, seed)
-        if len(queries):
-            runs.queries.append(queries)
-            runs.seconds.append(seconds)
-    return runs
+    stores = [_store(folder, row, seed).content for seed in range(row.seeds)]
+    found = [content for content in stores if content]
+    queries = [content["queries"] for content in found]
+    return Runs(row, queries, [float(content["seconds"]) for content in found])
 
 
 def main(places: Places) -> None:
     """Attack what is left, and write the tables."""
     folder, document = Path(places.results), writable("document", Path(places.document))
-    with claimed("results", folder, lambda name: True):
-        _rows_left(places, folder, document)
-    print(f"tables and figures: {document}")
-
-
-def _rows_left(places: Places, folder: Path, document: Path) -> None:
-    chosen = [row for row in ROWS if _is_chosen(row, places)]
-    try:
-        for row in [] if places.render else chosen:
+    chosen = [] if places.render else [row for row in ROWS if _is_chosen(row, places)]
+    with storing(folder):
+        for row in chosen:
             if any([_attack(places, row, seed) for seed in range(row.seeds)]):
                 jax.clear_caches()  # or compiled programs pile up
                 pages.write(document, [load(folder, row) for row in ROWS])
         pages.write(document, [load(folder, row) for row in ROWS])
-        for table in () if places.render else sorted({row.table for row in chosen}):
+        for table in sorted({row.table for row in chosen}):
             if all(len(load(folder, r).queries) == r.seeds for r in ROWS if r.table == table):
                 _draw(table, places, document.parent / document.stem / f"examples_{table}.png")
-    except KeyboardInterrupt:
-        raise command.Stopped(f"what was found is in {folder}") from None
+    print(f"tables and figures: {document}")
 
 
 def _is_chosen(row: Row, places: Places) -> bool:
@@ -186,10 +175,12 @@ def _case(config: Config, places: Places) -> Case:
 
 def _attack(places: Places, row: Row, seed: int) -> bool:
     """Attack the images of a run that were not attacked before, and say whether there were any."""
-    folder, config = Path(places.results), dataclasses.replace(row.config, seed=seed)
+    store = _store(Path(places.results), row, seed)
+    config = dataclasses.replace(row.config, seed=seed)
     case = _case(config, places)
     total = len(case.images)
-    queries, seconds = _read(folder, row, seed)
+    queries = store.content.get("queries", np.zeros(0, np.uint16))
+    seconds = store.content.get("seconds", 0.0)
     before = len(queries)
     title = f"{row.table}: {row.name}, seed {seed}"
     with tqdm(
@@ -199,7 +190,7 @@ def _attack(places: Places, row: Row, seed: int) -> bool:
             part = case.take(slice(len(queries), len(queries) + _CHUNK))
             found, spent = _one(part, config, bar, len(queries))
             queries, seconds = np.concatenate([queries, found]), seconds + spent
-            _write(folder, row, seed, queries, seconds)
+            store.write(queries=queries, seconds=seconds)
     return len(queries) > before
 
 
@@ -240,33 +231,12 @@ def _draw(table: str, places: Places, path: Path) -> None:
     pages.examples(drawn, path)
 
 
-def _settings(row: Row, seed: int) -> str:
-    """What a run's numbers depend on."""
+def _store(folder: Path, row: Row, seed: int) -> Store:
+    """What was found in a run: the queries of the images attacked so far, and the seconds."""
     config = dataclasses.asdict(dataclasses.replace(row.config, seed=seed))
-    for name in ("dataset", "batch_size"):
+    for name in ("dataset", "batch_size"):  # the numbers do not depend on them
         del config[name]
-    return json.dumps(config, sort_keys=True)
-
-
-def _read(folder: Path, row: Row, seed: int) -> tuple[np.ndarray, float]:
-    """The queries of the images attacked so far, and the seconds they took."""
-    nothing = np.zeros(0, np.uint16), 0.0
-    path = folder / f"{row.stem(seed)}.npz"
-    if not path.is_file():
-        return nothing
-    with np.load(path, allow_pickle=False) as file:
-        if str(file["settings"]) != _settings(row, seed):
-            return nothing  # another attack had this name
-        return file["queries"], float(file["seconds"])
-
-
-def _write(folder: Path, row: Row, seed: int, queries: np.ndarray, seconds: float) -> None:
-    """Keep what was found, all at once or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{row.stem(seed)}.npz") as file:
-        np.savez_compressed(
-            file, queries=queries, seconds=np.float64(seconds), settings=_settings(row, seed)
-        )
+    return Store(folder / f"{row.stem(seed)}.npz", config)
 
 
 if __name__ == "__main__":

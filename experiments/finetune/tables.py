@@ -9,7 +9,6 @@ JSON file for each; after each of them the tables are written anew into the docu
 
 import dataclasses
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -23,10 +22,11 @@ from experiments.command import say
 if __name__ == "__main__":
     say("tables of fine-tuning: loading JAX")  # which the imports below take seconds for
 
-from experiments.files import claimed, plain, read_json, writable, write_json
+from experiments.files import read_json, writable, write_json
 from experiments.finetune import pages
 from experiments.finetune.config import Config
 from experiments.finetune.pages import Row
+from experiments.store import Store, storing
 
 __all__ = ["ROWS", "Row", "found"]
 
@@ -141,48 +141,35 @@ def found(folder: Path, row: Row) -> list[dict[str, Any]]:
       >>> found(Path("/nowhere"), ROWS[0])
       []
     """
-    outcomes = (_found(folder, row, seed) for seed in range(row.seeds))
+    outcomes = (_store(folder, row, seed).content for seed in range(row.seeds))
     return [outcome for outcome in outcomes if outcome]
 
 
 def main(places: Places) -> None:
     """Run what is left, and write the tables."""
     folder, document = Path(places.results), writable("document", Path(places.document))
-    with claimed("results", folder, lambda name: True):
-        _rows_left(places, folder, document)
+    chosen = [row for row in ROWS if places.only in f"{row.table} {row.name}"]
+    with storing(folder):
+        for row in [] if places.render else chosen:
+            for seed in range(row.seeds):
+                if not _store(folder, row, seed).content:
+                    _run(places, row, seed)
+                    pages.write(document, [(row, found(folder, row)) for row in ROWS])
+        pages.write(document, [(row, found(folder, row)) for row in ROWS])
     print(f"tables and figures: {document}")
 
 
-def _rows_left(places: Places, folder: Path, document: Path) -> None:
-    chosen = [row for row in ROWS if places.only in f"{row.table} {row.name}"]
-    try:
-        for row in [] if places.render else chosen:
-            for seed in range(row.seeds):
-                if not _found(folder, row, seed):
-                    _run(places, row, seed)
-                    pages.write(document, [(row, found(folder, row)) for row in ROWS])
-    except KeyboardInterrupt:
-        raise command.Stopped(f"what was found is in {folder}") from None
-    pages.write(document, [(row, found(folder, row)) for row in ROWS])
-
-
-def _found(folder: Path, row: Row, seed: int) -> dict[str, Any]:
+def _store(folder: Path, row: Row, seed: int) -> Store:
     """What a run came to; nothing where it is not finished, or was another with this name."""
-    path = folder / f"{row.stem(seed)}.json"
-    outcome = read_json(path)
-    return outcome if outcome.get("settings") == _settings(row, seed) else {}
-
-
-def _settings(row: Row, seed: int) -> dict[str, Any]:
-    """What a run's figures depend on: all but where it reads and writes."""
     config = dataclasses.asdict(dataclasses.replace(row.config, seed=seed))
-    kept = {key: x for key, x in config.items() if key not in ("data", "output", "cache")}
-    return plain(kept)
+    for name in ("data", "output", "cache"):  # where it reads and writes
+        del config[name]
+    return Store(folder / f"{row.stem(seed)}.json", config)
 
 
 def _run(places: Places, row: Row, seed: int) -> None:
-    """Run a row in a process of its own, and keep what it came to."""
-    folder, work = Path(places.results), Path(places.work)
+    """Run a row in a process of its own, and store what it came to."""
+    store, work = _store(Path(places.results), row, seed), Path(places.work)
     output, cache = work / row.stem(seed), work / "states"
     config = dataclasses.replace(
         row.config, data=places.sst2, output=str(output), cache=str(cache), seed=seed
@@ -202,11 +189,10 @@ def _run(places: Places, row: Row, seed: int) -> None:
         variables = {**_ALL_PROGRAMS, "JAX_COMPILATION_CACHE_DIR": str(work.resolve() / "programs")}
         _process(dataclasses.replace(config, output=f"{output}_compiles"), name, variables)
     _process(config, name, variables)
-    outcome = json.loads((output / "outcome.json").read_text())
+    outcome = read_json(output / "outcome.json")
     if shares:
         write_json(before, read_json(own))
-    content = {**outcome, "used": outcome["settings"], "settings": _settings(row, seed)}
-    write_json(folder / f"{row.stem(seed)}.json", content)
+    store.write(used=outcome.pop("settings"), **outcome)
 
 
 def _process(config: Config, name: str, variables: dict[str, str]) -> None:
