@@ -30,7 +30,7 @@ def keep(places, row, seed, **figures):
         "before": {"accuracy": 0.5, "loss": 1.0}, "after": {"accuracy": 0.75, "loss": 0.5},
         "forward_passes": 30, "seconds": 120.0, "resident_mib": 500.0, "history": looks,
     }  # fmt: skip
-    tables._store(Path(places.results), row, seed).write(**outcome, **figures)
+    tables._store(Path(places.results), row, seed).write(**{**outcome, **figures})
 
 
 def test_tables_say_what_runs_came_to(places, monkeypatch):
