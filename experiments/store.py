@@ -70,9 +70,9 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 @contextmanager
-def storing(folder: Path, holds: Callable[[str], bool] = lambda name: True) -> Iterator[None]:
+def storing(folder: Path, allows: Callable[[str], bool] = lambda name: True) -> Iterator[None]:
     """Claim a folder of results, see `claimed`; whoever stops the command is told of it."""
-    with claimed("results", folder, holds):
+    with claimed("results", folder, allows):
         try:
             yield
         except KeyboardInterrupt:

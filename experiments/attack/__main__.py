@@ -44,7 +44,7 @@ class Runs:
     epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        """Check what no later room would check."""
+        """Refuse what nothing later would refuse."""
         settings.check(self, within={"bits": (2, 8)})
         for one in self.structures:
             if one not in get_args(config.Structure):

@@ -1,7 +1,7 @@
 """The tables and figures of docs/attacks.md: `python -m experiments.attack.tables --help`.
 
 Every row of a table is one `Config`, attacked once for each of its seeds, a thousand images at a
-time. What is found is kept in experiments/attack/results, an `.npz` for each row and seed, written
+time. What is found goes to experiments/attack/results, an `.npz` for each row and seed, written
 after every thousand: a run may be stopped at any moment and goes on from there. After each row
 the tables are written anew into the document, between `<!-- table: NAME -->` and `<!-- end -->`,
 with a CSV file each beside it, and the figures; once all rows of a table are found, a page of

@@ -27,7 +27,7 @@ __all__ = ["Folder", "Progress"]
 
 
 class Progress(NamedTuple):
-    """Where a run is: what a checkpoint holds."""
+    """How far a run is: the content of a checkpoint."""
 
     step: int
     trained: list[jax.Array]  # the arrays that change
@@ -43,18 +43,18 @@ class Progress(NamedTuple):
 
     @property
     def best_accuracy(self) -> float:
-        """And how many of them it answered right, of all."""
+        """The share of the dev examples that it answered right."""
         return max(map(_merit, self.history), default=(0.0, 0.0))[0]
 
 
 class Folder:
-    """The folder of a run, which no other process writes to between its `with` and the end.
+    """The folder of a run, which no other process writes to inside of its `with` block.
 
     Args:
       config: the run's settings.
 
     Raises:
-      ValueError: another run has it, or it holds a run with other settings or other things, or
+      ValueError: another run writes to it, it has a run with other settings or other files, or it
         cannot be written to.
     """
 
@@ -76,11 +76,11 @@ class Folder:
         self._exits.close()
 
     def begin(self) -> None:
-        """Write whose folder it is; nothing is there before."""
+        """Write the settings; a run writes nothing before."""
         write_json(self.path / "config.json", self._settings)
 
     def where(self) -> str:
-        """From where a run goes on that begins now, in words."""
+        """The step from which a run goes on that begins now, in words."""
         found = (self.path / "checkpoints").glob("*")
         steps = [int(path.name) for path in found if path.name.isdigit()]
         if not steps:
@@ -134,7 +134,7 @@ class _Checkpoints:
         self._manager = manager
 
     def last(self, start: Progress) -> Progress:
-        """Where the last checkpoint was, or the start."""
+        """The progress in the last checkpoint, or the start."""
         step = self._manager.latest_step()
         return start if step is None else self._read(step, start)
 
@@ -165,7 +165,7 @@ class _Checkpoints:
     def write(self, now: Progress) -> None:
         """Write a checkpoint, unless this step has one, and delete those that are older."""
         if self._manager.latest_step() == now.step or any(x.is_deleted() for x in now.trained):
-            return  # a step that was broken off had been given the memory of what trains
+            return  # a step that was stopped had taken the memory of what trains
         facts = {"step": now.step, "history": now.history, "last": now.last}
         with whole("the checkpoint"):
             self._manager.save(

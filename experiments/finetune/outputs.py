@@ -237,7 +237,7 @@ def _draw(outcome: Outcome, path: Path) -> None:
 
 
 def _mark(axis: Any, history: Sequence[dict[str, float]], best_step: int) -> None:
-    """A ring round the step that was kept."""
+    """Draw a ring round the best step."""
     for line in history:
         if line["step"] == best_step:
             at = line["forward_passes"], 100 * line["dev_accuracy"]

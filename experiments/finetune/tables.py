@@ -2,7 +2,7 @@
 
 Every row is one `Config`, run once for each of its seeds by `python -m experiments.finetune` in a
 process of its own, so that its memory is its own. A run that was stopped goes on bit for bit when
-the command is given again. What a finished run came to is kept in experiments/finetune/results, a
+the command is given again. What a finished run came to goes to experiments/finetune/results, a
 JSON file for each; after each of them the tables are written anew into the document, between
 `<!-- table: NAME -->` and `<!-- end -->`, with the figures beside it.
 """
@@ -31,7 +31,7 @@ from experiments.store import Store, storing
 __all__ = ["ROWS", "Row", "found"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_ALL_PROGRAMS = {  # that JAX should keep, however small and quickly compiled
+_ALL_PROGRAMS = {  # go to JAX's cache, however small and quickly compiled
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
@@ -59,8 +59,8 @@ class Places:
 
 
 def _rows() -> Iterator[Row]:
-    # What the two thirds below say is computed once for all runs; they make a step three times
-    # dearer and the model hardly better.
+    # The outputs of the lower two thirds are computed once for all runs: to train these layers, too,
+    # makes a step three times as long and the model hardly better.
     base = Config(
         model="smollm2",
         output="-",
@@ -203,7 +203,7 @@ def _process(config: Config, name: str, variables: dict[str, str]) -> None:
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        child.terminate()  # it keeps what it has
+        child.terminate()  # it writes a checkpoint first
         child.wait()
         raise
     if code:

@@ -82,7 +82,7 @@ def train(
         with Folder(config) as folder:
             return train(checkpoint, config, progress=progress, folder=folder)
     run = _Run(checkpoint, config, folder, progress)
-    del checkpoint  # what trains is copied: where the caller keeps none either, there is one
+    del checkpoint  # a run copies what trains: the caller should have no other copy either
     outcome = run.outcome()
     del run  # and with it programs and examples
     footprint.give_back()
@@ -170,7 +170,7 @@ class _Run:
         )
 
     def _steps(self, now: Progress, checkpoints: Any, bar: Any, board: SummaryWriter) -> Progress:
-        """All steps that are left. A stop is heard between two of them, and writes a checkpoint."""
+        """All steps that are left. A stop waits for the end of a step, and writes a checkpoint."""
         try:
             while True:
                 if self._is_due(now):

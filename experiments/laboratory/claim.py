@@ -1,6 +1,6 @@
 """A claim: what is measured to check it, and how that is shown.
 
-Every room of this package that checks one defines a `CLAIM`. `check` measures what was not measured
+Every module that checks one defines a `CLAIM`. `check` measures what was not measured
 before with the same settings, a cell at a time, stores each as it comes, so that a run may be
 stopped at any moment, and writes the claim's table and figure into the document.
 """
