@@ -59,8 +59,8 @@ class Places:
 
 
 def _rows() -> Iterator[Row]:
-    # The outputs of the lower two thirds are computed once for all runs: to train these layers, too,
-    # makes a step three times as long and the model hardly better.
+    # The outputs of the lower two thirds are computed once for all runs: training these layers as
+    # well makes a step three times as long and the model hardly better.
     base = Config(
         model="smollm2",
         output="-",
