@@ -1,12 +1,19 @@
-"""Markdown tables, and the places in a document that a command writes them into."""
+"""Markdown tables, and the places in a document that a command writes them into.
+
+Libraries that write tables (tabulate, pandas) pad columns and rules otherwise: every table of the
+documents would change, for the ten lines of `table`.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-__all__ = ["filled", "interval", "table"]
+from experiments.files import write_text
+
+__all__ = ["fill", "filled", "interval", "table"]
 
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -46,6 +53,12 @@ def filled(document: str, body: Callable[[str], str | None]) -> str:
         return found[0] if text is None else f"{found[1]}\n{text}\n\n{found[3]}"
 
     return _MARKED.sub(one, document)
+
+
+def fill(path: Path, body: Callable[[str], str | None]) -> None:
+    """Write `filled` in place of a document, if there is one."""
+    if path.is_file():
+        write_text(path, filled(path.read_text(encoding="utf-8"), body))
 
 
 def interval(values: Sequence[float], digits: int) -> str:

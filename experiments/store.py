@@ -1,7 +1,8 @@
 """Results that a run adds to a file as it finds them, and goes on from when it is run again."""
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from experiments.command import Stopped
 from experiments.files import claimed, plain, read_json, write_json
 from zoqo_jax.interop.files import replacing
 
-__all__ = ["Store", "changed", "storing"]
+__all__ = ["Row", "Store", "changed", "storing"]
 
 
 class Store:
@@ -59,6 +60,46 @@ class Store:
         settings = json.dumps(self._settings, sort_keys=True)
         with replacing(self.path) as file:
             np.savez_compressed(file, **{self._name: settings}, **self.content)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+      table: the table's name.
+      name: the row's.
+      config: the settings of its first run, a dataclass.
+      seeds: how many runs, with as many seeds.
+    """
+
+    table: str
+    name: str
+    config: Any
+    seeds: int = 1
+
+    def stem(self, seed: int) -> str:
+        """The name of a run's file.
+
+        Example:
+          >>> Row("mnist", "ZO-SignSGD, 8 bit", None).stem(0)
+          'mnist_zo_signsgd_8_bit_0'
+        """
+        words = f"{self.table} {self.name} {seed}".lower()
+        return "_".join("".join(c if c.isalnum() else " " for c in words).split())
+
+    def store(self, folder: Path, seed: int, ending: str, leave_out: Collection[str]) -> Store:
+        """The results of a run.
+
+        Args:
+          folder: of results.
+          seed: of the run.
+          ending: of the file's name.
+          leave_out: settings that the results do not depend on.
+        """
+        config = dataclasses.asdict(dataclasses.replace(self.config, seed=seed))
+        settings = {name: x for name, x in config.items() if name not in leave_out}
+        return Store(folder / f"{self.stem(seed)}{ending}", settings)
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> str:

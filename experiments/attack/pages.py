@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.attack.config import Config
-from experiments.files import write_text
-from experiments.markdown import filled, interval, table
+from experiments.markdown import fill, interval, table
+from experiments.store import Row
 
-__all__ = ["Example", "Row", "Runs", "examples", "markdown", "write"]
+__all__ = ["Example", "Runs", "examples", "markdown", "write"]
 
 _HEADER = ["attack", "images", "seeds", "failure rate", "mean queries", "median", "images/s"]
 _PANELS = ("mnist", "cifar10", "robust")
@@ -24,28 +23,6 @@ _TITLES = {
     "cifar10": "CIFAR-10, $\\epsilon$ = 12/255",
     "robust": "robust MNIST, $\\epsilon$ = 0.3",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-      table: the table's name.
-      name: the row's, which names its files, too.
-      config: what is attacked, and how; its seed is that of the first run.
-      seeds: how many runs, with as many seeds.
-    """
-
-    table: str
-    name: str
-    config: Config
-    seeds: int = 3
-
-    def stem(self, seed: int) -> str:
-        """The name of a run's file."""
-        words = f"{self.table} {self.name} {seed}".lower().replace(",", "").replace("/", "-")
-        return words.replace(" ", "_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +70,7 @@ def write(document: Path, found: Sequence[Runs]) -> None:
         some = [runs for runs in found if runs.row.table == name]
         return markdown(some) if some else "*not attacked yet*"
 
-    if document.is_file():
-        write_text(document, filled(document.read_text(), body))
+    fill(document, body)
 
 
 def markdown(found: Sequence[Runs]) -> str:

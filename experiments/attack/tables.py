@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
-from experiments.attack.pages import Row, Runs
+from experiments.attack.pages import Runs
 from experiments.attack.run import Case, load_case
 from experiments.files import writable
-from experiments.store import Store, storing
+from experiments.store import Row, Store, storing
 
 __all__ = ["ROWS", "Places", "Row", "Runs", "load"]
 
@@ -85,7 +85,7 @@ def _rows() -> Iterator[Row]:
         for noise in ("rademacher", "uniform", "gaussian"):
             for bits in (8, 4):
                 config = dataclasses.replace(digits, structure=structure, noise=noise, bits=bits)
-                yield Row("noise", f"{structure}, {noise}, {bits} bit", config)
+                yield Row("noise", f"{structure}, {noise}, {bits} bit", config, seeds=3)
     for base, seeds in ((_some(mnist, 1_000), 3), (_some(cifar, 100), 1)):
         for bits in (32, 8, 4):
             name = f"{base.weights}, {'float' if bits == 32 else f'{bits} bit'}"
@@ -104,10 +104,11 @@ def _some(config: Config, num_images: int) -> Config:
 
 def _quick(table: str, base: Config) -> Iterator[Row]:
     for bits in (8, 4):
-        yield Row(table, f"ZOQO, {bits} bit, coarse to fine", dataclasses.replace(base, bits=bits))
+        config = dataclasses.replace(base, bits=bits)
+        yield Row(table, f"ZOQO, {bits} bit, coarse to fine", config, seeds=3)
     config = dataclasses.replace(base, method="sign_hunter")
     yield Row(table, "SignHunter", config, seeds=1)  # it draws nothing
-    yield Row(table, "Square Attack", dataclasses.replace(base, method="square"))
+    yield Row(table, "Square Attack", dataclasses.replace(base, method="square"), seeds=3)
 
 
 def _dense(table: str, base: Config, all_bits: Sequence[int], seeds: int = 3) -> Iterator[Row]:
@@ -233,10 +234,7 @@ def _draw(table: str, places: Places, path: Path) -> None:
 
 def _store(folder: Path, row: Row, seed: int) -> Store:
     """What was found in a run: the queries of the images attacked so far, and the seconds."""
-    config = dataclasses.asdict(dataclasses.replace(row.config, seed=seed))
-    for name in ("dataset", "batch_size"):  # the numbers do not depend on them
-        del config[name]
-    return Store(folder / f"{row.stem(seed)}.npz", config)
+    return row.store(folder, seed, ".npz", ("dataset", "batch_size"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from experiments import drawing
-from experiments.files import write_text
-from experiments.finetune.config import Config
-from experiments.markdown import filled, interval, table
+from experiments.markdown import fill, interval, table
+from experiments.store import Row
 
-__all__ = ["Row", "write"]
+__all__ = ["write"]
 
 _HEAD = ["what trains", "seeds", "forward passes", "accuracy, %", "loss", "minutes", "peak, MiB"]
 
@@ -31,28 +29,6 @@ _DRAWN = {  # rows of the figure, and how they are called there
     "ZOQO, all 4-bit codes in place": "ZOQO, all codes",
     "QZO, scales of the 4-bit file": "QZO, scales",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-      table: the table's name.
-      name: the row's.
-      config: of its first run; data and output are filled in.
-      seeds: how many runs, with as many seeds.
-    """
-
-    table: str
-    name: str
-    config: Config
-    seeds: int = 1
-
-    def stem(self, seed: int) -> str:
-        """The name of a run's file and folder."""
-        words = f"{self.table} {self.name} {seed}".lower()
-        return "_".join("".join(c if c.isalnum() else " " for c in words).split())
 
 
 Found = tuple[Row, list[dict[str, Any]]]
@@ -74,8 +50,7 @@ def write(document: Path, all_found: Sequence[Found]) -> None:
             return _memory(lines)
         return table(_HEAD, [_before(lines), *map(_cells, lines)])
 
-    if document.is_file():
-        write_text(document, filled(document.read_text(), body))
+    fill(document, body)
 
 
 def _before(found: Sequence[Found]) -> list[str]:

@@ -25,8 +25,7 @@ if __name__ == "__main__":
 from experiments.files import read_json, writable, write_json
 from experiments.finetune import pages
 from experiments.finetune.config import Config
-from experiments.finetune.pages import Row
-from experiments.store import Store, storing
+from experiments.store import Row, Store, storing
 
 __all__ = ["ROWS", "Row", "found"]
 
@@ -161,10 +160,7 @@ def main(places: Places) -> None:
 
 def _store(folder: Path, row: Row, seed: int) -> Store:
     """What a run came to; nothing where it is not finished, or was another with this name."""
-    config = dataclasses.asdict(dataclasses.replace(row.config, seed=seed))
-    for name in ("data", "output", "cache"):  # where it reads and writes
-        del config[name]
-    return Store(folder / f"{row.stem(seed)}.json", config)
+    return row.store(folder, seed, ".json", ("data", "output", "cache"))
 
 
 def _run(places: Places, row: Row, seed: int) -> None:

@@ -136,5 +136,5 @@ def _write_page(
     text = f"{claim.table(found)}\n\n*{words}*"
     if is_own:
         write_text(document, f"# {claim.name}\n\n{text}\n\n![{claim.name}]({claim.name}.png)\n")
-    elif document.is_file():
-        write_text(document, markdown.filled(document.read_text(), {claim.name: text}.get))
+    else:
+        markdown.fill(document, {claim.name: text}.get)
