@@ -13,7 +13,7 @@
 - `report.py`: docs/performance.md, from `tables.py` and `figures.py`.
 
 Helpers: `models.py` is what is trained, `timing.py` the clock, `floor.py` the least a step can
-cost, `results.py` where numbers are kept: in `benchmarks/results/NAME_BACKEND.json`, with the
-machine and the versions. What is there is not measured again, so a run may be stopped and resumed;
-`--fresh` starts over. The backend is JAX's: the same commands measure a GPU.
+cost, `results.py` writes numbers to `benchmarks/results/NAME_BACKEND.json`, with the machine and
+the versions, and `measured.py` reads them. What is there is not measured again, so a run may be
+stopped and resumed; `--fresh` starts over. The backend is JAX's: the same commands measure a GPU.
 """

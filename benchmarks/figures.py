@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.tables import ABSENT, MEBI, STRUCTURES, Entry, Measured, median, ratio, temporary
+from benchmarks.measured import ABSENT, MEBI, STRUCTURES, Entry, Measured, median, ratio, temporary
 
 __all__ = ["draw", "file_of"]
 

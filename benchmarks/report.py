@@ -8,16 +8,16 @@ the tables go to the screen, and the figures into the folder of the results.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import figures
+from benchmarks.measured import Measured, load
 from benchmarks.results import ROOT, Places
-from benchmarks.tables import ABSENT, TABLES, Measured, load
+from benchmarks.tables import TABLES
 from experiments import command, markdown
 from experiments.files import writable, write_text
-
-__all__ = ["filled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,28 +34,6 @@ class Document:
 _FIGURES = {"step": "step", "size": "scaling", "growth": "memory"}
 
 
-def filled(document: str, measured: Sequence[Measured]) -> str:
-    """The document with every table, and the figures that belong to one, in its place.
-
-    Raises:
-        ValueError: the document asks for a table that there is not.
-    """
-
-    def body(name: str) -> str:
-        if name not in TABLES:
-            raise ValueError(f"no table is called {name!r}: choose among {', '.join(TABLES)}.")
-        parts = []
-        for one in measured:
-            if len(measured) > 1:
-                parts.append(f"On {one.machine['device']}:")
-            if name in _FIGURES:
-                parts.append(f"![{name}]({figures.file_of(_FIGURES[name], one)})")
-            parts.append(TABLES[name](one))
-        return "\n\n".join(parts) if parts else f"*{ABSENT}*"
-
-    return markdown.filled(document, body)
-
-
 def main(places: Places, into: Document) -> None:
     """Write the document and its figures, or show the tables."""
     where, document = places.folder, Path(into.document)
@@ -69,11 +47,25 @@ def main(places: Places, into: Document) -> None:
                 print(f"\n{name}\n\n{of(one)}")
         return
     writable("document", document)
-    text_ = filled(document.read_text(encoding="utf-8"), measured)
+    text = markdown.filled(document.read_text(encoding="utf-8"), functools.partial(_body, measured))
     for one in measured:
         figures.draw(one, document.parent)
-    write_text(document, text_)
+    write_text(document, text)
     print(f"tables and figures: {document}")
+
+
+def _body(measured: Sequence[Measured], name: str) -> str:
+    """What belongs into a place of the document: a table, and its figure if it has one."""
+    if name not in TABLES:
+        raise ValueError(f"no table is called {name!r}: choose among {', '.join(TABLES)}.")
+    parts = []
+    for one in measured:
+        if len(measured) > 1:
+            parts.append(f"On {one.machine['device']}:")
+        if name in _FIGURES:
+            parts.append(f"![{name}]({figures.file_of(_FIGURES[name], one)})")
+        parts.append(TABLES[name](one))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

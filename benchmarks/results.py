@@ -1,10 +1,9 @@
-"""Where numbers are kept: a JSON for each script and backend, with the machine and the versions."""
+"""Results: a JSON file for each script and backend, with the machine and the versions."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -20,9 +19,9 @@ from tqdm import tqdm
 from benchmarks.timing import Effort
 from experiments import command, footprint
 from experiments.command import say
-from experiments.files import claimed
+from experiments.store import Store, storing
 
-__all__ = ["ROOT", "Places", "Results", "machine", "name_of", "run"]
+__all__ = ["ROOT", "Places", "machine", "name_of", "run"]
 
 ROOT = Path(__file__).resolve().parent
 
@@ -54,49 +53,6 @@ class Places:
 
 Cells = Callable[[bool], Sequence[Any]]
 Measure = Callable[[Any, Effort], dict[str, Any]]
-
-
-@dataclasses.dataclass
-class Results:
-    """One file of results, written after every cell.
-
-    Attributes:
-        path: the file.
-        machine: what they were measured on, see `machine`.
-        cells: by name, what was measured.
-    """
-
-    path: Path
-    machine: dict[str, Any]
-    cells: dict[str, dict[str, Any]]
-
-    @classmethod
-    def load(cls, path: Path) -> Results:
-        """Read a file.
-
-        Raises:
-            ValueError: it holds no results.
-        """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            return cls(path, data["machine"], data["cells"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no results: {error!r}") from error
-
-    def put(self, cell: Any, measured: dict[str, Any]) -> None:
-        """Add a cell and write the file, whole or not at all."""
-        self.cells[name_of(cell)] = {
-            "cell": dataclasses.asdict(cell),
-            "commit": _commit(),
-            "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "load": round(os.getloadavg()[0], 2),
-            **measured,
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(".json.new")
-        text = json.dumps({"machine": self.machine, "cells": self.cells}, indent=1)
-        new.write_text(text + "\n", encoding="utf-8")
-        new.replace(self.path)
 
 
 def machine() -> dict[str, Any]:
@@ -133,44 +89,39 @@ def run(name: str, cells: Cells, measure: Measure) -> None:
 
     def main(places: Places) -> None:
         say(f"measuring {name}, results in {places.folder}")
-        with claimed("results", places.folder, lambda name: True):
+        with storing(places.folder):
             _measure(places)
 
     def _measure(places: Places) -> None:
         effort = Effort(rounds=5, seconds=2.0) if places.quick else Effort()
         path = places.folder / f"{name}_{jax.default_backend()}.json"
-        results = _open(path, places.fresh)
+        store = Store(path, machine(), name="machine")
+        if store.changed and not places.fresh:
+            raise ValueError(
+                f"{path} was measured elsewhere, with {store.changed}: give --fresh to measure it "
+                "all again, or another folder, --results=."
+            )
+        measured = store.content.setdefault("cells", {})
         chosen = [cell for cell in cells(places.quick) if places.only in name_of(cell)]
-        todo = [c for c in chosen if places.fresh or name_of(c) not in results.cells]
-        try:
-            with tqdm(todo, desc=name, unit="cell", disable=not places.progress) as bar:
-                for cell in bar:
-                    bar.set_postfix_str(name_of(cell))
-                    results.put(cell, measure(cell, effort))
-                    jax.clear_caches()  # or compiled programs pile up
-        except KeyboardInterrupt:
-            raise command.Stopped(f"what was measured is in {results.path}") from None
+        todo = [c for c in chosen if places.fresh or name_of(c) not in measured]
+        with tqdm(todo, desc=name, unit="cell", disable=not places.progress) as bar:
+            for cell in bar:
+                bar.set_postfix_str(name_of(cell))
+                found = measure(cell, effort)
+                measured[name_of(cell)] = {
+                    "cell": dataclasses.asdict(cell),
+                    "commit": _commit(),
+                    "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "load": round(os.getloadavg()[0], 2),
+                    **found,
+                }
+                store.write()
+                jax.clear_caches()  # or compiled programs pile up
         there = len(chosen) - len(todo)
-        print(f"{name}: {len(todo)} cells measured, {there} were there: {results.path}")
+        print(f"{name}: {len(todo)} cells measured, {there} were there: {path}")
 
     about = sys.modules["__main__"].__doc__ or name
     command.run(main, Places, about=about)
-
-
-def _open(path: Path, fresh: bool) -> Results:
-    here = machine()
-    if not path.exists():
-        return Results(path, here, {})
-    results = Results.load(path)
-    if results.machine == here:
-        return results
-    if fresh:
-        return Results(path, here, {})
-    differs = sorted(key for key in here if results.machine.get(key) != here[key])
-    raise ValueError(
-        f"{path} was measured elsewhere ({', '.join(differs)} differ): give --fresh to measure it "
-        "all again, or another folder, --results=."
-    )
 
 
 def _commit() -> str:

@@ -6,89 +6,25 @@ the ratio of the shortest times, which a busy machine disturbs least.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.measured import (
+    ABSENT,
+    MEBI,
+    STRUCTURES,
+    Entry,
+    Measured,
+    median,
+    ratio,
+    resident,
+    temporary,
+)
 from benchmarks.models import STORAGES
-from benchmarks.results import Results
 from experiments import markdown
 
-__all__ = [
-    "ABSENT",
-    "MEBI",
-    "STRUCTURES",
-    "TABLES",
-    "Entry",
-    "Measured",
-    "load",
-    "median",
-    "ratio",
-    "temporary",
-]
-
-_NAMES = ("step", "baselines", "scaling", "memory", "dequantization")
-ABSENT = "not measured yet"
-STRUCTURES = {"rank_one": "rank-one", "sparse": "sparse", "dense": "dense"}
-MEBI = 2**20
-
-Entry = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """All that was measured on one backend.
-
-    Attributes:
-        backend: JAX's name of it.
-        machine: the machine that the first file of results names.
-        entries: the cells of each script.
-    """
-
-    backend: str
-    machine: Entry
-    entries: dict[str, list[Entry]]
-
-    def find(self, script: str, **cell: Any) -> list[Entry]:
-        """The entries of a script whose cells have these fields."""
-        return [
-            entry
-            for entry in self.entries.get(script, ())
-            if all(entry["cell"].get(key, ABSENT) == value for key, value in cell.items())
-        ]
-
-
-def load(where: Path) -> list[Measured]:
-    """What is in a folder of results, the CPU first."""
-    found: dict[str, Measured] = {}
-    for path in sorted(where.glob("*_*.json")):
-        script, backend = path.stem.rsplit("_", 1)
-        if script in _NAMES:
-            read = Results.load(path)
-            one = found.setdefault(backend, Measured(backend, read.machine, {}))
-            one.entries[script] = list(read.cells.values())
-    return sorted(found.values(), key=lambda one: (one.backend != "cpu", one.backend))
-
-
-def ratio(entry: Entry, above: str, below: str, scale: float = 1.0) -> tuple[float, float] | None:
-    """The ratio of two programs' times, by medians and by minima, or None."""
-    seconds = entry["seconds"]
-    if above not in seconds or below not in seconds:
-        return None
-    return tuple(scale * how(seconds[above]) / how(seconds[below]) for how in _HOW)  # type: ignore
-
-
-_HOW = (statistics.median, min)
-
-
-def temporary(entry: Entry, above: str, below: str = "forward") -> float | None:
-    """The ratio of two programs' temporary bytes, or None."""
-    memory = entry["memory"]
-    if not memory.get(above) or not memory.get(below) or not memory[below]["temp"]:
-        return None
-    return memory[above]["temp"] / memory[below]["temp"]
+__all__ = ["TABLES"]
 
 
 def text(found: tuple[float, float] | float | None) -> str:
@@ -110,25 +46,41 @@ def ms(entry: Entry, name: str) -> str:
     """A program's median time."""
     if name not in entry["seconds"]:
         return "-"
-    milliseconds = 1e3 * statistics.median(entry["seconds"][name])
+    milliseconds = 1e3 * median(entry, name)
     return f"{milliseconds:.1f}" if milliseconds < 100 else f"{milliseconds:.0f}"
 
 
-def mb(count: int | None) -> str:
+def mebi(count: int | None) -> str:
     """Bytes as MiB."""
     return "-" if count is None else f"{count / MEBI:.1f}"
+
+
+def mb(entry: Entry, name: str, which: str = "temp") -> str:
+    """Bytes that a program says it needs, as MiB."""
+    memory = entry["memory"][name]
+    return mebi(memory and memory[which])
 
 
 def over_floor(entry: Entry, name: str) -> str:
     """Measured over floor."""
     floor = entry.get("floors", {}).get(name)
-    return text(statistics.median(entry["seconds"][name]) / floor["floor"]) if floor else "-"
+    return text(median(entry, name) / floor["floor"]) if floor else "-"
 
 
-def called(cell: Entry) -> str:
-    """What tables call a cell's storage."""
+def over_forward(entry: Entry, of: Callable[[Entry, str, str], Any]) -> list[str]:
+    """Steps by structure of directions, over a forward pass."""
+    return [text(of(entry, name, "forward")) for name in STRUCTURES]
+
+
+def called(entry: Entry) -> list[str]:
+    """What tables call a cell: its storage, tokens and queries."""
+    cell = entry["cell"]
     layers = {True: ", scanned", False: ", unrolled", None: ""}[cell.get("scanned")]
-    return cell["storage"] + layers + (", in turn" if cell.get("in_turn") else "")
+    storage = cell["storage"] + layers + (", in turn" if cell.get("in_turn") else "")
+    return [storage, f"{cell['tokens']}", f"{cell['queries']}"]
+
+
+_GRID = ("storage", "tokens", "q")
 
 
 def found(one: Measured) -> str:
@@ -219,54 +171,34 @@ def machine_table(one: Measured) -> str:
 
 def step_table(one: Measured) -> str:
     """Times over a forward pass, for all of the grid."""
-    rows = []
-    for entry in one.find("step"):
-        cell = entry["cell"]
-        rows.append(
-            [
-                called(cell),
-                f"{cell['tokens']}",
-                f"{cell['queries']}",
-                ms(entry, "forward"),
-                *(text(ratio(entry, name, "forward")) for name in STRUCTURES),
-            ]
-        )
-    return table(("storage", "tokens", "q", "forward, ms", *STRUCTURES.values()), rows)
+    rows = [
+        [*called(entry), ms(entry, "forward"), *over_forward(entry, ratio)]
+        for entry in one.find("step")
+    ]
+    return table((*_GRID, "forward, ms", *STRUCTURES.values()), rows)
 
 
 def temporary_table(one: Measured) -> str:
     """Temporary bytes over those of a forward pass, for all of the grid."""
-    rows = []
-    for entry in one.find("step"):
-        cell, forward = entry["cell"], entry["memory"]["forward"]
-        rows.append(
-            [
-                called(cell),
-                f"{cell['tokens']}",
-                f"{cell['queries']}",
-                mb(forward and forward["temp"]),
-                *(text(temporary(entry, name)) for name in STRUCTURES),
-            ]
-        )
-    return table(("storage", "tokens", "q", "forward, MiB", *STRUCTURES.values()), rows)
+    rows = [
+        [*called(entry), mb(entry, "forward"), *over_forward(entry, temporary)]
+        for entry in one.find("step")
+    ]
+    return table((*_GRID, "forward, MiB", *STRUCTURES.values()), rows)
 
 
 def floor_table(one: Measured) -> str:
     """Measured over floor, for all of the grid."""
-    rows = []
-    for entry in one.find("step"):
-        cell, floors = entry["cell"], entry["floors"]
-        terms = [1e3 * floors["forward"][name] for name in ("memory", "products", "decoding")]
-        rows.append(
-            [
-                called(cell),
-                f"{cell['tokens']}",
-                f"{cell['queries']}",
-                *(f"{term:.1f}" for term in terms),
-                *(over_floor(entry, name) for name in ("forward", *STRUCTURES)),
-            ]
-        )
-    head = ("storage", "tokens", "q", "memory, ms", "products", "decoding", "forward")
+    terms = ("memory", "products", "decoding")
+    rows = [
+        [
+            *called(entry),
+            *(f"{1e3 * entry['floors']['forward'][term]:.1f}" for term in terms),
+            *(over_floor(entry, name) for name in ("forward", *STRUCTURES)),
+        ]
+        for entry in one.find("step")
+    ]
+    head = (*_GRID, "memory, ms", "products", "decoding", "forward")
     return table((*head, *STRUCTURES.values()), rows)
 
 
@@ -288,41 +220,34 @@ def rates_table(one: Measured) -> str:
 
 def baselines_table(one: Measured) -> str:
     """Times and memory beside other ways to train."""
-    rows = []
-    for entry in one.find("baselines"):
-        cell = entry["cell"]
-        for name in entry["seconds"]:
-            memory = entry["memory"][name]
-            rows.append(
-                [
-                    f"{name.replace('_', ' ')}, {cell['storage']}",
-                    f"{cell['tokens']}",
-                    ms(entry, name),
-                    text(ratio(entry, name, "forward")),
-                    text(ratio(entry, name, "rank_one")),
-                    text(ratio(entry, name, "dense")),
-                    mb(memory and memory["temp"]),
-                    mb(memory and memory["argument"]),
-                ]
-            )
+    rows = [
+        [
+            f"{name.replace('_', ' ')}, {entry['cell']['storage']}",
+            f"{entry['cell']['tokens']}",
+            ms(entry, name),
+            *(text(ratio(entry, name, other)) for other in ("forward", "rank_one", "dense")),
+            *(mb(entry, name, which) for which in ("temp", "argument")),
+        ]
+        for entry in one.find("baselines")
+        for name in entry["seconds"]
+    ]
     head = ("program", "tokens", "ms", "/ forward", "/ rank-one", "/ dense")
     return table((*head, "temporary, MiB", "arguments, MiB"), rows)
 
 
 def size_table(one: Measured) -> str:
     """Growth with parameters."""
-    rows = []
-    for entry in one.find("scaling", queries=ABSENT):
-        rows.append(
-            [
-                f"{entry['cell']['decoder']}",
-                f"{entry['parameters']:,}",
-                ms(entry, "forward"),
-                *(text(ratio(entry, name, "forward")) for name in STRUCTURES),
-                *(text(temporary(entry, name)) for name in STRUCTURES),
-                *(over_floor(entry, name) for name in ("forward", "rank_one")),
-            ]
-        )
+    rows = [
+        [
+            f"{entry['cell']['decoder']}",
+            f"{entry['parameters']:,}",
+            ms(entry, "forward"),
+            *over_forward(entry, ratio),
+            *over_forward(entry, temporary),
+            *(over_floor(entry, name) for name in ("forward", "rank_one")),
+        ]
+        for entry in one.find("scaling", queries=ABSENT)
+    ]
     names = STRUCTURES.values()
     head = ("decoder", "parameters", "forward, ms", *names, *(f"{n}, memory" for n in names))
     return table((*head, "forward / floor", "rank-one / floor"), rows)
@@ -330,21 +255,17 @@ def size_table(one: Measured) -> str:
 
 def queries_table(one: Measured) -> str:
     """Growth with queries: the cost of an evaluation over that of one in a large batch."""
-    rows = []
-    for entry in one.find("scaling", decoder=ABSENT):
-        q = entry["cell"]["queries"]
-        rows.append(
-            [
-                f"{q}",
-                *(ms(entry, name) for name in ("forward", "forward_as_many")),
-                *(
-                    text(ratio(entry, name, "forward_as_many"))
-                    for name in ("together", "one_by_one", "dense")
-                ),
-                text(ratio(entry, "together", "forward", 1 / (2 * q))),
-                text(temporary(entry, "together", "forward_as_many")),
-            ]
-        )
+    many = "forward_as_many"
+    rows = [
+        [
+            f"{entry['cell']['queries']}",
+            *(ms(entry, name) for name in ("forward", many)),
+            *(text(ratio(entry, name, many)) for name in ("together", "one_by_one", "dense")),
+            text(ratio(entry, "together", "forward", 0.5 / entry["cell"]["queries"])),
+            text(temporary(entry, "together", many)),
+        ]
+        for entry in one.find("scaling", decoder=ABSENT)
+    ]
     head = ("q", "forward, ms", "forward of 2q batches, ms", "together", "one by one", "dense")
     return table((*head, "evaluation / forward", "memory, together"), rows)
 
@@ -353,25 +274,16 @@ def process_table(one: Measured) -> str:
     """Resident memory of processes."""
     rows = []
     for entry in one.find("memory", layers=ABSENT):
-        cell, processes = entry["cell"], entry["processes"]
-        for role, said in processes.items():
-            rows.append(
-                [
-                    f"{cell['model']}, {cell['storage']}, {cell['tokens']} tokens",
-                    STRUCTURES.get(role, role),
-                    mb(entry["stored"]),
-                    mb(said["compiled"]["empty"]),
-                    *(
-                        what
-                        for when, which, _ in _RESIDENT
-                        for what in (
-                            mb(said[when][which]),
-                            text(resident(entry, role, when, which)),
-                        )
-                    ),
-                    mb(said["compiled"]["device_peak"]),
-                ]
-            )
+        cell = entry["cell"]
+        for role, said in entry["processes"].items():
+            row = [
+                f"{cell['model']}, {cell['storage']}, {cell['tokens']} tokens",
+                STRUCTURES.get(role, role),
+                *map(mebi, (entry["stored"], said["compiled"]["empty"])),
+            ]
+            for when, which, _ in _RESIDENT:
+                row += [mebi(said[when][which]), text(resident(entry, role, when, which))]
+            rows.append([*row, mebi(said["compiled"]["device_peak"])])
     head = ("model", "process", "codes, MiB", "empty", "compiling", "/ inference")
     return table((*head, "compiled", "/ inference", "settled", "/ inference", "device"), rows)
 
@@ -383,27 +295,18 @@ _RESIDENT = (
 )
 
 
-def resident(entry: Entry, role: str, when: str, which: str) -> float | None:
-    """The ratio of a process's memory to the inference process's."""
-    said, base = (entry["processes"].get(name, {}).get(when) for name in (role, "inference"))
-    return said[which] / base[which] if said and base and said[which] and base[which] else None
-
-
 def growth_table(one: Measured) -> str:
     """Temporary bytes by depth and width."""
-    rows = []
-    for entry in one.find("memory", model=ABSENT):
-        cell, memory = entry["cell"], entry["memory"]
-        rows.append(
-            [
-                f"{cell['layers']} x {cell['width']}, "
-                + ("scanned" if cell["scanned"] else "unrolled"),
-                f"{entry['parameters'] / 1e6:.1f} M",
-                f"{entry['largest'] / 1e6:.2f} M",
-                mb(memory["forward"] and memory["forward"]["temp"]),
-                *(mb(memory[name] and memory[name]["temp"]) for name in STRUCTURES),
-            ]
-        )
+    rows = [
+        [
+            f"{entry['cell']['layers']} x {entry['cell']['width']}, "
+            + ("scanned" if entry["cell"]["scanned"] else "unrolled"),
+            f"{entry['parameters'] / 1e6:.1f} M",
+            f"{entry['largest'] / 1e6:.2f} M",
+            *(mb(entry, name) for name in ("forward", *STRUCTURES)),
+        ]
+        for entry in one.find("memory", model=ABSENT)
+    ]
     head = ("network", "parameters", "largest layer", "forward, MiB", *STRUCTURES.values())
     return table(head, rows)
 
@@ -414,19 +317,13 @@ def dequantization_table(one: Measured) -> str:
     rows = []
     for entry in one.find("dequantization"):
         cell = entry["cell"]
-        without = "product" if cell["tokens"] else "copy"
         fastest = min((n for n in names if n in entry["seconds"]), key=lambda n: median(entry, n))
-        cells = [ms_fine(entry, name) for name in names]
-        cells[names.index(fastest)] = f"**{cells[names.index(fastest)]}**"
+        cells = {name: ms_fine(entry, name) for name in names}
+        cells[fastest] = f"**{cells[fastest]}**"
         feeding = f"product, {cell['tokens']} tokens" if cell["tokens"] else "alone"
-        rows.append(
-            [f"{cell['bits']} bit, {cell['dtype']}, {feeding}", ms_fine(entry, without), *cells]
-        )
+        without = ms_fine(entry, "product" if cell["tokens"] else "copy")
+        rows.append([f"{cell['bits']} bit, {cell['dtype']}, {feeding}", without, *cells.values()])
     return table(("codes to", "without", *names), rows)
-
-
-def median(entry: Entry, name: str) -> float:
-    return statistics.median(entry["seconds"][name])
 
 
 def ms_fine(entry: Entry, name: str) -> str:

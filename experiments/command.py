@@ -1,8 +1,8 @@
 """The frame of every command: its flags, its first line, how it is stopped, and what it refuses.
 
 A command is a function of one or more dataclasses of settings. It says at once what it is doing,
-and imports JAX only then. Ctrl-C, SIGTERM and a lost terminal stop it: what it has is kept, and the
-line that it ends with says from where the same command goes on. What it refuses is one line, and
+and imports JAX only then. Ctrl-C, SIGTERM and a lost terminal stop it: it stores what it has, and
+its last line says from where the same command goes on. What it refuses is one line, and
 its exit status is not 0.
 """
 
@@ -26,7 +26,7 @@ _REFUSED = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 
 
 class Stopped(KeyboardInterrupt):
-    """A stop of which somebody knows what was kept, and says so."""
+    """A stop whose message says what was stored."""
 
 
 def say(text: str) -> None:
@@ -71,9 +71,9 @@ def run(
             _end(2, f"error: {line.typed(str(error))}")
         main(*given)
     except KeyboardInterrupt as stop:
-        number = _heard[-1] if _heard else signal.SIGINT
-        kept = str(stop) or "what it had done so far is not kept, and it begins anew"
-        say(f"stopped: {kept}. The same command again: {shlex.join(sys.orig_argv)}")
+        number = _stops[-1] if _stops else signal.SIGINT
+        stored = str(stop) or "what it had done so far is not kept, and it begins anew"
+        say(f"stopped: {stored}. The same command again: {shlex.join(sys.orig_argv)}")
         sys.exit(128 + number)
     except _REFUSED as error:
         text = " ".join(str(error).split()) or type(error).__name__
@@ -82,10 +82,10 @@ def run(
 
 @contextlib.contextmanager
 def whole(what: str) -> Iterator[None]:
-    """Do something to its end before a stop is heard; a second stop is heard at once.
+    """Finish something before a stop takes effect; a second stop takes effect at once.
 
     Args:
-      what: is done, for whoever asked for the stop.
+      what: a name of it, which whoever asked for the stop is told.
 
     Example:
       >>> done = []
@@ -97,12 +97,12 @@ def whole(what: str) -> Iterator[None]:
       ...     print(done)
       ['the second half']
     """
-    heard: list[int] = []
+    stops: list[int] = []
 
     def later(number: int, frame: Any) -> None:
-        if heard:
+        if stops:
             before[number](number, frame)
-        heard.append(number)
+        stops.append(number)
         say(f"\nstopping after {what}; a second time: at once")
 
     before: dict[int, Any] = {}
@@ -116,16 +116,16 @@ def whole(what: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if heard:
-        signal.raise_signal(heard[0])
+    if stops:
+        signal.raise_signal(stops[0])
 
 
-_heard: list[int] = []
+_stops: list[int] = []
 
 
 def _stop(number: int, frame: Any) -> None:
     del frame
-    _heard.append(number)
+    _stops.append(number)
     raise KeyboardInterrupt
 
 

@@ -1,4 +1,4 @@
-"""Files of experiments, whole or not there, and folders that one run at a time writes to."""
+"""Files that are written whole or not at all, and folders that one run at a time writes to."""
 
 import contextlib
 import fcntl
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from zoqo_jax.interop.files import replacing
 
 __all__ = ["claimed", "plain", "read_json", "writable", "write_json", "write_text"]
@@ -17,13 +19,17 @@ _LOCK = ".lock"
 
 
 def plain(content: Any) -> Any:
-    """What JSON gives back of something: tuples are lists there.
+    """What JSON gives back of something: tuples and arrays are lists there.
+
+    Raises:
+      ValueError: a number in it is not finite.
 
     Example:
-      >>> plain({"bits": (4, 8)})
-      {'bits': [4, 8]}
+      >>> plain({"bits": (4, 8), "loss": np.float32(0.5)})
+      {'bits': [4, 8], 'loss': 0.5}
     """
-    return json.loads(json.dumps(content))
+    as_list = lambda array: np.asarray(array).tolist()  # noqa: E731
+    return json.loads(json.dumps(content, default=as_list, allow_nan=False))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def claimed(
-    setting: str, folder: Path, holds: Callable[[str], bool] = lambda name: False
+    setting: str, folder: Path, allows: Callable[[str], bool] = lambda name: False
 ) -> Iterator[None]:
     """A folder that no other process claims meanwhile; it is made if need be.
 
@@ -79,10 +85,10 @@ def claimed(
     Args:
       setting: that names the folder.
       folder: what to claim; it goes again if it was made here and nothing is in it at the end.
-      holds: whether a name may be in it before; those that begin with a dot may.
+      allows: whether a file of this name may be in it already; one that begins with a dot may.
 
     Raises:
-      ValueError: it is no folder, cannot be written to, is claimed, or holds other things.
+      ValueError: it is no folder, cannot be written to, is claimed, or has other files in it.
 
     Example:
       >>> import tempfile
@@ -93,7 +99,7 @@ def claimed(
     made = _make(setting, folder)
     try:
         others = sorted(x.name for x in folder.iterdir() if not x.name.startswith("."))
-        if strange := [name for name in others if not holds(name)]:
+        if strange := [name for name in others if not allows(name)]:
             raise ValueError(
                 f"{setting}: {folder} holds other things, such as {strange[0]!r}: name a new or an "
                 "empty folder."

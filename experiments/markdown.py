@@ -1,14 +1,20 @@
-"""Markdown tables, and the places in a document that a command writes them into."""
+"""Markdown tables, and the places in a document that a command writes them into.
 
-import math
+Libraries that write tables (tabulate, pandas) pad columns and rules otherwise: every table of the
+documents would change, for the ten lines of `table`.
+"""
+
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
-__all__ = ["filled", "interval", "table"]
+from experiments.files import write_text
 
-_T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided, seeds - 1 degrees
+__all__ = ["fill", "filled", "interval", "table"]
+
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -49,6 +55,12 @@ def filled(document: str, body: Callable[[str], str | None]) -> str:
     return _MARKED.sub(one, document)
 
 
+def fill(path: Path, body: Callable[[str], str | None]) -> None:
+    """Write `filled` in place of a document, if there is one."""
+    if path.is_file():
+        write_text(path, filled(path.read_text(encoding="utf-8"), body))
+
+
 def interval(values: Sequence[float], digits: int) -> str:
     """Mean over seeds and its 95 % interval by Student's t, e.g. "12.3 ± 0.4"; one seed has none.
 
@@ -59,5 +71,5 @@ def interval(values: Sequence[float], digits: int) -> str:
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) < 2:
         return mean
-    half = _T95[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return f"{mean} ± {half:.{digits}f}"

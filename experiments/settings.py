@@ -1,8 +1,9 @@
 """Settings of experiments: frozen dataclasses, which are their own command lines.
 
 A dataclass says what each setting is once, under "Attributes:" of its docstring; `Line` reads a
-command line for it, and `check` refuses what its types do not allow. What is wrong is named, and
-its value.
+command line for it by absl, and `check` refuses what its types do not allow. What is wrong is named
+as it was typed, and its value: absl's own parsers, and those of simple-parsing and tyro, which read
+dataclasses, have messages of their own, and absl knows neither dataclasses nor dashes in names.
 """
 
 import dataclasses

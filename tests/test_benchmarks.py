@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import measured, tables
 
 _ROOT = Path(__file__).parents[1]
 
@@ -48,7 +48,7 @@ def test_every_table_has_its_place_in_the_document():
 
 
 def test_readme_says_what_performance_found():
-    (one,) = tables.load(_ROOT / "benchmarks" / "results")
+    (one,) = measured.load(_ROOT / "benchmarks" / "results")
     found = tables.found(one)
     assert found in (_ROOT / "docs" / "performance.md").read_text()
     (row,) = (

@@ -360,3 +360,9 @@ def test_without_llama_cpp_its_package_is_named(files, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(SystemExit, match="pip install xllamacpp"):
         llama_cpp.main(llama_cpp.Asked(files[0], data=files[1]))
+
+
+def test_only_the_best_step_and_the_last_are_left_on_disk(files, tmp_path):
+    outcome = run(config(files, tmp_path, eval_every=1))
+    steps = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {str(outcome.best_step), "10"}

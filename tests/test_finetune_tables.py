@@ -1,7 +1,6 @@
 """The tables of fine-tuning: rows run in processes of their own, and are found again."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -31,10 +30,7 @@ def keep(places, row, seed, **figures):
         "before": {"accuracy": 0.5, "loss": 1.0}, "after": {"accuracy": 0.75, "loss": 0.5},
         "forward_passes": 30, "seconds": 120.0, "resident_mib": 500.0, "history": looks,
     }  # fmt: skip
-    content = {"settings": tables._settings(row, seed), **outcome, **figures}
-    path = Path(places.results) / f"{row.stem(seed)}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content))
+    tables._store(Path(places.results), row, seed).write(**{**outcome, **figures})
 
 
 def test_tables_say_what_runs_came_to(places, monkeypatch):

@@ -44,7 +44,7 @@ class Runs:
     epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        """Check what no later room would check."""
+        """Refuse what nothing later would refuse."""
         settings.check(self, within={"bits": (2, 8)})
         for one in self.structures:
             if one not in get_args(config.Structure):
@@ -109,17 +109,9 @@ def _report(runs: "Sequence[Metrics]", folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["attack", "place", "label", "read_as", "success", "queries"])
         for one in runs:
-            for place in range(one.images):
-                writer.writerow(
-                    [
-                        one.config.name,
-                        place,
-                        int(one.labels[place]),
-                        int(one.predicted[place]),
-                        int(one.success[place]),
-                        int(one.queries[place]),
-                    ]
-                )
+            columns = one.labels, one.predicted, one.success, one.queries
+            for place, numbers in enumerate(zip(*columns, strict=True)):
+                writer.writerow([one.config.name, place, *map(int, numbers)])
         write_text(folder / "images.csv", file.getvalue())
     report.figure(runs, folder / "figure.png")
     print(f"\ntable, figure and single images: {folder}/")

@@ -72,7 +72,7 @@ class Config:
     model_batch: int = 16
 
     def __post_init__(self) -> None:
-        """Check what no later room would check, or would only after minutes."""
+        """Refuse what nothing later would refuse, or would only after minutes."""
         settings.check(
             self,
             least={"num_images": 0, "budget": 2, "batch_size": 1, "model_batch": 1},

@@ -2,6 +2,7 @@
 
 The IDX format is the one of LeCun, Cortes and Burges, "The MNIST database of handwritten digits"
 (1998): two zero bytes, a type code, the rank, one big-endian 32-bit size per dimension, the data.
+The package idx2numpy trusts the sizes in a header, for which it may reserve all memory.
 Nothing is read, downloaded or imported before `load` asks for it.
 """
 

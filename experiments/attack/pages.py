@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.files import write_text
-from experiments.markdown import filled, interval, table
+from experiments.markdown import fill, interval, table
+from experiments.store import Row
 
-if TYPE_CHECKING:
-    from experiments.attack.tables import Runs
-
-__all__ = ["Example", "examples", "markdown", "write"]
+__all__ = ["Example", "Runs", "examples", "markdown", "write"]
 
 _HEADER = ["attack", "images", "seeds", "failure rate", "mean queries", "median", "images/s"]
 _PANELS = ("mnist", "cifar10", "robust")
@@ -25,6 +23,21 @@ _TITLES = {
     "cifar10": "CIFAR-10, $\\epsilon$ = 12/255",
     "robust": "robust MNIST, $\\epsilon$ = 0.3",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What the runs of a row came to, so far.
+
+    Attributes:
+      row: the row.
+      queries: of each run, evaluations spent on each image, 0 where it was not misclassified.
+      seconds: of each run.
+    """
+
+    row: Row
+    queries: list[np.ndarray]
+    seconds: list[float]
 
 
 class Example(NamedTuple):
@@ -57,8 +70,7 @@ def write(document: Path, found: Sequence[Runs]) -> None:
         some = [runs for runs in found if runs.row.table == name]
         return markdown(some) if some else "*not attacked yet*"
 
-    if document.is_file():
-        write_text(document, filled(document.read_text(), body))
+    fill(document, body)
 
 
 def markdown(found: Sequence[Runs]) -> str:

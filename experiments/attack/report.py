@@ -18,18 +18,17 @@ _SHOWN = 5  # images to a row of the figure
 def table(runs: Sequence[Metrics]) -> str:
     """The runs as a Markdown table, failures first."""
     head = ["attack", "failure rate", "mean queries", "median", "seconds", "images/s"]
-    rows = []
-    for run in runs:
-        rows.append(
-            [
-                run.config.name,
-                f"{run.failure_rate:.3f}",
-                f"{run.mean_queries:.1f}" if run.success.any() else "-",
-                f"{run.median_queries:.0f}" if run.success.any() else "-",
-                f"{run.seconds:.1f}",
-                f"{run.images_per_second:.1f}",
-            ]
-        )
+    rows = [
+        [
+            run.config.name,
+            f"{run.failure_rate:.3f}",
+            f"{run.mean_queries:.1f}" if run.success.any() else "-",
+            f"{run.median_queries:.0f}" if run.success.any() else "-",
+            f"{run.seconds:.1f}",
+            f"{run.images_per_second:.1f}",
+        ]
+        for run in runs
+    ]
     return markdown.table(head, rows)
 
 

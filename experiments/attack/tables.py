@@ -1,7 +1,7 @@
 """The tables and figures of docs/attacks.md: `python -m experiments.attack.tables --help`.
 
 Every row of a table is one `Config`, attacked once for each of its seeds, a thousand images at a
-time. What is found is kept in experiments/attack/results, an `.npz` for each row and seed, written
+time. What is found goes to experiments/attack/results, an `.npz` for each row and seed, written
 after every thousand: a run may be stopped at any moment and goes on from there. After each row
 the tables are written anew into the document, between `<!-- table: NAME -->` and `<!-- end -->`,
 with a CSV file each beside it, and the figures; once all rows of a table are found, a page of
@@ -9,7 +9,6 @@ adversarial images, too.
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,9 +26,10 @@ from tqdm import tqdm
 
 from experiments.attack import attack, models, pages
 from experiments.attack.config import Config
+from experiments.attack.pages import Runs
 from experiments.attack.run import Case, load_case
-from experiments.files import claimed, writable
-from zoqo_jax.interop.files import replacing
+from experiments.files import writable
+from experiments.store import Row, Store, storing
 
 __all__ = ["ROWS", "Places", "Row", "Runs", "load"]
 
@@ -59,43 +59,6 @@ class Places:
     progress: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-      table: the table's name.
-      name: the row's, which names its files, too.
-      config: what is attacked, and how; its seed is that of the first run.
-      seeds: how many runs, with as many seeds.
-    """
-
-    table: str
-    name: str
-    config: Config
-    seeds: int = 3
-
-    def stem(self, seed: int) -> str:
-        """The name of a run's file."""
-        words = f"{self.table} {self.name} {seed}".lower().replace(",", "").replace("/", "-")
-        return words.replace(" ", "_")
-
-
-@dataclasses.dataclass(frozen=True)
-class Runs:
-    """What the runs of a row came to, so far.
-
-    Attributes:
-      row: the row.
-      queries: of each run, evaluations spent on each image, 0 where it was not misclassified.
-      seconds: of each run.
-    """
-
-    row: Row
-    queries: list[np.ndarray]
-    seconds: list[float]
-
-
 def _rows() -> Iterator[Row]:
     mnist = Config(num_images=0, budget=10_000)
     robust = dataclasses.replace(mnist, weights="mnist_robust", num_images=300)
@@ -122,7 +85,7 @@ def _rows() -> Iterator[Row]:
         for noise in ("rademacher", "uniform", "gaussian"):
             for bits in (8, 4):
                 config = dataclasses.replace(digits, structure=structure, noise=noise, bits=bits)
-                yield Row("noise", f"{structure}, {noise}, {bits} bit", config)
+                yield Row("noise", f"{structure}, {noise}, {bits} bit", config, seeds=3)
     for base, seeds in ((_some(mnist, 1_000), 3), (_some(cifar, 100), 1)):
         for bits in (32, 8, 4):
             name = f"{base.weights}, {'float' if bits == 32 else f'{bits} bit'}"
@@ -141,10 +104,11 @@ def _some(config: Config, num_images: int) -> Config:
 
 def _quick(table: str, base: Config) -> Iterator[Row]:
     for bits in (8, 4):
-        yield Row(table, f"ZOQO, {bits} bit, coarse to fine", dataclasses.replace(base, bits=bits))
+        config = dataclasses.replace(base, bits=bits)
+        yield Row(table, f"ZOQO, {bits} bit, coarse to fine", config, seeds=3)
     config = dataclasses.replace(base, method="sign_hunter")
     yield Row(table, "SignHunter", config, seeds=1)  # it draws nothing
-    yield Row(table, "Square Attack", dataclasses.replace(base, method="square"))
+    yield Row(table, "Square Attack", dataclasses.replace(base, method="square"), seeds=3)
 
 
 def _dense(table: str, base: Config, all_bits: Sequence[int], seeds: int = 3) -> Iterator[Row]:
@@ -173,36 +137,26 @@ def load(folder: Path, row: Row) -> Runs:
       >>> load(Path("/nowhere"), ROWS[0]).queries
       []
     """
-    runs = Runs(row, [], [])
-    for seed in range(row.seeds):
-        queries, seconds = _read(folder, row, seed)
-        if len(queries):
-            runs.queries.append(queries)
-            runs.seconds.append(seconds)
-    return runs
+    stores = [_store(folder, row, seed).content for seed in range(row.seeds)]
+    found = [content for content in stores if content]
+    queries = [content["queries"] for content in found]
+    return Runs(row, queries, [float(content["seconds"]) for content in found])
 
 
 def main(places: Places) -> None:
     """Attack what is left, and write the tables."""
     folder, document = Path(places.results), writable("document", Path(places.document))
-    with claimed("results", folder, lambda name: True):
-        _rows_left(places, folder, document)
-    print(f"tables and figures: {document}")
-
-
-def _rows_left(places: Places, folder: Path, document: Path) -> None:
-    chosen = [row for row in ROWS if _is_chosen(row, places)]
-    try:
-        for row in [] if places.render else chosen:
+    chosen = [] if places.render else [row for row in ROWS if _is_chosen(row, places)]
+    with storing(folder):
+        for row in chosen:
             if any([_attack(places, row, seed) for seed in range(row.seeds)]):
                 jax.clear_caches()  # or compiled programs pile up
                 pages.write(document, [load(folder, row) for row in ROWS])
         pages.write(document, [load(folder, row) for row in ROWS])
-        for table in () if places.render else sorted({row.table for row in chosen}):
+        for table in sorted({row.table for row in chosen}):
             if all(len(load(folder, r).queries) == r.seeds for r in ROWS if r.table == table):
                 _draw(table, places, document.parent / document.stem / f"examples_{table}.png")
-    except KeyboardInterrupt:
-        raise command.Stopped(f"what was found is in {folder}") from None
+    print(f"tables and figures: {document}")
 
 
 def _is_chosen(row: Row, places: Places) -> bool:
@@ -222,10 +176,12 @@ def _case(config: Config, places: Places) -> Case:
 
 def _attack(places: Places, row: Row, seed: int) -> bool:
     """Attack the images of a run that were not attacked before, and say whether there were any."""
-    folder, config = Path(places.results), dataclasses.replace(row.config, seed=seed)
+    store = _store(Path(places.results), row, seed)
+    config = dataclasses.replace(row.config, seed=seed)
     case = _case(config, places)
     total = len(case.images)
-    queries, seconds = _read(folder, row, seed)
+    queries = store.content.get("queries", np.zeros(0, np.uint16))
+    seconds = store.content.get("seconds", 0.0)
     before = len(queries)
     title = f"{row.table}: {row.name}, seed {seed}"
     with tqdm(
@@ -235,7 +191,7 @@ def _attack(places: Places, row: Row, seed: int) -> bool:
             part = case.take(slice(len(queries), len(queries) + _CHUNK))
             found, spent = _one(part, config, bar, len(queries))
             queries, seconds = np.concatenate([queries, found]), seconds + spent
-            _write(folder, row, seed, queries, seconds)
+            store.write(queries=queries, seconds=seconds)
     return len(queries) > before
 
 
@@ -276,33 +232,9 @@ def _draw(table: str, places: Places, path: Path) -> None:
     pages.examples(drawn, path)
 
 
-def _settings(row: Row, seed: int) -> str:
-    """What a run's numbers depend on."""
-    config = dataclasses.asdict(dataclasses.replace(row.config, seed=seed))
-    for name in ("dataset", "batch_size"):
-        del config[name]
-    return json.dumps(config, sort_keys=True)
-
-
-def _read(folder: Path, row: Row, seed: int) -> tuple[np.ndarray, float]:
-    """The queries of the images attacked so far, and the seconds they took."""
-    nothing = np.zeros(0, np.uint16), 0.0
-    path = folder / f"{row.stem(seed)}.npz"
-    if not path.is_file():
-        return nothing
-    with np.load(path, allow_pickle=False) as file:
-        if str(file["settings"]) != _settings(row, seed):
-            return nothing  # another attack had this name
-        return file["queries"], float(file["seconds"])
-
-
-def _write(folder: Path, row: Row, seed: int, queries: np.ndarray, seconds: float) -> None:
-    """Keep what was found, all at once or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"{row.stem(seed)}.npz") as file:
-        np.savez_compressed(
-            file, queries=queries, seconds=np.float64(seconds), settings=_settings(row, seed)
-        )
+def _store(folder: Path, row: Row, seed: int) -> Store:
+    """What was found in a run: the queries of the images attacked so far, and the seconds."""
+    return row.store(folder, seed, ".npz", ("dataset", "batch_size"))
 
 
 if __name__ == "__main__":

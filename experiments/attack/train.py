@@ -15,8 +15,8 @@
 An interrupted training goes on from its last whole epoch.
 """
 
+import dataclasses
 import time
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,13 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import serialization
 from tqdm import tqdm
 
 from experiments.attack.data import load
 from experiments.attack.models import CNN, LogitsFn, ResNet, fold, load_classifier, save_params
 from experiments.files import writable
-from zoqo_jax.interop.files import replacing
+from experiments.store import Store
 
 __all__ = ["TrainConfig", "accuracy", "train"]
 
@@ -66,7 +65,7 @@ _RECIPES: dict[str, _Recipe] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training run.
 
@@ -158,7 +157,7 @@ def train(config: TrainConfig) -> dict[str, float]:
     variables, losses = _fit(config, recipe, images, labels)
     seconds = time.perf_counter() - start
     save_params(output, fold(variables))
-    _checkpoint(config).unlink(missing_ok=True)
+    _store(config).path.unlink(missing_ok=True)
     return {
         "test_accuracy": accuracy(load_classifier(output), test_images, test_labels),
         "train_loss": float(np.mean(losses)),
@@ -203,7 +202,8 @@ def _fit(
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     variables = jax.jit(recipe.module.init)(init_key, jnp.zeros((1, *images.shape[1:])))
     training = _Training(variables, _optimizer(recipe, steps).init(variables["params"]))
-    first, training = _resume(config, training)
+    store = _store(config)
+    first, training = _resume(store, training)
     rng, losses = np.random.default_rng(config.seed), []
     with tqdm(
         total=steps, initial=first * per_epoch, unit="step", disable=not config.progress
@@ -228,7 +228,7 @@ def _fit(
                 losses.append(loss)
                 bar.update()
             bar.set_postfix_str(f"loss {np.mean(losses):.4f}")
-            _keep(config, epoch + 1, training)
+            _keep(store, epoch + 1, training)
     return training.variables, losses
 
 
@@ -304,39 +304,38 @@ def _adversarial(loss_of: Any, images: jax.Array, key: jax.Array, epsilon: jax.A
     return x
 
 
-def _checkpoint(config: TrainConfig) -> Path:
-    return Path(f"{config.output}.unfinished")
+def _store(config: TrainConfig) -> Store:
+    """What an interrupted training leaves, a file beside its output."""
+    path = Path(config.output)
+    return Store(path.with_name(f"{path.name}.unfinished.npz"), dataclasses.asdict(config))
 
 
-def _keep(config: TrainConfig, epochs: int, training: _Training) -> None:
-    """Write what is needed to go on, all at once or not at all."""
-    content = {"config": repr(config), "epochs": epochs, "training": training}
-    with replacing(_checkpoint(config)) as file:
-        file.write(serialization.to_bytes(content))
+def _keep(store: Store, epochs: int, training: _Training) -> None:
+    """Store what is needed to go on."""
+    leaves = {str(i): x for i, x in enumerate(jax.tree.leaves(training))}
+    store.write(epochs=epochs, **leaves)
 
 
-def _resume(config: TrainConfig, training: _Training) -> tuple[int, _Training]:
+def _resume(store: Store, training: _Training) -> tuple[int, _Training]:
     """How many epochs an interrupted training with these settings had done, and what they left."""
-    path = _checkpoint(config)
-    if not path.is_file():
+    if store.changed:
+        raise ValueError(
+            f"{store.path} is of a training with other settings: finish it or delete it."
+        )
+    if not store.content:
         return 0, training
-    blank = {"config": "", "epochs": 0, "training": training}
-    try:
-        kept = serialization.from_bytes(blank, path.read_bytes())
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, or of another network: delete it.") from error
-    if kept["config"] != repr(config):
-        raise ValueError(f"{path} is of a training with other settings: finish it or delete it.")
-    return kept["epochs"], jax.tree.map(jnp.asarray, kept["training"])
+    leaves, tree = jax.tree.flatten(training)
+    stored = [jnp.asarray(store.content[str(i)]) for i in range(len(leaves))]
+    return int(store.content["epochs"]), jax.tree.unflatten(tree, stored)
 
 
 def _main(config: TrainConfig) -> None:
     try:
         metrics = train(config)
     except KeyboardInterrupt:
-        path = _checkpoint(config)
-        kept = f"it goes on after the last whole epoch, kept in {path}" if path.is_file() else ""
-        raise command.Stopped(kept) from None
+        path = _store(config).path
+        stored = f"it goes on after the last whole epoch, kept in {path}" if path.is_file() else ""
+        raise command.Stopped(stored) from None
     print(
         f"test accuracy {metrics['test_accuracy']:.2%} (float16 weights in {config.output}), "
         f"train loss {metrics['train_loss']:.4f}, {metrics['seconds']:.0f} s"

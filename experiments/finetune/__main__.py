@@ -19,7 +19,7 @@ def main(config: Config) -> None:
     """Run, and say what came of it."""
     say(f"fine-tuning {config.model} by {config.name} in {config.output}: loading JAX")
     from experiments.finetune import outputs, training
-    from experiments.finetune.kept import Folder
+    from experiments.finetune.folder import Folder
     from experiments.finetune.models import loading
 
     start = time.perf_counter()

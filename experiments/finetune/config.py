@@ -113,7 +113,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check what no later room would check, or would only after minutes."""
+        """Refuse what nothing later would refuse, or would only after minutes."""
         for name in ("model", "output", "data"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty.")

@@ -65,6 +65,21 @@ class Texts(NamedTuple):
         completions = [] if self.choices else [self.completions[i] for i in places]
         return Texts([self.prompts[i] for i in places], self.choices, answers, completions)
 
+    def compared(self, before: Sequence[int], after: Sequence[int]) -> dict[str, list[int]]:
+        """The places where answers became right, became wrong, and stayed wrong.
+
+        Args:
+          before: the numbers of the words that a model chose.
+          after: and later.
+        """
+        groups: dict[str, list[int]] = {"learned": [], "forgotten": [], "still wrong": []}
+        for place, (was, now, right) in enumerate(zip(before, after, self.answers, strict=False)):
+            if now == right != was:
+                groups["learned"].append(place)
+            elif now != right:
+                groups["forgotten" if was == right else "still wrong"].append(place)
+        return groups
+
 
 class Tokens(NamedTuple):
     """Examples as tokens.

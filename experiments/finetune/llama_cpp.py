@@ -38,7 +38,7 @@ class Asked:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check what no later room would check."""
+        """Refuse what nothing later would refuse."""
         settings.check(self, least={"examples": 0, "seed": 0})
 
 

@@ -198,12 +198,7 @@ def _used(config: Config, outcome: Outcome) -> dict[str, Any]:
 def _examples(outcome: Outcome, count: int = 4) -> str:
     """Test sentences whose answer changed, and some whose answer is still wrong, as a table."""
     texts, before, after = outcome.test, outcome.before.said, outcome.after.said
-    groups: dict[str, list[int]] = {"learned": [], "forgotten": [], "still wrong": []}
-    for place, (was, now, right) in enumerate(zip(before, after, texts.answers, strict=False)):
-        if now == right != was:
-            groups["learned"].append(place)
-        elif now != right:
-            groups["forgotten" if was == right else "still wrong"].append(place)
+    groups = texts.compared(before, after)
     rows = [
         [
             texts.prompts[i].replace("|", "\\|"),
@@ -242,7 +237,7 @@ def _draw(outcome: Outcome, path: Path) -> None:
 
 
 def _mark(axis: Any, history: Sequence[dict[str, float]], best_step: int) -> None:
-    """A ring round the step that was kept."""
+    """Draw a ring round the best step."""
     for line in history:
         if line["step"] == best_step:
             at = line["forward_passes"], 100 * line["dev_accuracy"]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from experiments import drawing
-from experiments.files import write_text
-from experiments.markdown import filled, interval, table
-
-if TYPE_CHECKING:
-    from experiments.finetune.tables import Row
+from experiments.markdown import fill, interval, table
+from experiments.store import Row
 
 __all__ = ["write"]
 
@@ -33,7 +30,8 @@ _DRAWN = {  # rows of the figure, and how they are called there
     "QZO, scales of the 4-bit file": "QZO, scales",
 }
 
-Found = tuple["Row", list[dict[str, Any]]]
+
+Found = tuple[Row, list[dict[str, Any]]]
 
 
 def write(document: Path, all_found: Sequence[Found]) -> None:
@@ -52,8 +50,7 @@ def write(document: Path, all_found: Sequence[Found]) -> None:
             return _memory(lines)
         return table(_HEAD, [_before(lines), *map(_cells, lines)])
 
-    if document.is_file():
-        write_text(document, filled(document.read_text(), body))
+    fill(document, body)
 
 
 def _before(found: Sequence[Found]) -> list[str]:

@@ -2,9 +2,9 @@
 
     python -m experiments.finetune.picture --run=results/finetune
 
-reads what `make finetune` left in that folder, keeps what the picture needs of it in
+reads what `make finetune` left in that folder, writes what the picture needs of it to
 experiments/finetune/results/film_reviews.json, and draws docs/finetune/in_place.png. Without
-`--run` it draws what was kept.
+`--run` it draws what that file has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experiments.finetune.models import places as files
 __all__ = ["draw", "summary"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_KEPT = Path(__file__).resolve().parent / "results" / "film_reviews.json"
+_SUMMARY = Path(__file__).resolve().parent / "results" / "film_reviews.json"
 _LONGEST = 70  # letters of a sentence that is shown
 _SHOWN = {"learned": 3, "forgotten": 1}
 
@@ -35,7 +35,7 @@ class Places:
     """Where things are.
 
     Attributes:
-      run: the folder of a finished run of GGUF codes in place; empty: draw what was kept of one.
+      run: the folder of a finished run of GGUF codes in place; empty: draw the last one again.
       output: the picture.
     """
 
@@ -53,9 +53,8 @@ def summary(run: Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError: the run is not finished, or is none of codes in place of a GGUF file.
     """
-    config = json.loads((run / "config.json").read_text())
-    outcome = json.loads((run / "outcome.json").read_text())
-    said = [json.loads((run / f"{when}.json").read_text())["said"] for when in ("before", "after")]
+    names = ("config", "outcome", "before", "after")
+    config, outcome, *scores = (json.loads((run / f"{name}.json").read_text()) for name in names)
     texts = data.load(config["data"], "test").sample(config["test_examples"], config["seed"])
     base, trained = files.find(config["model"]), run / "model.gguf"
     return {
@@ -67,19 +66,14 @@ def summary(run: Path) -> dict[str, Any]:
             {name: line[name] for name in ("forward_passes", "dev_loss", "dev_accuracy")}
             for line in outcome["history"]
         ],
-        "answers": _answers(texts, *said),
+        "answers": _answers(texts, *(one["said"] for one in scores)),
         "file": _compared(base, trained),
     }
 
 
 def _answers(texts: data.Texts, before: list[int], after: list[int]) -> dict[str, Any]:
     """How many answers became right, became wrong, and stayed wrong, and the first short ones."""
-    groups: dict[str, list[int]] = {"learned": [], "forgotten": [], "still wrong": []}
-    for place, (was, now, right) in enumerate(zip(before, after, texts.answers, strict=True)):
-        if now == right != was:
-            groups["learned"].append(place)
-        elif now != right:
-            groups["forgotten" if was == right else "still wrong"].append(place)
+    groups = texts.compared(before, after)
     shown = []
     for name, count in _SHOWN.items():
         short = [i for i in groups[name] if len(texts.prompts[i]) <= _LONGEST]
@@ -211,20 +205,20 @@ def _draw_answers(axis: Any, found: dict[str, Any]) -> None:
 
 
 def main(places: Places) -> None:
-    """Keep what a run left, if one is named, and draw."""
+    """Draw a run, or the last one again."""
     say(f"drawing {places.output}")
     writable("output", Path(places.output))
     from experiments.finetune import tables
 
     if places.run:
         say(f"reading the run in {places.run}")
-        write_json(_KEPT, summary(Path(places.run)))
-    found = read_json(_KEPT)
+        write_json(_SUMMARY, summary(Path(places.run)))
+    found = read_json(_SUMMARY)
     if not found:
-        raise ValueError(f"run must be given: there is no {_KEPT}.")
+        raise ValueError(f"run must be given: there is no {_SUMMARY}.")
     rows = {row.name: row for row in tables.ROWS if row.table == "memory"}
     peaks = [
-        max(one["resident_mib"] for one in tables.found(_KEPT.parent, rows[name]))
+        max(one["resident_mib"] for one in tables.found(_SUMMARY.parent, rows[name]))
         for name in ("inference", "ZOQO, codes in place, sparse")
     ]
     draw(found, (peaks[0], peaks[1]), Path(places.output))

@@ -2,14 +2,13 @@
 
 Every row is one `Config`, run once for each of its seeds by `python -m experiments.finetune` in a
 process of its own, so that its memory is its own. A run that was stopped goes on bit for bit when
-the command is given again. What a finished run came to is kept in experiments/finetune/results, a
+the command is given again. What a finished run came to goes to experiments/finetune/results, a
 JSON file for each; after each of them the tables are written anew into the document, between
 `<!-- table: NAME -->` and `<!-- end -->`, with the figures beside it.
 """
 
 import dataclasses
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -23,14 +22,15 @@ from experiments.command import say
 if __name__ == "__main__":
     say("tables of fine-tuning: loading JAX")  # which the imports below take seconds for
 
-from experiments.files import claimed, plain, read_json, writable, write_json
+from experiments.files import read_json, writable, write_json
 from experiments.finetune import pages
 from experiments.finetune.config import Config
+from experiments.store import Row, Store, storing
 
 __all__ = ["ROWS", "Row", "found"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_ALL_PROGRAMS = {  # that JAX should keep, however small and quickly compiled
+_ALL_PROGRAMS = {  # go to JAX's cache, however small and quickly compiled
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
 }
@@ -57,31 +57,9 @@ class Places:
     render: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-      table: the table's name.
-      name: the row's.
-      config: of its first run; data and output are filled in.
-      seeds: how many runs, with as many seeds.
-    """
-
-    table: str
-    name: str
-    config: Config
-    seeds: int = 1
-
-    def stem(self, seed: int) -> str:
-        """The name of a run's file and folder."""
-        words = f"{self.table} {self.name} {seed}".lower()
-        return "_".join("".join(c if c.isalnum() else " " for c in words).split())
-
-
 def _rows() -> Iterator[Row]:
-    # What the two thirds below say is computed once for all runs; they make a step three times
-    # dearer and the model hardly better.
+    # The outputs of the lower two thirds are computed once for all runs: training these layers as
+    # well makes a step three times as long and the model hardly better.
     base = Config(
         model="smollm2",
         output="-",
@@ -162,48 +140,32 @@ def found(folder: Path, row: Row) -> list[dict[str, Any]]:
       >>> found(Path("/nowhere"), ROWS[0])
       []
     """
-    outcomes = (_found(folder, row, seed) for seed in range(row.seeds))
+    outcomes = (_store(folder, row, seed).content for seed in range(row.seeds))
     return [outcome for outcome in outcomes if outcome]
 
 
 def main(places: Places) -> None:
     """Run what is left, and write the tables."""
     folder, document = Path(places.results), writable("document", Path(places.document))
-    with claimed("results", folder, lambda name: True):
-        _rows_left(places, folder, document)
+    chosen = [row for row in ROWS if places.only in f"{row.table} {row.name}"]
+    with storing(folder):
+        for row in [] if places.render else chosen:
+            for seed in range(row.seeds):
+                if not _store(folder, row, seed).content:
+                    _run(places, row, seed)
+                    pages.write(document, [(row, found(folder, row)) for row in ROWS])
+        pages.write(document, [(row, found(folder, row)) for row in ROWS])
     print(f"tables and figures: {document}")
 
 
-def _rows_left(places: Places, folder: Path, document: Path) -> None:
-    chosen = [row for row in ROWS if places.only in f"{row.table} {row.name}"]
-    try:
-        for row in [] if places.render else chosen:
-            for seed in range(row.seeds):
-                if not _found(folder, row, seed):
-                    _run(places, row, seed)
-                    pages.write(document, [(row, found(folder, row)) for row in ROWS])
-    except KeyboardInterrupt:
-        raise command.Stopped(f"what was found is in {folder}") from None
-    pages.write(document, [(row, found(folder, row)) for row in ROWS])
-
-
-def _found(folder: Path, row: Row, seed: int) -> dict[str, Any]:
+def _store(folder: Path, row: Row, seed: int) -> Store:
     """What a run came to; nothing where it is not finished, or was another with this name."""
-    path = folder / f"{row.stem(seed)}.json"
-    outcome = read_json(path)
-    return outcome if outcome.get("settings") == _settings(row, seed) else {}
-
-
-def _settings(row: Row, seed: int) -> dict[str, Any]:
-    """What a run's figures depend on: all but where it reads and writes."""
-    config = dataclasses.asdict(dataclasses.replace(row.config, seed=seed))
-    kept = {key: x for key, x in config.items() if key not in ("data", "output", "cache")}
-    return plain(kept)
+    return row.store(folder, seed, ".json", ("data", "output", "cache"))
 
 
 def _run(places: Places, row: Row, seed: int) -> None:
-    """Run a row in a process of its own, and keep what it came to."""
-    folder, work = Path(places.results), Path(places.work)
+    """Run a row in a process of its own, and store what it came to."""
+    store, work = _store(Path(places.results), row, seed), Path(places.work)
     output, cache = work / row.stem(seed), work / "states"
     config = dataclasses.replace(
         row.config, data=places.sst2, output=str(output), cache=str(cache), seed=seed
@@ -223,11 +185,10 @@ def _run(places: Places, row: Row, seed: int) -> None:
         variables = {**_ALL_PROGRAMS, "JAX_COMPILATION_CACHE_DIR": str(work.resolve() / "programs")}
         _process(dataclasses.replace(config, output=f"{output}_compiles"), name, variables)
     _process(config, name, variables)
-    outcome = json.loads((output / "outcome.json").read_text())
+    outcome = read_json(output / "outcome.json")
     if shares:
         write_json(before, read_json(own))
-    content = {**outcome, "used": outcome["settings"], "settings": _settings(row, seed)}
-    write_json(folder / f"{row.stem(seed)}.json", content)
+    store.write(used=outcome.pop("settings"), **outcome)
 
 
 def _process(config: Config, name: str, variables: dict[str, str]) -> None:
@@ -238,7 +199,7 @@ def _process(config: Config, name: str, variables: dict[str, str]) -> None:
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        child.terminate()  # it keeps what it has
+        child.terminate()  # it writes a checkpoint first
         child.wait()
         raise
     if code:

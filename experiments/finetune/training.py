@@ -22,7 +22,7 @@ from experiments import footprint
 from experiments.command import say, whole
 from experiments.finetune import data, objective, states
 from experiments.finetune.config import Config
-from experiments.finetune.kept import Folder, Progress
+from experiments.finetune.folder import Folder, Progress
 from experiments.finetune.methods import transformation
 from experiments.finetune.models import loading
 from experiments.finetune.models.loading import Checkpoint
@@ -82,7 +82,7 @@ def train(
         with Folder(config) as folder:
             return train(checkpoint, config, progress=progress, folder=folder)
     run = _Run(checkpoint, config, folder, progress)
-    del checkpoint  # what trains is copied: where the caller keeps none either, there is one
+    del checkpoint  # a run copies what trains: the caller should have no other copy either
     outcome = run.outcome()
     del run  # and with it programs and examples
     footprint.give_back()
@@ -136,8 +136,8 @@ class _Run:
         self.dev_before = None
         if self.config.steps:
             self.dev_before = self.folder.once("dev_before", lambda: self.dev(self.params))
-        with self.folder.checkpoints() as kept:
-            now = kept.last(self._start())
+        with self.folder.checkpoints() as checkpoints:
+            now = checkpoints.last(self._start())
             self.folder.write_history(now.history)
             board = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=now.step)
             bar = tqdm(
@@ -146,14 +146,13 @@ class _Run:
             with bar, board:
                 if now.step < self.config.steps:
                     bar.set_postfix_str(f"{self._dev_words(now)}, compiling a step")
-                now = self._steps(now, kept, bar, board)
-        self._say("reading the test examples")
-        trained, now = now.trained, now._replace(trained=[])
-        if now.step:
-            del trained, self.step  # and its programs, before the test examples are read
-            footprint.give_back()
-            self.folder.forget_best_but(now.best_step)
-            trained = self.folder.best(now.best_step, self.shapes)
+                now = self._steps(now, checkpoints, bar, board)
+            self._say("reading the test examples")
+            trained, now = now.trained, now._replace(trained=[])
+            if now.step:
+                del trained, self.step  # and its programs, before the test examples are read
+                footprint.give_back()
+                trained = checkpoints.best(now, self.shapes)
         params = self.parts.join(trained, self.rest)
         return Outcome(
             model=self.model,
@@ -170,21 +169,23 @@ class _Run:
             remarks=self.remarks,
         )
 
-    def _steps(self, now: Progress, kept: Any, bar: Any, board: SummaryWriter) -> Progress:
-        """All steps that are left. A stop is heard between two of them, and kept."""
+    def _steps(self, now: Progress, checkpoints: Any, bar: Any, board: SummaryWriter) -> Progress:
+        """All steps that are left. A stop waits for the end of a step, and writes a checkpoint."""
         try:
             while True:
                 if self._is_due(now):
                     now = self._look(now, board)
+                    if now.best_step == now.step:
+                        checkpoints.write(now)
                 if now.step == self.config.steps or self._is_stale(now):
                     break
                 if now.step and now.step % self.config.checkpoint_every == 0:
-                    kept.keep(now)
+                    checkpoints.write(now)
                 with whole("this step"):
                     now = self._advance(now, bar, board)
         finally:
             if now.step:
-                kept.keep(now)
+                checkpoints.write(now)
         return now
 
     def _dev_words(self, now: Progress) -> str:
@@ -281,8 +282,6 @@ class _Run:
             board.add_scalar(name, line[name], now.step)
         now = now._replace(history=[*now.history, line])
         self.folder.write_history([line], "a")
-        if now.best_step == now.step:
-            self.folder.keep_best(now.step, now.trained)
         return now
 
     def _batch(self, step: int) -> objective.Batch:

@@ -58,25 +58,17 @@ def main() -> None:
     claim = importlib.import_module(f"experiments.laboratory.{name}").CLAIM
 
     def run(config: Any, places: Places) -> None:
-        from experiments.files import claimed, writable
+        from experiments.files import writable
         from experiments.laboratory.claim import check
+        from experiments.store import storing
 
         results, document = Path(places.results), places.document or f"{places.results}/{name}.md"
         names = {f"{one}{ending}" for one in _CLAIMS for ending in (".json", ".md", ".png")}
         if Path(document).exists() or places.document:
             writable("document", Path(document))
-        with claimed("results", results, names.__contains__):
-            try:
-                check(
-                    claim,
-                    config,
-                    results=results,
-                    document=Path(document),
-                    progress=places.progress,
-                )
-            except KeyboardInterrupt:
-                kept = f"what was measured is in {results}/{name}.json"
-                raise command.Stopped(f"{kept}, and is not measured again") from None
+        with storing(results, names.__contains__):
+            where = {"results": results, "document": Path(document)}
+            check(claim, config, **where, progress=places.progress)
         print(f"table and figure of {name}: {document}")
 
     about = sys.modules[f"experiments.laboratory.{name}"].__doc__ or ""

@@ -1,12 +1,11 @@
 """A claim: what is measured to check it, and how that is shown.
 
-Every room of this package that checks one defines a `CLAIM`. `check` measures what was not measured
-before with the same settings, a cell at a time, keeps each as it comes, so that a run may be
+Every module that checks one defines a `CLAIM`. `check` measures what was not measured
+before with the same settings, a cell at a time, stores each as it comes, so that a run may be
 stopped at any moment, and writes the claim's table and figure into the document.
 """
 
 import dataclasses
-import json
 import platform
 import time
 from collections.abc import Callable
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from experiments import footprint, markdown
 from experiments.command import say
-from experiments.files import read_json, write_json, write_text
+from experiments.files import plain, write_text
+from experiments.store import Store
 
 __all__ = ["Cell", "Claim", "Measurement", "check"]
 
@@ -75,9 +74,17 @@ def check(
     Raises:
       ValueError: the folder has measurements of this claim with other settings.
     """
-    kept = _Kept(results / f"{claim.name}.json", _plain(dataclasses.asdict(config)))
-    cells = [_plain(cell) for cell in claim.cells(config)]
-    todo = [cell for cell in cells if kept.find(cell) is None]
+    settings = dataclasses.asdict(config)
+    store = Store(results / f"{claim.name}.json", settings)
+    if store.changed:
+        raise ValueError(
+            f"results: {store.path} has measurements with {store.changed}: name another folder, or "
+            "delete this file."
+        )
+    content = store.content = store.content or {"seconds": 0.0, "cells": []}
+    cells = plain(claim.cells(config))
+    done = [one["cell"] for one in content["cells"]]
+    todo = [cell for cell in cells if cell not in done]
     if progress:
         there = f"{len(cells) - len(todo)} of {len(cells)} cells are in {results}"
         say(f"{there}; measuring the others: compiling" if todo else there)
@@ -91,50 +98,22 @@ def check(
     )
     for number, cell in enumerate(bar, 1):
         start = time.perf_counter()
-        kept.add(cell, _plain(claim.measure(config, cell)), time.perf_counter() - start)
+        found = plain(claim.measure(config, cell))
+        content["cells"].append({"cell": cell, "found": found})
+        content["seconds"] += time.perf_counter() - start
+        store.write(versions=_versions())
         if number % _CELLS_SHARING_PROGRAMS == 0:
             jax.clear_caches()
-    found = [{**cell, **(kept.find(cell) or {})} for cell in cells]
+    measured = [next(x for x in content["cells"] if x["cell"] == cell) for cell in cells]
+    found = [{**one["cell"], **one["found"]} for one in measured]
+    words = (
+        f"{len(cells)} cells in {content['seconds'] / 60:.1f} minutes; "
+        f"{', '.join(content.get('versions', []))}; "
+        f"{', '.join(f'{name} {value}' for name, value in plain(settings).items())}."
+    )
     is_own = document == results / f"{claim.name}.md"
-    _write_page(claim, found, _words(kept, len(cells)), document, is_own)
+    _write_page(claim, found, words, document, is_own)
     return found
-
-
-class _Kept:
-    """What was measured with these settings, in a file."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._path = path
-        content = read_json(path)
-        other = content.get("settings", settings)
-        if changed := [name for name in settings if other.get(name) != settings[name]]:
-            name = changed[0]
-            raise ValueError(
-                f"results: {path} has measurements with another {name}, {other.get(name)!r} "
-                f"instead of {settings[name]!r}: name another folder, or delete this file."
-            )
-        content = content or {"settings": settings, "seconds": 0.0, "cells": []}
-        self.content = content
-
-    def find(self, cell: Cell) -> dict[str, Any] | None:
-        for one in self.content["cells"]:
-            if one["cell"] == cell:
-                return one["found"]
-        return None
-
-    def add(self, cell: Cell, found: dict[str, Any], seconds: float) -> None:
-        self.content["cells"].append({"cell": cell, "found": found})
-        self.content["seconds"] += seconds
-        self.content["versions"] = _versions()
-        write_json(self._path, self.content)
-
-
-def _words(kept: _Kept, cells: int) -> str:
-    """How a table came about."""
-    content = kept.content
-    settings = ", ".join(f"{name} {value}" for name, value in content["settings"].items())
-    versions = ", ".join(content.get("versions", []))
-    return f"{cells} cells in {content['seconds'] / 60:.1f} minutes; {versions}; {settings}."
 
 
 def _versions() -> list[str]:
@@ -157,15 +136,5 @@ def _write_page(
     text = f"{claim.table(found)}\n\n*{words}*"
     if is_own:
         write_text(document, f"# {claim.name}\n\n{text}\n\n![{claim.name}]({claim.name}.png)\n")
-    elif document.is_file():
-        write_text(document, markdown.filled(document.read_text(), {claim.name: text}.get))
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """What JSON gives back of something."""
-    return json.loads(json.dumps(values, default=_one, allow_nan=False))
-
-
-def _one(value: Any) -> Any:
-    """A number or list of numbers of an array."""
-    return np.asarray(value).tolist()
+    else:
+        markdown.fill(document, {claim.name: text}.get)

@@ -179,7 +179,7 @@ def _table(found: list[Measurement]) -> str:
     dimensions = [d for (d,) in grouped(floors, "dimension")]
     head = ["bits", *(f"{kind}, d = {d}" for kind in _KINDS for d in dimensions)]
     rows = [
-        [str(bits), *(_ratio(one[kind]) for kind in _KINDS for one in mine)]
+        [str(bits), *(markdown.interval(one[kind], 3) for kind in _KINDS for one in mine)]
         for (bits,), mine in grouped(floors, "bits").items()
     ]
     law = markdown.table(head, rows)
@@ -198,12 +198,6 @@ def _table(found: list[Measurement]) -> str:
         for one in descended
     ]
     return f"{law}\n\n{markdown.table(head.split('|'), rows)}"
-
-
-def _ratio(ratios: list[float]) -> str:
-    """Mean of many, with its 95 % interval."""
-    half = 1.96 * np.std(ratios, ddof=1) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
-    return f"{np.mean(ratios):.3f} ± {half:.3f}"
 
 
 def _draw(found: list[Measurement], fig: Any) -> None:

@@ -1,11 +1,11 @@
 """Judges who compare two networks, and err: what they answer, and how often it is wrong."""
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import betainc
 
 __all__ = ["Kind", "chance_of_error", "compare", "lean"]
 
@@ -48,8 +48,5 @@ def lean(error: jax.Array, votes: int) -> Any:
       >>> lean(jnp.float32(0.25), 1), lean(jnp.float32(0.25), 3)  # .84 - .16
       (Array(0.5, dtype=float32), Array(0.6875, dtype=float32))
     """
-    right = sum(
-        math.comb(votes, k) * (1 - error) ** k * error ** (votes - k)
-        for k in range(votes // 2 + 1, votes + 1)
-    )
-    return 2 * right - 1
+    half = (votes + 1) / 2
+    return 2 * betainc(half, half, 1 - error) - 1  # the binomial law's tail

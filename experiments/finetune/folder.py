@@ -1,8 +1,8 @@
-"""What a run keeps in its folder while it goes on: its settings, checkpoints, and what it measured.
+"""A run's folder: its settings, its checkpoints, and what it measured.
 
-`config.json` says whose folder it is. Checkpoints hold all that changes, the bytes of codes or
-floats and the optimizer's state, so that a run goes on from the last one bit for bit. What answered
-the dev examples best lies in `best/`, and not in memory.
+`config.json` says whose folder it is. A checkpoint holds all that changes, the bytes of codes or
+floats and the optimizer's state, so that a run goes on from the last one bit for bit. That of the
+step which answered the dev examples best stays beside the last one, so that it takes no memory.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from experiments.command import whole
 from experiments.files import claimed, plain, read_json, writable, write_json
 from experiments.finetune.config import Config
 from experiments.finetune.objective import Scores
-from zoqo_jax.interop.files import replacing
+from experiments.store import changed
 
 __all__ = ["Folder", "Progress"]
 
 
 class Progress(NamedTuple):
-    """Where a run is: what a checkpoint holds."""
+    """How far a run is: the content of a checkpoint."""
 
     step: int
     trained: list[jax.Array]  # the arrays that change
@@ -38,23 +38,23 @@ class Progress(NamedTuple):
 
     @property
     def best_step(self) -> int:
-        """The step that answered the dev examples best, whose arrays `Folder.best` has, or 0."""
+        """The step that answered the dev examples best, or 0."""
         return int(max(self.history, key=_merit)["step"]) if self.history else 0
 
     @property
     def best_accuracy(self) -> float:
-        """And how many of them it answered right, of all."""
+        """The share of the dev examples that it answered right."""
         return max(map(_merit, self.history), default=(0.0, 0.0))[0]
 
 
 class Folder:
-    """The folder of a run, which no other process writes to between its `with` and the end.
+    """The folder of a run, which no other process writes to inside of its `with` block.
 
     Args:
       config: the run's settings.
 
     Raises:
-      ValueError: another run has it, or it holds a run with other settings or other things, or
+      ValueError: another run writes to it, it has a run with other settings or other files, or it
         cannot be written to.
     """
 
@@ -76,11 +76,11 @@ class Folder:
         self._exits.close()
 
     def begin(self) -> None:
-        """Write whose folder it is; nothing is there before."""
+        """Write the settings; a run writes nothing before."""
         write_json(self.path / "config.json", self._settings)
 
     def where(self) -> str:
-        """From where a run goes on that begins now, in words."""
+        """The step from which a run goes on that begins now, in words."""
         found = (self.path / "checkpoints").glob("*")
         steps = [int(path.name) for path in found if path.name.isdigit()]
         if not steps:
@@ -98,116 +98,84 @@ class Folder:
                 f"output: {self.path} holds other things, such as 'config.json': name a new or an "
                 "empty folder."
             )
-        settings = self._settings
-        changed = [key for key in settings if other and other.get(key) != settings[key]]
-        changed = [key for key in changed if key != "output"]
-        if changed:
+        here = {**other, "output": self._settings["output"]}  # a folder may be moved
+        if other and (words := changed(here, self._settings)):
             raise ValueError(
-                f"output: {self.path} holds a run with another {changed[0]}, "
-                f"{other.get(changed[0])!r} instead of {settings[changed[0]]!r}: name another "
-                "folder, or delete this one."
+                f"output: {self.path} holds a run with {words}: name another folder, or delete "
+                "this one."
             )
         return other
 
     def once(self, name: str, measure: Callable[[], Scores]) -> Scores:
-        """Scores that were measured before, or are measured now and kept."""
+        """Scores that were measured before, or are measured and written now."""
         path = self.path / f"{name}.json"
-        if path.is_file():
-            return Scores(**json.loads(path.read_text()))
-        scores = measure()
-        write_json(path, scores._asdict())
-        return scores
+        if not path.is_file():
+            write_json(path, measure()._asdict())
+        return Scores(**read_json(path))
 
     def write_history(self, lines: list[dict[str, float]], mode: str = "w") -> None:
         """Write what was measured on the way, or add to it (mode "a"), a line each."""
         with (self.path / "metrics.jsonl").open(mode) as file:
             file.writelines(f"{json.dumps(line)}\n" for line in lines)
 
-    def keep_best(self, step: int, trained: list[jax.Array]) -> None:
-        """Write what trains as it is after a step, as bytes: NumPy's files know no bfloat16."""
-        path = self._best(step)
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as file:
-            np.savez(file, *(np.asarray(x).reshape(-1).view(np.uint8) for x in trained))
-
-    def best(self, step: int, like: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-        """What `keep_best` wrote after that step."""
-        with self._best(step).open("rb") as whole, np.load(whole, allow_pickle=False) as file:
-            found = [file[name] for name in file.files]
-        pairs = zip(found, like, strict=True)
-        return [jnp.asarray(x.view(one.dtype).reshape(one.shape)) for x, one in pairs]
-
-    def forget_best_but(self, *steps: int) -> None:
-        """Delete what `keep_best` wrote after other steps."""
-        wanted = [self._best(step) for step in steps]
-        for path in (self.path / "best").glob("*.npz"):
-            if path not in wanted:
-                path.unlink()
-
-    def _best(self, step: int) -> Path:
-        return self.path / "best" / f"{step}.npz"
-
     @contextmanager
     def checkpoints(self) -> Iterator["_Checkpoints"]:
-        """The run's checkpoints; the last one is whole when the block ends well."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        """The run's checkpoints."""
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         folder = (self.path / "checkpoints").resolve()
         with ocp.CheckpointManager(folder, options=options) as manager:
-            yield _Checkpoints(manager, self)
-            manager.wait_until_finished()
+            yield _Checkpoints(manager)
 
 
 class _Checkpoints:
-    """A run's checkpoints, of which the last is kept."""
+    """A run's checkpoints: the last one, and that of the best step."""
 
-    def __init__(self, manager: ocp.CheckpointManager, folder: Folder) -> None:
-        self._manager, self._folder = manager, folder
-        self._best_step = 0  # of the last checkpoint
+    def __init__(self, manager: ocp.CheckpointManager) -> None:
+        self._manager = manager
 
     def last(self, start: Progress) -> Progress:
-        """Where the last checkpoint was, or the start."""
+        """The progress in the last checkpoint, or the start."""
         step = self._manager.latest_step()
-        if step is None:
-            return start
+        return start if step is None else self._read(step, start)
+
+    def best(self, now: Progress, shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+        """What trains as it was at the best step."""
+        blank = [np.empty(one.shape, one.dtype) for one in shapes]
+        return self._read(now.best_step, now._replace(trained=blank)).trained
+
+    def _read(self, step: int, like: Progress) -> Progress:
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardRestore(_arrays(start)), facts=ocp.args.JsonRestore()
+                arrays=ocp.args.StandardRestore(_arrays(like)), facts=ocp.args.JsonRestore()
             ),
         )
         arrays = found["arrays"]
         typed = [
-            jax.random.wrap_key_data(jnp.asarray(x)) if _is_key(like) else jnp.asarray(x)
-            for x, like in zip(arrays["state"], jax.tree.leaves(start.state), strict=True)
+            jax.random.wrap_key_data(jnp.asarray(x)) if _is_key(one) else jnp.asarray(x)
+            for x, one in zip(arrays["state"], jax.tree.leaves(like.state), strict=True)
         ]
-        now = Progress(
+        return Progress(
             trained=[jnp.array(x) for x in arrays["trained"]],
-            state=jax.tree.unflatten(jax.tree.structure(start.state), typed),
+            state=jax.tree.unflatten(jax.tree.structure(like.state), typed),
             log=np.array(arrays["log"]),
             **found["facts"],
         )
-        self._best_step = now.best_step
-        return now
 
-    def keep(self, now: Progress) -> None:
-        """Write a checkpoint, unless this step has one."""
+    def write(self, now: Progress) -> None:
+        """Write a checkpoint, unless this step has one, and delete those that are older."""
         if self._manager.latest_step() == now.step or any(x.is_deleted() for x in now.trained):
-            return  # a step that was broken off had been given the memory of what trains
-        with whole("the checkpoint"):
-            self._write(now)
-
-    def _write(self, now: Progress) -> None:
-        # A run that is killed while this is written goes on from the one before, with its best.
-        self._manager.wait_until_finished()
-        self._folder.forget_best_but(self._best_step, now.best_step)
-        self._best_step = now.best_step
+            return  # a step that was stopped had taken the memory of what trains
         facts = {"step": now.step, "history": now.history, "last": now.last}
-        self._manager.save(
-            now.step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(_arrays(now)), facts=ocp.args.JsonSave(facts)
-            ),
-        )
+        with whole("the checkpoint"):
+            self._manager.save(
+                now.step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(_arrays(now)), facts=ocp.args.JsonSave(facts)
+                ),
+            )
+            for step in set(self._manager.all_steps()) - {now.step, now.best_step}:
+                self._manager.delete(step)
 
 
 def _merit(line: dict[str, float]) -> tuple[float, float]:
