@@ -216,7 +216,7 @@ def test_devices_compare_with_keys_of_their_own():
         out_specs=PartitionSpec(),
     )
     def step(params, state):
-        return tx.update(None, state, params, compare_fn=coin)[1].differences
+        return tx.update(None, state, params, compare_fn=coin)[1].info.loss_differences
 
     vote = step(start(), tx.init(start()))
     jax.effects_barrier()

@@ -535,7 +535,7 @@ def test_one_bad_query_leaves_the_others_their_say(name):
     assert 0 < spoilt.sum() < 8
     clean, (after, spoilt_state) = step(0.0)[1], step(jnp.nan)
     assert spoilt_state.info.skipped == spoilt.sum()
-    heard = jnp.where(spoilt, 0.0, clean.differences)
+    heard = jnp.where(spoilt, 0.0, clean.info.loss_differences)
     np.testing.assert_array_equal(spoilt_state.info.loss_differences, heard)
     assert_equal(after, stepper(tx, value_fn=None, differences=heard)(params, state)[0])
     assert_moved(after)

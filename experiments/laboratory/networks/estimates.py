@@ -15,7 +15,7 @@ from experiments.laboratory.networks.models import Params
 from experiments.laboratory.networks.tasks import Examples
 from experiments.laboratory.networks.training import cross_entropy
 from zoqo_jax.arrays import trained_leaves
-from zoqo_jax.directions import Structure
+from zoqo_jax.directions import Distribution, Structure
 
 __all__ = ["linear_gain", "means", "statistics"]
 

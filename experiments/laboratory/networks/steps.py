@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 import zoqo_jax as zq
-from zoqo_jax.directions import Structure
+from zoqo_jax.directions import Distribution, Structure
 
 __all__ = ["METHODS", "Method", "counted", "problem"]
 
