@@ -22,6 +22,7 @@ from experiments import drawing, footprint, markdown, settings
 from experiments.laboratory.claim import Cell, Claim, Measurement
 from experiments.laboratory.networks.steps import METHODS, counted, problem
 from experiments.laboratory.pages import grouped
+from zoqo_jax.directions import Distribution
 
 __all__ = ["CLAIM", "Config"]
 
