@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Float32, PyTree
 
 from zoqo_jax import companders
 from zoqo_jax.arrays import Grid, QuantizedArray, is_quantized
@@ -183,19 +183,110 @@ class Quantizer:
             ValueError: NaN or inf in `values`, another dtype, values too large for `scale_dtype`,
                 or an `axis` that `values` lacks.
         """
-        values = jnp.asarray(values)
-        if not _is_value_dtype(values.dtype) and values.dtype != jnp.float64:
-            raise ValueError(
-                f"values must be float16, bfloat16, float32 or float64, got {values.dtype}."
-            )
-        if not _is_finite(values):
-            raise ValueError("values must be finite, got NaN or inf.")
+        return self.quantize(values, *self.scales(*self.calibrate(values)))
+
+    def calibrate(
+        self, values: Float[Array, "..."]
+    ) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
+        """The values that the outermost levels are to stand for, (lo, hi), for each block.
+
+        Args:
+            values: as for a call.
+
+        Returns:
+            Both float32, in the shape of a scale: 1 long along axes that share one.
+
+        Raises:
+            ValueError: NaN or inf in `values`, another dtype, or an `axis` that `values` lacks.
+
+        Examples:
+            >>> lo, hi = Quantizer(4, range="minmax", axis=0).calibrate(jnp.array([[1.0, 3.0]]))
+            >>> lo.tolist(), hi.tolist()
+            ([[1.0]], [[3.0]])
+        """
+        values = _checked(values)
         axes, block = self._layout(values.ndim)
+        blocks = _in_blocks(values, block)
+        reduced = (*(axis for axis in range(values.ndim) if axis not in axes), -1)
+        shape = tuple(n if axis in axes else 1 for axis, n in enumerate(blocks.shape[:-1]))
+        if self._bounds is not None:
+            lo, hi = self._bounds
+            return jnp.full(shape, lo, jnp.float32), jnp.full(shape, hi, jnp.float32)
+        if values.size == 0:
+            return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
         with jax.debug_nans(False):  # blocks cut short are padded with NaN
-            scale, offset = self._fit(_in_blocks(values.astype(jnp.float32), block), axes)
+            if self.range == "minmax":
+                lo, hi = (f(blocks, axis=reduced) for f in (jnp.nanmin, jnp.nanmax))
+                return lo.reshape(shape), hi.reshape(shape)
+            hi = self._magnitude(blocks, reduced).reshape(shape)
+        return -hi, hi
+
+    def scales(
+        self, lo: Float32[Array, "..."], hi: Float32[Array, "..."]
+    ) -> tuple[Float[Array, "..."], Float32[Array, "..."] | None]:
+        """Scale and offset of calibrated ranges.
+
+        Args:
+            lo: values of the lowest levels.
+            hi: values of the highest levels.
+
+        Returns:
+            The scales in `scale_dtype`, and offsets, or None for 0, in value units.
+
+        Raises:
+            ValueError: `scale_dtype` cannot hold a scale.
+
+        Examples:
+            >>> scale, offset = Quantizer(2).scales(jnp.array([-3.0]), jnp.array([3.0]))
+            >>> scale.tolist(), offset
+            ([2.0], None)
+        """
+        top, offset = 2**self.bits - 1, None
+        if self._bounds is not None:
+            size, middle = self._fit_within(*self._bounds)
+            offset = None if middle is None else jnp.full(lo.shape, middle, jnp.float32)
+            scale = jnp.full(lo.shape, size, self.scale_dtype)
+        elif not self._is_uniform:
+            # Levels of a companded grid are for [-1, 1]: the scale is the half-width, the offset
+            # the middle.
+            scale = ((hi - lo) / 2).astype(self.scale_dtype)
+            offset = (hi + lo) / 2 if self.range == "minmax" else None
+        elif self.range != "minmax":
+            scale = ((hi - lo) * (1 / top)).astype(self.scale_dtype)
+        else:
+            lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)  # zero must be within reach
+            scale = jax.lax.reduce_precision((hi - lo) * (1 / top), 8, 15)
+            scale = scale.astype(self.scale_dtype)
+            zero = jnp.round(-lo / jnp.where(scale > 0, scale, 1).astype(jnp.float32))
+            offset = -zero * scale.astype(jnp.float32)
         if not _is_finite(scale):
             raise ValueError(f"scale_dtype must hold the scales, got one beyond {scale.dtype}.")
-        return self._encode(values, scale, offset, block)
+        return scale, offset
+
+    def quantize(
+        self,
+        values: Float[Array, "..."],
+        scale: Float[Array, "..."],
+        offset: Float[Array, "..."] | None = None,
+    ) -> QuantizedArray:
+        """Round values to the nearest legal codes, by scales that are given.
+
+        Args:
+            values: as for a call.
+            scale: one for each block, as `scales` gives it.
+            offset: likewise, or None for 0.
+
+        Examples:
+            >>> Quantizer(2).quantize(jnp.array([0.9, -0.9]), jnp.array([1.0])).codes.tolist()
+            [3, 1]
+        """
+        dtype = jnp.asarray(values).dtype
+        values = _checked(values)
+        _, block = self._layout(values.ndim)
+        empty = jnp.zeros(values.shape, jnp.uint8)
+        array = QuantizedArray.from_codes(empty, scale, offset, self.grid, block, dtype)
+        of_codes = (x if x is None else array.spread(x) for x in (scale, offset))
+        return array.with_codes(self._codes(values, *of_codes))
 
     def _layout(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, int] | None]:
         """The axes that share no scale, and the block; a scalar has neither."""
@@ -210,35 +301,6 @@ class Quantizer:
         if self.block is None:
             return axes, None
         return tuple(range(ndim)), (axes[0] - ndim, int(self.block))
-
-    def _fit(self, blocks: Array, axes: tuple[int, ...]) -> tuple[Array, Array | None]:
-        """Scale and offset for each block of an array cut by `_in_blocks` (NaN where padded)."""
-        reduced = (*(axis for axis in range(blocks.ndim - 1) if axis not in axes), -1)
-        shape = tuple(n if axis in axes else 1 for axis, n in enumerate(blocks.shape[:-1]))
-        top = 2**self.bits - 1
-        if self._bounds is not None:
-            scale, offset = self._fit_within(*self._bounds)
-            offset = None if offset is None else jnp.full(shape, offset, jnp.float32)
-            return jnp.full(shape, scale, self.scale_dtype), offset
-        if blocks.size == 0:
-            lo = hi = jnp.zeros(shape, jnp.float32)
-        elif self.range == "minmax":
-            lo = jnp.nanmin(blocks, axis=reduced).reshape(shape)
-            hi = jnp.nanmax(blocks, axis=reduced).reshape(shape)
-        else:
-            hi = self._magnitude(blocks, reduced).reshape(shape)
-            lo = -hi
-        if not self._is_uniform:
-            # Levels of a companded grid are for [-1, 1]: the scale is the half-width, the offset
-            # the middle.
-            offset = (hi + lo) / 2 if self.range == "minmax" else None
-            return ((hi - lo) / 2).astype(self.scale_dtype), offset
-        if self.range != "minmax":
-            return ((hi - lo) * (1 / top)).astype(self.scale_dtype), None
-        lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)  # zero must be within reach
-        scale = jax.lax.reduce_precision((hi - lo) * (1 / top), 8, 15).astype(self.scale_dtype)
-        zero = jnp.round(-lo / jnp.where(scale > 0, scale, 1).astype(jnp.float32))
-        return scale, -zero * scale.astype(jnp.float32)
 
     def _magnitude(self, blocks: Array, reduced: tuple[int, ...]) -> Array:
         """The symmetric range fitted to each block."""
@@ -279,14 +341,17 @@ class Quantizer:
         n = jnp.where(scale > 0, jnp.round(z) + zero, float(np.argmin(np.abs(grid.levels))))
         return jnp.clip(n, grid.low, grid.high).astype(jnp.int32)
 
-    def _encode(
-        self, values: Array, scale: Array, offset: Array | None, block: tuple[int, int] | None
-    ) -> QuantizedArray:
-        empty = jnp.zeros(values.shape, jnp.uint8)
-        array = QuantizedArray.from_codes(empty, scale, offset, self.grid, block, values.dtype)
-        spread_offset = None if offset is None else array.spread(offset)
-        codes = self._codes(values.astype(jnp.float32), array.spread(scale), spread_offset)
-        return array.with_codes(codes)
+
+def _checked(values: Any) -> Float32[Array, "..."]:
+    """Values to be quantized, as float32."""
+    values = jnp.asarray(values)
+    if not _is_value_dtype(values.dtype) and values.dtype != jnp.float64:
+        raise ValueError(
+            f"values must be float16, bfloat16, float32 or float64, got {values.dtype}."
+        )
+    if not _is_finite(values):
+        raise ValueError("values must be finite, got NaN or inf.")
+    return values.astype(jnp.float32)
 
 
 def nf4(
