@@ -149,9 +149,10 @@ class _Run:
                 now = self._steps(now, checkpoints, bar, board)
             self._say("reading the test examples")
             trained, now = now.trained, now._replace(trained=[])
-            if now.step:
-                del trained, self.step  # and its programs, before the test examples are read
-                footprint.give_back()
+            del self.step  # and its programs, before the test examples are read
+            footprint.give_back()
+            if now.best_step != now.step:
+                del trained
                 trained = checkpoints.best(now, self.shapes)
         params = self.parts.join(trained, self.rest)
         return Outcome(
