@@ -36,7 +36,7 @@ class Leaf:
         assert codes.min() >= self.low and codes.max() <= self.high
         return self.scale * self.levels[codes]
 
-    def moved(self, codes: np.ndarray) -> "Leaf":
+    def with_codes(self, codes: np.ndarray) -> "Leaf":
         return dataclasses.replace(self, codes=np.clip(codes, self.low, self.high))
 
 

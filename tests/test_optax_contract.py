@@ -405,7 +405,7 @@ def test_an_update_made_in_place_piece_by_piece_is_the_update_made_at_once(
     at_once = replayed()
     for leaf in params:
         assert (at_once[0][leaf].packed != params[leaf].packed).any()
-    for size in ("_WHOLE", "_PIECE", "_PIECE_OF_SUM"):
+    for size in ("_WHOLE", "_CHUNK", "_CHUNK_OF_SUM"):
         monkeypatch.setattr(stepping, size, 100)
     assert_equal(replayed(), at_once)
 
@@ -471,7 +471,7 @@ def test_zoqo_moves_by_what_its_schedule_says():
 def test_equal_losses_move_nothing(name, options):
     params, state = run(make(name, **options), value_fn=lambda params: 0.0 * value_fn(params))
     assert_equal(params, start())
-    assert step_state(state).skipped == 0
+    assert step_state(state).info.skipped == 0
 
 
 @pytest.mark.parametrize("constant", [jnp.float32(1.5), 2, 1.5])
@@ -480,7 +480,7 @@ def test_an_objective_may_ignore_its_params(name, constant):
     tx = make(name)
     params, state = stepper(tx, value_fn=lambda params: constant)(start(), tx.init(start()))
     assert_equal(params, start())
-    assert (step_state(state).losses == constant).all()
+    assert (step_state(state).info.losses == constant).all()
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -596,7 +596,7 @@ def test_losses_of_any_real_dtype_are_taken_as_float32(name, dtype):
     tx = make(name)
     value = lambda params: value_fn(params).astype(dtype)  # noqa: E731
     _, state = tx.update(None, tx.init(start()), start(), value_fn=value)
-    assert step_state(state).losses.dtype == jnp.float32
+    assert step_state(state).info.losses.dtype == jnp.float32
 
 
 POSITIVE = [0, 0.0, -1.0, float("nan"), float("inf")]

@@ -141,7 +141,8 @@ def test_products_in_every_layout_are_those_of_the_values(grid, direction, bound
     [("nf4", "dense"), slow("shared", "rank_one"), slow("blocks", "rank_one")],
 )
 def test_large_tables_are_multiplied_in_pieces(grid, direction, monkeypatch):
-    monkeypatch.setattr(products, "_LARGE", 100)
+    small = products.THRESHOLDS["cpu"]._replace(chunk=100)
+    monkeypatch.setitem(products.THRESHOLDS, jax.default_backend(), small)
     array = GRIDS[grid](normal(0, 23, 24))
     x = normal(1, 2, 5, 24)
 

@@ -11,7 +11,13 @@ from jaxtyping import Array, Float
 from zoqo_jax import directions
 from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions import Boundary, Direction, Structure
-from zoqo_jax.transforms.schedules import Schedule, check_positive, inverse_at, value_at
+from zoqo_jax.transforms.schedules import (
+    Count,
+    Schedule,
+    check_positive,
+    inverse_at,
+    value_at,
+)
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method
 
@@ -26,7 +32,7 @@ class RoundedDescent(Method):
 
     learning_rate: Schedule
     radius: Schedule
-    num_queries: int
+    num_queries: Count
     noise: Noise
     structure: Structure
     density: Schedule | Array
