@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.timing import Effort, Program, report_of
-from zoqo_jax import companders
+from zoqo_jax.grids import companders
 
 __all__ = ["Cell", "measure"]
 

@@ -48,8 +48,11 @@ from matplotlib.colors import ListedColormap
 import zoqo_jax as zq
 from experiments.attack import models
 from experiments.laboratory.convex import descents, problems, residuals
-from zoqo_jax import certificates, companders, directions, queries
-from zoqo_jax.diagnosis import Spans
+from zoqo_jax import directions
+from zoqo_jax.analysis import certificates
+from zoqo_jax.analysis.diagnosis import Spans
+from zoqo_jax.grids import companders
+from zoqo_jax.transforms import queries
 
 jax.config.update("jax_disable_most_optimizations", True)  # compiled sooner, run but once
 KEY = jax.random.key(0)

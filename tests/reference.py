@@ -2,9 +2,9 @@
 
 Bar & Giryes, "ZOQO", arXiv:2501.06736, Algorithm 1; Shu & Zhu, "CAQ-ZO", arXiv:2605.10673; Zhou et
 al., "QuZO", arXiv:2502.12346.
-Directions and random words come from outside, drawn by `zoqo_jax.directions` and `zoqo_jax.draws`;
-everything that is done with them is done here: clamp, mask, reflect, votes, steps. Real numbers are
-float32, as the library's are.
+Directions and random words come from outside, drawn by `zoqo_jax.directions` and
+`zoqo_jax.xla.random_bits`; everything that is done with them is done here: clamp, mask, reflect,
+votes, steps. Real numbers are float32, as the library's are.
 """
 
 import dataclasses

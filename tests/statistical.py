@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from zoqo_jax import compiler, draws
+from zoqo_jax.xla import compiler, random_bits
 
 
 def assert_binomial(hits, trials, probability):
@@ -41,8 +41,10 @@ def random_words(function, *args, monkeypatch, rounds=1):
         return total
 
     with monkeypatch.context() as patch:
-        patch.setattr(draws, "_threefry", jax.jit(draws._threefry))
-        patch.setattr(compiler, "held", lambda make, *_: make())  # no loop but those that draw
+        patch.setattr(random_bits, "_threefry", jax.jit(random_bits._threefry))
+        patch.setattr(
+            compiler, "materialized", lambda make, *_: make()
+        )  # no loop but those that draw
         return count(jax.make_jaxpr(function)(*args).jaxpr)
 
 

@@ -10,7 +10,7 @@ import reference
 import test_reference as runs
 
 import zoqo_jax as zq
-from zoqo_jax import queries
+from zoqo_jax.transforms import queries
 
 KEY = jax.random.key(31)
 

@@ -14,7 +14,8 @@ from compiling import NORMALLY
 from statistical import assert_binomial
 
 import zoqo_jax as zq
-from zoqo_jax import certificates, implicit
+from zoqo_jax.analysis import certificates
+from zoqo_jax.implicit import arrays as implicit
 
 KEY = jax.random.key(9)
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
-from zoqo_jax import companders, directions, queries
+from zoqo_jax import directions
+from zoqo_jax.grids import companders
+from zoqo_jax.transforms import queries
 
 GRIDS = {
     "one scale": lambda: zq.Quantizer(8),

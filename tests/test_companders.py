@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from zoqo_jax import Quantizer, companders
+from zoqo_jax import Quantizer
+from zoqo_jax.grids import companders
 
 NORMAL = np.random.default_rng(0).normal(size=20_000)
 PARAMETRIC = {

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import zoqo_jax as zq
-from zoqo_jax import queries
+from zoqo_jax.transforms import queries
 
 KEY = jax.random.key(5)
 STEPS = 8

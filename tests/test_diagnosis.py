@@ -11,7 +11,9 @@ import pytest
 from compiling import NORMALLY
 
 import zoqo_jax as zq
-from zoqo_jax import companders, diagnosis, implicit
+from zoqo_jax.analysis import diagnosis
+from zoqo_jax.grids import companders
+from zoqo_jax.implicit import arrays as implicit
 
 
 def normal(seed, *shape):
@@ -32,7 +34,7 @@ def expected(array, radius, unit="values"):
     grid, shape = array.grid, array.shape
     scale = np.asarray(array.scale, np.float64).ravel()
     number = np.arange(array.scale.size).reshape(array.scale.shape)
-    number = np.broadcast_to(np.asarray(array.spread(jnp.asarray(number))), shape)
+    number = np.broadcast_to(np.asarray(array.broadcast_scales(jnp.asarray(number))), shape)
     legal = np.asarray(grid.levels[grid.low : grid.high + 1])
     half = (legal[-1] - legal[0]) / 2
     at = np.asarray(array.codes).astype(int) - grid.low

@@ -19,7 +19,9 @@ from statistical import (
 )
 
 import zoqo_jax as zq
-from zoqo_jax import Grid, Quantizer, companders, directions, draws
+from zoqo_jax import Grid, Quantizer, directions
+from zoqo_jax.grids import companders
+from zoqo_jax.xla import random_bits
 
 KEY = jax.random.key(0)
 LAWS = ["uniform", "gaussian", "rademacher"]
@@ -401,7 +403,7 @@ def dithered_by_row():
     codes = jnp.zeros((255, 2000), jnp.uint8)
     scale = jnp.ones((255, 1), jnp.float32)
     array = zq.QuantizedArray.from_codes(codes, scale, None, GRIDS[8])
-    rows, reach = draws.rows(KEY, (255,)), jax.jit(directions.dithered_steps)
+    rows, reach = random_bits.rows(KEY, (255,)), jax.jit(directions.dithered_steps)
     return lambda width: np.asarray(reach(rows, jnp.asarray(width, jnp.float32), array))
 
 
@@ -524,7 +526,7 @@ def test_an_empty_array_has_an_empty_direction(shape):
         drawn = functools.partial(sample, structure=structure, density=density, dithered=True)
         assert jax.jit(drawn)(array, KEY, 1.0).shape == shape
     part = array.parts[0]
-    width, rows = jnp.ones(part.scale.shape, jnp.float32), draws.rows(KEY, shape[:-1])
+    width, rows = jnp.ones(part.scale.shape, jnp.float32), random_bits.rows(KEY, shape[:-1])
     assert jax.jit(directions.dithered_steps)(rows, width, part).shape == part.shape
 
 

@@ -16,7 +16,9 @@ from flax import linen as nn
 from flax import nnx
 
 import zoqo_jax as zq
-from zoqo_jax import companders, directions, queries
+from zoqo_jax import directions
+from zoqo_jax.grids import companders
+from zoqo_jax.transforms import queries
 
 # Two float32 programs that sum the same numbers in different orders.
 RTOL = 2e-5

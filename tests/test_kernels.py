@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
-from zoqo_jax import companders, directions, kernels
+from zoqo_jax import directions
+from zoqo_jax.grids import companders
+from zoqo_jax.implicit import kernels
 
 # Of the largest entry. Both sum the same products in float32, in different orders; a bfloat16
 # result is rounded once from such a sum.
@@ -62,7 +64,7 @@ def expected(x, array, a, b, m, boundary, transposed=False):
     """The products with the values at `n +- m a b^T`, the boundary's arithmetic included."""
     out = []
     for x_side, side in zip(x, (1, -1), strict=False):
-        u = side * array.spread(m) * (a[:, None] * b).astype(jnp.int16)
+        u = side * array.broadcast_scales(m) * (a[:, None] * b).astype(jnp.int16)
         values = array.decode(directions.displace(array.codes, u, array.grid, boundary))
         out.append(multiply(x_side, values.T if transposed else values))
     return jnp.stack(out)

@@ -12,7 +12,7 @@ import zoqo_jax as zq
 from experiments.laboratory import floors
 from experiments.laboratory.claim import check
 from experiments.laboratory.convex import descents, problems
-from zoqo_jax import projection
+from zoqo_jax.grids import projection
 
 
 def test_swings_are_those_of_brute_force():

@@ -11,7 +11,7 @@ import zoqo_jax as zq
 from experiments.laboratory import residual
 from experiments.laboratory.claim import check
 from experiments.laboratory.convex import problems, residuals
-from zoqo_jax import queries
+from zoqo_jax.transforms import queries
 
 QUANTIZERS = {
     "uniform": zq.Quantizer(4, range=1.0),

@@ -258,7 +258,7 @@ def test_a_rate_along_slopes_means_the_same_to_all_methods(name):
     is_float = name in methods.FLOATS
     params = [start if is_float else zq.Quantizer(6, block=4)(start)]
     if name == "qzo":  # whose slope is that of the scales
-        levels = np.asarray(zq.dequantize(params)[0] / params[0].spread(params[0].scale))
+        levels = np.asarray(zq.dequantize(params)[0] / params[0].broadcast_scales(params[0].scale))
         scale_slope = (slope * levels).reshape(4, 2, 4).sum(-1)
         expected = -((scale_slope**2).sum()) / scale_slope.size / params[0].grid.largest ** 2
     else:

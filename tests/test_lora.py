@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from zoqo_jax.lora import is_factor, is_lora, merge
+from zoqo_jax.implicit.lora import is_factor, is_lora, merge
 
 
 def normal(*shape, seed=0):

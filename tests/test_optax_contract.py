@@ -361,7 +361,7 @@ def test_query_batch_changes_nothing_but_the_cost(name, query_batch):
     assert_equal(run(make(name, num_queries=4, query_batch=query_batch)), baseline(name))
 
 
-def in_pieces(name, *, fast, **options):
+def in_chunks(name, *, fast, **options):
     """Of one query and of three, whose sum is made otherwise; 8 s each, so either is fast."""
     return [
         pytest.param(name, options, n, marks=() if n == fast else pytest.mark.slow) for n in (1, 3)
@@ -371,14 +371,14 @@ def in_pieces(name, *, fast, **options):
 @pytest.mark.parametrize(
     ("name", "options", "num_queries"),
     [
-        *in_pieces("zoqo", structure="rank_one", noise="rademacher", boundary="mask", fast=3),
-        *in_pieces(
+        *in_chunks("zoqo", structure="rank_one", noise="rademacher", boundary="mask", fast=3),
+        *in_chunks(
             "zoqo", structure="sparse", density=0.4, vote="majority", step="dithered", fast=3
         ),
-        *in_pieces("caq_zo", structure="rank_one", rounding="stochastic", fast=1),
-        *in_pieces("caq_zo", structure="sparse", density=0.5, rounding="error_feedback", fast=1),
-        *in_pieces("quzo", boundary="mask", fast=1),
-        *in_pieces("qes", boundary="mask", fast=None),
+        *in_chunks("caq_zo", structure="rank_one", rounding="stochastic", fast=1),
+        *in_chunks("caq_zo", structure="sparse", density=0.5, rounding="error_feedback", fast=1),
+        *in_chunks("quzo", boundary="mask", fast=1),
+        *in_chunks("qes", boundary="mask", fast=None),
     ],
 )
 def test_an_update_made_in_place_piece_by_piece_is_the_update_made_at_once(

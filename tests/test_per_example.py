@@ -7,8 +7,9 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from zoqo_jax import directions, queries
+from zoqo_jax import directions
 from zoqo_jax.directions import Direction
+from zoqo_jax.transforms import queries
 
 EXAMPLES = 6
 GRIDS = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoqo_jax import projection
+from zoqo_jax.grids import projection
 
 KEY = jax.random.key(0)
 UNIT = 2**22  # error feedback counts in 2^-22 codes

@@ -13,7 +13,8 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from zoqo_jax import Grid, Quantizer, companders
+from zoqo_jax import Grid, Quantizer
+from zoqo_jax.grids import companders
 
 GIVEN = [(-0.3, 0.3), (-1.0, 1.0), (0.0, 1.0), (0.0, 0.9), (-1.0, 2.0), (-0.3, 0.6), (-2.5, 0.75)]
 NAMED = ["absmax", "minmax", "percentile", "mse"]
@@ -481,9 +482,9 @@ def test_codes_that_share_bytes_are_the_parts_of_the_last_axis(quantizer, shape)
         assert part.per_byte == 1 and part.shape == codes.shape
         np.testing.assert_array_equal(part.packed, codes)
     np.testing.assert_array_equal(np.concatenate(values_of_parts, axis=-1), values)
-    spread = np.broadcast_to(array.spread(array.scale), shape)
+    spread = np.broadcast_to(array.broadcast_scales(array.scale), shape)
     cuts = [
-        np.broadcast_to(part.spread(array.part_of(array.scale, i)), part.shape)
+        np.broadcast_to(part.broadcast_scales(array.part_of(array.scale, i)), part.shape)
         for i, part in enumerate(array.parts)
     ]
     np.testing.assert_array_equal(np.concatenate(cuts, axis=-1), spread)

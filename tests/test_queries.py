@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from zoqo_jax import queries
+from zoqo_jax.transforms import queries
 
 COUNTS = [1, 2, 3, 8, 100, 256, 257, 1000]
 

@@ -13,7 +13,9 @@ import reference
 from reference import Leaf
 
 import zoqo_jax as zq
-from zoqo_jax import companders, directions, draws
+from zoqo_jax import directions
+from zoqo_jax.grids import companders
+from zoqo_jax.xla import random_bits
 
 STEPS = 200
 KEY = jax.random.key(2025)
@@ -288,10 +290,10 @@ def words_of_moves(model, num_queries):
     """
 
     def one(count, leaf, array):
-        rows = draws.rows(leaf_key(count, num_queries, leaf), array.shape[:-1])
+        rows = random_bits.rows(leaf_key(count, num_queries, leaf), array.shape[:-1])
         columns = array.shape[-1] // array.per_byte
-        parts = (draws.part(rows, i) for i in range(array.per_byte))
-        of_parts = [draws.words(part, columns, 0) for part in parts]
+        parts = (random_bits.part(rows, i) for i in range(array.per_byte))
+        of_parts = [random_bits.words(part, columns, 0) for part in parts]
         return jnp.concatenate(of_parts, axis=-1)
 
     arrays = problem(model).arrays

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from zoqo_jax import companders
+from zoqo_jax.grids import companders
 
 STEPS = 1_000
 KEY = jax.random.key(11)

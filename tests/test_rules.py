@@ -15,7 +15,10 @@ from flax import linen as nn
 from flax import nnx
 
 import zoqo_jax as zq
-from zoqo_jax import companders, directions, kernels, products, queries
+from zoqo_jax import directions
+from zoqo_jax.grids import companders
+from zoqo_jax.implicit import kernels, products
+from zoqo_jax.transforms import queries
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -420,7 +423,7 @@ def test_explain_refuses_what_it_cannot_explain():
 
 
 def test_watching_ends_with_the_explanation():
-    from zoqo_jax import implicit
+    from zoqo_jax.implicit import arrays as implicit
 
     params = zq.quantize({"w": normal(0, 4, 4)}, zq.Quantizer(8))
     with pytest.raises(ZeroDivisionError):

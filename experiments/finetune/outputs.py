@@ -17,9 +17,9 @@ from experiments.finetune import seed_log
 from experiments.finetune.config import Config
 from experiments.finetune.models.loading import Checkpoint, module_names, unstack
 from experiments.finetune.training import Outcome
-from zoqo_jax.arrays import is_trained
+from zoqo_jax.grids.arrays import is_trained
+from zoqo_jax.implicit.lora import is_lora
 from zoqo_jax.interop import bitsandbytes, gguf, safetensors
-from zoqo_jax.lora import is_lora
 
 __all__ = ["write", "write_trained"]
 

@@ -7,8 +7,8 @@ import jax
 import zoqo_jax as zq
 from experiments.finetune.config import Config
 from experiments.finetune.models.loading import Checkpoint
-from zoqo_jax.arrays import is_trained
-from zoqo_jax.lora import is_factor
+from zoqo_jax.grids.arrays import is_trained
+from zoqo_jax.implicit.lora import is_factor
 
 __all__ = ["Parts", "adapt"]
 

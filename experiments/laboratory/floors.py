@@ -2,8 +2,8 @@
 
 Rounding the optimum of a quadratic of Hessian H to a grid of spacing Delta leaves a mean excess
 loss of Delta^2 tr(H) / 24 and a mean squared gradient of Delta^2 tr(H^2) / 12 (see
-`zoqo_jax.certificates`). A method that learns from queries does not stay at the best code either:
-it swings about it, which costs some times the floor.
+`zoqo_jax.analysis.certificates`). A method that learns from queries does not stay at the best code
+either: it swings about it, which costs some times the floor.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from experiments.laboratory.claim import Cell, Claim, Measurement
 from experiments.laboratory.convex import descents, problems
 from experiments.laboratory.convex.descents import METHODS
 from experiments.laboratory.pages import grouped
-from zoqo_jax.certificates import gradient_floor, loss_floor
+from zoqo_jax.analysis.certificates import gradient_floor, loss_floor
 
 __all__ = ["CLAIM", "Config", "swings"]
 

@@ -21,7 +21,7 @@ from experiments.laboratory.claim import Cell, Claim, Measurement
 from experiments.laboratory.convex import descents, problems
 from experiments.laboratory.convex.descents import FLOATS, METHODS
 from experiments.laboratory.pages import grouped
-from zoqo_jax.certificates import gradient_floor
+from zoqo_jax.analysis.certificates import gradient_floor
 
 __all__ = ["CLAIM", "Config", "exponent"]
 

@@ -20,7 +20,7 @@ from experiments import drawing, markdown, settings
 from experiments.laboratory.claim import Cell, Claim, Measurement
 from experiments.laboratory.convex import descents, problems, residuals
 from experiments.laboratory.pages import grouped
-from zoqo_jax import companders
+from zoqo_jax.grids import companders
 
 __all__ = ["CLAIM", "Config", "slope"]
 

@@ -24,8 +24,9 @@ import pytest
 from loss_table import TABLE
 
 import zoqo_jax as zq
-from zoqo_jax import directions, queries
-from zoqo_jax.arrays import trained_leaves
+from zoqo_jax import directions
+from zoqo_jax.grids.arrays import trained_leaves
+from zoqo_jax.transforms import queries
 
 DIRECTIONS = {"rank_one": "rademacher", "dense": "uniform"}
 

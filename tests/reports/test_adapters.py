@@ -17,8 +17,8 @@ from experiments.finetune import outputs
 from experiments.finetune.config import Config
 from experiments.finetune.models import loading
 from experiments.finetune.parts import adapt
+from zoqo_jax.implicit.lora import is_factor
 from zoqo_jax.interop import gguf, safetensors
-from zoqo_jax.lora import is_factor
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 LLAMA = {

@@ -21,7 +21,7 @@ import pytest
 from experiments import command, files, settings
 from experiments.attack.config import Config as AttackConfig
 from experiments.finetune import config as finetune
-from zoqo_jax.projection import Rounding
+from zoqo_jax.grids.projection import Rounding
 from zoqo_jax.transforms.caq_zo import Query
 
 _ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import zoqo_jax as zq
-from zoqo_jax import draws
+from zoqo_jax.xla import random_bits
 
 IMPLS = ["rbg", "unsafe_rbg"]
 SHARED = {"num_queries": 3, "query_batch": None}
@@ -113,11 +113,11 @@ def test_the_quadratic_of_the_report_comes_down_with_an_rbg_key():
 @pytest.mark.parametrize("impl", ["threefry2x32", *IMPLS])
 def test_keys_that_are_split_or_mapped_over_stay_apart(impl):
     keys = jax.random.split(jax.random.key(0, impl=impl), 5)
-    words = jax.random.key_data(draws.threefry(keys))
+    words = jax.random.key_data(random_bits.threefry(keys))
     assert len(np.unique(np.asarray(words), axis=0)) == 5
-    one_by_one = [jax.random.key_data(draws.threefry(key)) for key in keys]
+    one_by_one = [jax.random.key_data(random_bits.threefry(key)) for key in keys]
     np.testing.assert_array_equal(words, one_by_one)
-    np.testing.assert_array_equal(words, jax.random.key_data(jax.vmap(draws.threefry)(keys)))
+    np.testing.assert_array_equal(words, jax.random.key_data(jax.vmap(random_bits.threefry)(keys)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

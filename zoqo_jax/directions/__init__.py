@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int16, Key
 
-from zoqo_jax import draws
-from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions.base import FLOOR_TOLERANCE
 from zoqo_jax.directions.base import Boundary as Boundary
 from zoqo_jax.directions.base import Contribution as Contribution
@@ -31,6 +29,8 @@ from zoqo_jax.directions.dense import Dense as Dense
 from zoqo_jax.directions.per_example import PerExample as PerExample
 from zoqo_jax.directions.rank_one import RankOne as RankOne
 from zoqo_jax.directions.sparse import Sparse as Sparse
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.xla import random_bits
 
 __all__ = [
     "STRUCTURES",
@@ -181,7 +181,7 @@ def _densest(schedule: Callable[[Any], Any]) -> float:
 
 
 def dithered_steps(
-    rows: draws.Rows, width: Float[Array, "..."], array: QuantizedArray
+    rows: random_bits.Rows, width: Float[Array, "..."], array: QuantizedArray
 ) -> Int16[Array, "..."]:
     """floor(width + U), U uniform in [0, 1) for each coordinate: `width` codes on average.
 
@@ -193,12 +193,13 @@ def dithered_steps(
     Examples:
         >>> from zoqo_jax import Quantizer
         >>> array = Quantizer()(jnp.ones((1, 10_000)))
-        >>> moves = dithered_steps(draws.rows(jax.random.key(0), (1,)), jnp.float32(1.25), array)
+        >>> rows = random_bits.rows(jax.random.key(0), (1,))
+        >>> moves = dithered_steps(rows, jnp.float32(1.25), array)
         >>> sorted(set(moves.ravel().tolist())), round(moves.mean().item(), 2)
         ([1, 2], 1.25)
     """
     shape = array.shape
     whole = jnp.clip(jnp.floor(width * (1.0 + FLOOR_TOLERANCE)), 0.0, float(array.grid.high))
-    rest = array.spread(jnp.clip(width - whole, 0.0, 1.0))
-    up = draws.bernoulli(rows, rest, shape[-1] if shape else 1, 0).reshape(shape)
-    return array.spread(whole.astype(jnp.int16)) + up.astype(jnp.int16)
+    rest = array.broadcast_scales(jnp.clip(width - whole, 0.0, 1.0))
+    up = random_bits.bernoulli(rows, rest, shape[-1] if shape else 1, 0).reshape(shape)
+    return array.broadcast_scales(whole.astype(jnp.int16)) + up.astype(jnp.int16)

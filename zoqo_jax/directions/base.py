@@ -32,11 +32,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8, Int16, Integer, Key
 
-from zoqo_jax import compiler, draws, matmul
-from zoqo_jax.arrays import Grid, QuantizedArray
-from zoqo_jax.directions import entries
-from zoqo_jax.draws import Rows
-from zoqo_jax.matmul import Dot, Thresholds
+from zoqo_jax.directions import entries, matmul
+from zoqo_jax.directions.matmul import Dot, Thresholds
+from zoqo_jax.grids.arrays import Grid, QuantizedArray
+from zoqo_jax.xla import compiler, random_bits
+from zoqo_jax.xla.random_bits import Rows
 
 __all__ = [
     "Boundary",
@@ -134,7 +134,7 @@ class Direction(eqx.Module):
             choices: `unit`, `distribution`, `boundary` and `dithered`, as the attributes, and those
                 of the structure.
         """
-        rows = draws.rows(key, array.shape[:-1])
+        rows = random_bits.rows(key, array.shape[:-1])
         side = jnp.ones(rows.index.shape, jnp.int8)
         off_grid = None if off_grid is None else jnp.asarray(off_grid, jnp.float32)
         mu = jnp.asarray(radius, jnp.float32)
@@ -177,17 +177,19 @@ class Direction(eqx.Module):
             columns: how many for each row.
             at: from what broadcasts with the codes to what broadcasts with the draws.
         """
-        width, m = (at(array.spread(x)) for x in (self.width(array), self.radius_in_codes(array)))
+        width, m = (
+            at(array.broadcast_scales(x)) for x in (self.width(array), self.radius_in_codes(array))
+        )
         draw = entries.from_rows(self.rows, columns)
         u = entries.of(draw, m, width, self.distribution, self.rounding)
         chance = self.probability(array)
         if chance is None:
             return u
-        return jnp.where(self._support(at(array.spread(chance)), columns), u, 0)
+        return jnp.where(self._support(at(array.broadcast_scales(chance)), columns), u, 0)
 
     def _support(self, chance: Array, columns: int) -> Bool[Array, "*rows columns"]:
         """Which entries are in the support, each by a chance of its own."""
-        return draws.bernoulli(self.rows, chance, columns, entries.SUPPORT)
+        return random_bits.bernoulli(self.rows, chance, columns, entries.SUPPORT)
 
     def displaced(self, array: QuantizedArray, u: Int16[Array, "..."]) -> Int16[Array, "..."]:
         """The legal codes that an array's become at `u`, the direction or its opposite."""
@@ -283,11 +285,11 @@ class Direction(eqx.Module):
     def part(self, i: Array | int, array: QuantizedArray) -> Direction:
         """The direction of the i-th code of every byte of `array`; `i` may be traced."""
         del array
-        return dataclasses.replace(self, rows=draws.part(self.rows, i))
+        return dataclasses.replace(self, rows=random_bits.part(self.rows, i))
 
-    def after(self, x: Array) -> Direction:
+    def depends_on(self, x: Array) -> Direction:
         """The same direction, not to be drawn before `x` is known."""
-        key0 = compiler.after(x, self.rows.key0)
+        key0 = compiler.depends_on(x, self.rows.key0)
         return dataclasses.replace(self, rows=dataclasses.replace(self.rows, key0=key0))
 
     def signs_only(self) -> Direction:
@@ -316,7 +318,9 @@ class Direction(eqx.Module):
         if width.size == 1:
             return radius_in_codes(width, array.grid)
         like = jax.ShapeDtypeStruct(width.shape, jnp.int16)
-        return compiler.held(lambda: radius_in_codes(width, array.grid), self.rows.key0, like)
+        return compiler.materialized(
+            lambda: radius_in_codes(width, array.grid), self.rows.key0, like
+        )
 
     def probability(self, array: QuantizedArray) -> Float[Array, "..."] | None:
         """Chance of an entry to be in the support, as `width`, or None for 1."""

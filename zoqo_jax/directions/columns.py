@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8, Int16, Int32
 
-from zoqo_jax import draws
-from zoqo_jax.arrays import QuantizedArray, cut
 from zoqo_jax.directions import entries
 from zoqo_jax.directions.base import Direction
-from zoqo_jax.matmul import Dot, Thresholds, after, lay_along
+from zoqo_jax.directions.matmul import Dot, Thresholds, depends_on, lay_along
+from zoqo_jax.grids.arrays import QuantizedArray, cut
+from zoqo_jax.xla import random_bits
 
 __all__ = ["Columns", "Guide"]
 
@@ -115,7 +115,7 @@ class Columns(Direction):
             return direction.guided(guide, array)
         if array.size == 0:
             return dataclasses.replace(direction, slot=jnp.zeros((), jnp.int32))
-        places = _stratified(draws.rows(key, ()), size, count)
+        places = _stratified(random_bits.rows(key, ()), size, count)
         slot = jnp.zeros(size, jnp.int32).at[places].set(1 + jnp.arange(count))
         return dataclasses.replace(direction, slot=slot.reshape(direction._shape(array)))
 
@@ -138,7 +138,7 @@ class Columns(Direction):
         count = max(self.count // of_layers, 1) if is_of_rows else self.count
         words = (self.rows.key0.reshape(-1)[0], self.rows.key1.reshape(-1)[0])
         keys = (jnp.broadcast_to(word, (of_layers,)) for word in words)
-        own = draws.Rows(*keys, jnp.arange(of_layers, dtype=jnp.uint32))
+        own = random_bits.Rows(*keys, jnp.arange(of_layers, dtype=jnp.uint32))
         places = _weighted(own, guide.weights.reshape(of_layers, size), count)
         slot = jnp.zeros((of_layers, size), jnp.int32)
         slot = slot.at[jnp.arange(of_layers)[:, None], places].set(1 + jnp.arange(count)[None])
@@ -167,24 +167,29 @@ class Columns(Direction):
                 where = jnp.broadcast_to(slot, (*drawn.shape[:-1], columns))
                 return jnp.take_along_axis(drawn, where, axis=-1)
 
-        m, width = array.spread(self.radius_in_codes(array)), array.spread(self.width(array))
+        m, width = (
+            array.broadcast_scales(self.radius_in_codes(array)),
+            array.broadcast_scales(self.width(array)),
+        )
         u = entries.of(draw, m, width, self.distribution, self.rounding)
         if self.sign is not None:
             signed = jnp.abs(u) * self.sign * self._output_signs(columns)
             u = jnp.where(self.sign == 0, u, signed)
         kept, chance = self.slot > 0, super().probability(array)
         if chance is not None or self.outputs < 1.0:
-            chance = self.outputs if chance is None else array.spread(chance) * self.outputs
+            chance = (
+                self.outputs if chance is None else array.broadcast_scales(chance) * self.outputs
+            )
             uniform = (draw("words", entries.SUPPORT) >> 8).astype(jnp.float32) * 2.0**-24
-            kept = kept & (uniform < chance)
+            kept = kept & (uniform < chance * self.outputs)
         return jnp.where(kept, u, 0).astype(jnp.int16)
 
     def _output_signs(self, columns: int) -> Int16[Array, "..."]:
         """A random sign for each output, that its entries share."""
         if self.inputs == "rows":
-            signs = draws.signs(draws.shared(self.rows), columns, _OUTPUT_SIGN)
+            signs = random_bits.signs(random_bits.shared(self.rows), columns, _OUTPUT_SIGN)
             return signs.astype(jnp.int16)
-        word = draws.words(draws.whole(self.rows), 1, _OUTPUT_SIGN)
+        word = random_bits.words(random_bits.whole(self.rows), 1, _OUTPUT_SIGN)
         return 2 * (word & 1).astype(jnp.int16) - 1
 
     def take_rows(self, fn: Callable[[Array], Array]) -> Columns:
@@ -236,7 +241,7 @@ class Columns(Direction):
             return super().multiply(algorithms, array, x, dot, at)
         axis = 0 if self.inputs == "rows" else 1
         chosen = (self.slot > 0).any(axis=1 - axis)
-        out = dot(after(x, array).materialise(), x)
+        out = dot(depends_on(x, array).materialise(), x)
         return self._with_chosen(out, array, x, dot, axis, chosen)
 
     def _with_chosen(
@@ -286,24 +291,24 @@ class Columns(Direction):
         return array.take_columns(places), dataclasses.replace(self, **few)
 
 
-def _stratified(row: draws.Rows, size: int, count: int) -> Int32[Array, " count"]:
+def _stratified(row: random_bits.Rows, size: int, count: int) -> Int32[Array, " count"]:
     """So many different places, one in each of as many stretches, all equally likely."""
     stretch = size // count
-    longest = 2**16  # of `draws.below`
-    place = draws.below(row, min(stretch, longest), count, entries.PLACE)
+    longest = 2**16  # of `random_bits.below`
+    place = random_bits.below(row, min(stretch, longest), count, entries.PLACE)
     if stretch > longest:
         place = place * (stretch // longest)
-    turn = draws.words(row, 1, entries.SIGN)[0] % jnp.uint32(size)
+    turn = random_bits.words(row, 1, entries.SIGN)[0] % jnp.uint32(size)
     places = jnp.arange(count, dtype=jnp.int32) * stretch + place + turn.astype(jnp.int32)
     return places % size
 
 
 def _weighted(
-    rows: draws.Rows, weights: Float[Array, "layers inputs"], count: int
+    rows: random_bits.Rows, weights: Float[Array, "layers inputs"], count: int
 ) -> Int32[Array, "layers count"]:
     """Places chosen in proportion to weights, one in each of as many equal shares of their sum."""
     below = jnp.cumsum(weights.astype(jnp.float32), axis=-1)
-    words = draws.words(rows, count, entries.PLACE)
+    words = random_bits.words(rows, count, entries.PLACE)
     uniform = (words >> 8).astype(jnp.float32) * 2.0**-24
     total = jnp.maximum(below[:, -1:], jnp.finfo(jnp.float32).tiny)
     at = (jnp.arange(count, dtype=jnp.float32) + uniform) / count * total

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int16
 
-from zoqo_jax import compiler, draws, projection
-from zoqo_jax.draws import Rows
+from zoqo_jax.grids import projection
+from zoqo_jax.xla import compiler, random_bits
+from zoqo_jax.xla.random_bits import Rows
 
 __all__ = ["ENTRY", "PLACE", "SIGN", "SUPPORT", "from_rows", "of"]
 
@@ -38,7 +39,7 @@ def of(
     is_signs = distribution == "rademacher"
     bits = draw("signs" if is_signs else "words", ENTRY)
     if rounding is not None:
-        real = bits.astype(jnp.float32) if is_signs else draws.gaussian(bits)
+        real = bits.astype(jnp.float32) if is_signs else random_bits.gaussian(bits)
         chances = draw("words", _ROUNDINGS[rounding])
         return projection.stochastic(chances, width * real).astype(jnp.int16)
     if is_signs:
@@ -50,7 +51,7 @@ def of(
 
 def from_rows(rows: Rows, columns: int) -> Callable[[str, int], Array]:
     """What `of` draws with: so many random signs or words for each row."""
-    by_kind = {"signs": draws.signs, "words": draws.words}
+    by_kind = {"signs": random_bits.signs, "words": random_bits.words}
     return lambda kind, stream: by_kind[kind](rows, columns, stream)
 
 

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int16
 
-from zoqo_jax import draws
-from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions.base import Contribution, Direction
-from zoqo_jax.matmul import Dot, Thresholds, after, lay_along
+from zoqo_jax.directions.matmul import Dot, Thresholds, depends_on, lay_along
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.xla import random_bits
 
 __all__ = ["PerExample"]
 
@@ -72,11 +72,11 @@ class PerExample(Direction):
 
     def row_signs(self) -> Int8[Array, "*rows examples"]:
         """The sign that each example has for every row."""
-        return draws.signs(draws.whole(self.rows), self.examples, _ROW)
+        return random_bits.signs(random_bits.whole(self.rows), self.examples, _ROW)
 
     def column_signs(self, columns: int) -> Int8[Array, "examples columns"]:
         """The sign that each example has for every column."""
-        signs = draws.signs(draws.shared(self.rows), self.examples * columns, _COLUMN)
+        signs = random_bits.signs(random_bits.shared(self.rows), self.examples * columns, _COLUMN)
         return signs.reshape(self.examples, columns)
 
     def algorithms(
@@ -100,9 +100,9 @@ class PerExample(Direction):
         del algorithms, at
         axis = self._example_axis(x, dot)
         each = x.shape[axis] // self.examples
-        array = after(x, array)
+        array = depends_on(x, array)
         upward = dataclasses.replace(self, side=jnp.ones_like(self.side))  # both sides share it
-        u = Direction.draw(upward.after(x), array)
+        u = Direction.draw(upward.depends_on(x), array)
         ends = (array.decode(self.displaced(array, side)) for side in (u, -u))
         up, down = (end.astype(jnp.float32) for end in ends)
         mean, half = (v.astype(array.value_dtype) for v in ((up + down) / 2, (up - down) / 2))

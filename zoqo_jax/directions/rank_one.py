@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int8, Int16
 
-from zoqo_jax import compiler, draws
-from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions import entries
 from zoqo_jax.directions.base import (
     Contribution,
@@ -23,7 +21,9 @@ from zoqo_jax.directions.base import (
     contribute,
     displace,
 )
-from zoqo_jax.matmul import Dot, Thresholds, after, correct_slices, lay_along
+from zoqo_jax.directions.matmul import Dot, Thresholds, correct_slices, depends_on, lay_along
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.xla import compiler, random_bits
 
 __all__ = ["RankOne"]
 
@@ -49,29 +49,35 @@ class RankOne(Direction):
     def entries(self, array: QuantizedArray) -> Int16[Array, "*rows columns"]:
         """The entries for the + side, before the boundary, of an array with a code to a byte."""
         columns = array.shape[-1] if array.ndim else 1
-        shared = entries.from_rows(draws.shared(self.rows), columns)
-        m, width = array.spread(self.radius_in_codes(array)), array.spread(self.width(array))
-        draw = lambda *what: compiler.kept(shared(*what))  # noqa: E731  # made once for all rows
+        shared = entries.from_rows(random_bits.shared(self.rows), columns)
+        m, width = (
+            array.broadcast_scales(self.radius_in_codes(array)),
+            array.broadcast_scales(self.width(array)),
+        )
+        draw = lambda *what: compiler.materialize(shared(*what))  # noqa: E731  # made once for all rows
         u = entries.of(draw, m, width, self.distribution, self.rounding)
         u = u * self.row_signs().astype(jnp.int16)[..., None]
         chance = self.probability(array)
         return (
-            u if chance is None else jnp.where(self._support(array.spread(chance), columns), u, 0)
+            u
+            if chance is None
+            else jnp.where(self._support(array.broadcast_scales(chance), columns), u, 0)
         )
 
     def row_signs(self) -> Int8[Array, "*rows"]:
         """The sign of every row, for the + side of a query."""
-        rows = draws.whole(self.rows)
+        rows = random_bits.whole(self.rows)
         like = jax.ShapeDtypeStruct(rows.index.shape, jnp.uint32)
-        make = lambda: draws.words(rows, 1, entries.SIGN)[..., 0]  # noqa: E731
-        return 2 * (compiler.held(make, rows.key0, like) & 1).astype(jnp.int8) - 1
+        make = lambda: random_bits.words(rows, 1, entries.SIGN)[..., 0]  # noqa: E731
+        return 2 * (compiler.materialized(make, rows.key0, like) & 1).astype(jnp.int8) - 1
 
     def column_signs(self, array: QuantizedArray) -> Int8[Array, " columns"]:
         """The signs that all rows of a Rademacher direction share."""
         columns = array.packed.shape[-1] if array.ndim else 1
-        row = draws.shared(self.rows)
+        row = random_bits.shared(self.rows)
         by_part = [
-            draws.signs(draws.part(row, i), columns, entries.ENTRY) for i in range(array.per_byte)
+            random_bits.signs(random_bits.part(row, i), columns, entries.ENTRY)
+            for i in range(array.per_byte)
         ]
         return jnp.concatenate([signs.reshape(columns) for signs in by_part])
 
@@ -134,7 +140,7 @@ class RankOne(Direction):
         directions = jax.vmap(lambda query: of_query(query)[0])(jnp.arange(queries))
         weights = contribute(contribution, loss_differences, jnp.ones(queries, jnp.int16))
         total = _weighted_signs(directions, weights.astype(jnp.float32), array)
-        m = array.spread(first.radius_in_codes(array))
+        m = array.broadcast_scales(first.radius_in_codes(array))
         if first.boundary == "mask":
             total = jnp.where(both_sides_fit(array.packed, m, array.grid), total, 0.0)
         return total * contribute(contribution, jnp.float32(1.0), m).astype(jnp.float32)
@@ -177,7 +183,7 @@ def _by_low_rank(
     b = direction.column_signs(array)
     m = direction.radius_in_codes(array).reshape(-1)[0]
     scale = array.scale.reshape(-1)[0].astype(jnp.float32)
-    out = dot(after(x, array).materialise(), x)
+    out = dot(depends_on(x, array).materialise(), x)
     wide = out.dtype if out.dtype.itemsize > x.dtype.itemsize else x.dtype
     along = _along(a.astype(wide), b.astype(wide), x.astype(wide), dot)
     out = out + along * (m.astype(jnp.float32) * scale).astype(along.dtype)
@@ -225,7 +231,7 @@ def _by_mean_and_difference(direction: RankOne, array: QuantizedArray, x: Array,
         dot: how: all axes but the last are contracted, or none of them, and none is batched.
     """
     rows, last = list(range(array.ndim - 1)), array.ndim - 1
-    m = jnp.broadcast_to(array.spread(direction.radius_in_codes(array)), array.shape)
+    m = jnp.broadcast_to(array.broadcast_scales(direction.radius_in_codes(array)), array.shape)
     above, below = (
         array.decode(direction.displaced(array, u)).astype(jnp.float32) for u in (m, -m)
     )

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int16
 
-from zoqo_jax import compiler, draws
-from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions import entries
 from zoqo_jax.directions.base import Direction, one_number
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.xla import compiler, random_bits
 
 __all__ = ["Sparse"]
 
@@ -46,7 +46,7 @@ class Sparse(Direction):
     takes_density = True
 
     share: Float[Array, ""] | Float[Array, " layers"] | None = None
-    digits: int = eqx.field(static=True, default=draws.RESOLUTION)
+    digits: int = eqx.field(static=True, default=random_bits.RESOLUTION)
     cell: int = eqx.field(static=True, default=1)
 
     @classmethod
@@ -69,7 +69,7 @@ class Sparse(Direction):
             choices: as there.
         """
         cell, share = _cells(density, densest)
-        digits = draws.RESOLUTION if share is None or dithered else _digits(share)
+        digits = random_bits.RESOLUTION if share is None or dithered else _digits(share)
         share = None if share is None else jnp.asarray(share, jnp.float32)
         own = {"share": share, "cell": cell, "digits": digits}
         return super().describe(*args, dithered=dithered, **own, **choices)
@@ -83,7 +83,7 @@ class Sparse(Direction):
         return share if wide_enough is None else wide_enough * share
 
     def _support(self, chance: Array, columns: int) -> Bool[Array, "*rows columns"]:
-        return draws.bernoulli(self.rows, chance, columns, entries.SUPPORT, self.digits)
+        return random_bits.bernoulli(self.rows, chance, columns, entries.SUPPORT, self.digits)
 
     def entries(self, array: QuantizedArray) -> Int16[Array, "*rows columns"]:
         """The entries for the + side, before the boundary, of an array with a code to a byte.
@@ -97,7 +97,7 @@ class Sparse(Direction):
         cells = -(-columns // cell)
 
         def entry_and_place() -> Array:
-            place = draws.below(rows, cell, cells, entries.PLACE)
+            place = random_bits.below(rows, cell, cells, entries.PLACE)
             first = cell * jnp.arange(cells, dtype=jnp.int32)
             first = first.reshape((1,) * (place.ndim - 1) + (cells,))
             column = jnp.minimum(place + first, columns - 1)
@@ -112,7 +112,7 @@ class Sparse(Direction):
             return u.astype(jnp.int32) * 2 * _LONGEST_CELL + place
 
         like = jax.ShapeDtypeStruct((*rows.index.shape, cells), jnp.int32)
-        drawn = compiler.held(entry_and_place, rows.key0, like)[..., None]
+        drawn = compiler.materialized(entry_and_place, rows.key0, like)[..., None]
         places = jnp.arange(cell, dtype=jnp.int32).reshape((1,) * (drawn.ndim - 1) + (cell,))
         is_place = (drawn & (2 * _LONGEST_CELL - 1)) == places
         u = jnp.where(is_place, drawn >> (2 * _LONGEST_CELL).bit_length() - 1, 0)
@@ -140,6 +140,6 @@ def _cells(
 def _digits(density: Array | float) -> int:
     """The fewest binary digits that hold a known density exactly, or all of them."""
     if isinstance(density, Array | Tracer):
-        return draws.RESOLUTION
-    exact = (k for k in range(1, draws.RESOLUTION) if float(density * 2.0**k).is_integer())
-    return next(exact, draws.RESOLUTION)
+        return random_bits.RESOLUTION
+    exact = (k for k in range(1, random_bits.RESOLUTION) if float(density * 2.0**k).is_integer())
+    return next(exact, random_bits.RESOLUTION)

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from zoqo_jax import companders
-from zoqo_jax.arrays import Grid, QuantizedArray, is_quantized
+from zoqo_jax.grids import companders
+from zoqo_jax.grids.arrays import Grid, QuantizedArray, is_quantized
 from zoqo_jax.interop import safetensors
 
 __all__ = ["File", "load", "save"]
@@ -391,7 +391,7 @@ def _per_block(name: str, array: QuantizedArray, blocksize: int) -> np.ndarray:
     if array.block == (-1, length) and scale.shape[-1] == rows[-1]:
         each = np.broadcast_to(scale, rows).reshape(-1)
     else:
-        spread = np.asarray(array.spread(jnp.asarray(scale)))
+        spread = np.asarray(array.broadcast_scales(jnp.asarray(scale)))
         each = np.broadcast_to(spread, array.shape).reshape(-1)
         length = 1
     scales = each[:: blocksize // length]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from zoqo_jax.arrays import Grid, QuantizedArray
+from zoqo_jax.grids.arrays import Grid, QuantizedArray
 
 __all__ = ["MOST_AXES", "bytes_of", "decode", "encode", "is_exact", "kind_of", "type_name"]
 
@@ -212,7 +212,9 @@ def _per_block(tensor: QuantizedArray, numbers: Any) -> np.ndarray:
     if tensor.block == (-1, _BLOCK) and numbers.shape[-1] * _BLOCK == tensor.shape[-1]:
         blocks = np.broadcast_to(numbers, (*tensor.shape[:-1], numbers.shape[-1]))
     else:
-        spread = np.broadcast_to(np.asarray(tensor.spread(jnp.asarray(numbers))), tensor.shape)
+        spread = np.broadcast_to(
+            np.asarray(tensor.broadcast_scales(jnp.asarray(numbers))), tensor.shape
+        )
         each = spread.reshape(*tensor.shape[:-1], -1, _BLOCK)
         if (each != each[..., :1]).any():
             raise ValueError(f"{_BLOCK} neighbours must share a scale.")

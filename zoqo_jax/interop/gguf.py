@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import numpy as np
 
-from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import ggml, tokenizing
 from zoqo_jax.interop.files import replacing
 

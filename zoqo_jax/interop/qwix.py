@@ -25,8 +25,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import PyTree
 
-from zoqo_jax import companders
-from zoqo_jax.arrays import Grid, QuantizedArray, is_quantized
+from zoqo_jax.grids import companders
+from zoqo_jax.grids.arrays import Grid, QuantizedArray, is_quantized
 
 __all__ = ["from_qwix", "to_qwix"]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from zoqo_jax.arrays import is_quantized
+from zoqo_jax.grids.arrays import is_quantized
 
 __all__ = ["apply_updates"]
 

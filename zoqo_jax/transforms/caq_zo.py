@@ -17,13 +17,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from zoqo_jax import directions, projection, queries
-from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax import directions
 from zoqo_jax.directions import Boundary, Direction, Structure
-from zoqo_jax.draws import Rows
-from zoqo_jax.projection import Rounding
-from zoqo_jax.queries import Sides
-from zoqo_jax.transforms import stepping
+from zoqo_jax.grids import projection
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.grids.projection import Rounding
+from zoqo_jax.transforms import queries, stepping
+from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.schedules import (
     ONE,
     Count,
@@ -35,6 +35,7 @@ from zoqo_jax.transforms.schedules import (
 )
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method, Steps
+from zoqo_jax.xla.random_bits import Rows
 
 __all__ = ["caq_zo"]
 

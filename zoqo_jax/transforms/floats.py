@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key
 
-from zoqo_jax import compiler, draws
+from zoqo_jax.xla import compiler, random_bits
 
 __all__ = ["Directions", "Noise", "both_sides"]
 
@@ -36,12 +36,12 @@ class Directions(NamedTuple):
     def draw(self, query: Array | int, index: int, like: Any) -> Float[Array, "..."]:
         """A direction for the array at a place in the tree, in the shape and dtype of `like`."""
         key = jax.random.fold_in(jax.random.fold_in(self.key, query), index)
-        rows = draws.rows(key, like.shape[:-1])
+        rows = random_bits.rows(key, like.shape[:-1])
         columns = like.shape[-1] if like.ndim else 1
         if self.noise == "rademacher":
-            entries = draws.signs(rows, columns, 0)
+            entries = random_bits.signs(rows, columns, 0)
         else:
-            entries = draws.gaussian(draws.words(rows, columns, 0))
+            entries = random_bits.gaussian(random_bits.words(rows, columns, 0))
         return entries.reshape(like.shape).astype(like.dtype)
 
     def total(

@@ -6,7 +6,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from zoqo_jax.arrays import is_float_array
+from zoqo_jax.grids.arrays import is_float_array
 from zoqo_jax.transforms.applying import is_one
 
 __all__ = ["on_floats"]

@@ -14,15 +14,15 @@ from typing import Any
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions import Boundary, Direction, Structure
-from zoqo_jax.draws import Rows
-from zoqo_jax.queries import Sides
+from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.transforms import stepping
+from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Steps
+from zoqo_jax.xla.random_bits import Rows
 
 __all__ = ["quzo"]
 

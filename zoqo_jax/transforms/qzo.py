@@ -18,13 +18,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, UInt32
 
-from zoqo_jax import compiler, directions, draws, queries
-from zoqo_jax.arrays import is_quantized, is_trained, no_update, trained_leaves
-from zoqo_jax.rules import quaxify
-from zoqo_jax.transforms import stepping
+from zoqo_jax import directions
+from zoqo_jax.grids.arrays import is_quantized, is_trained, no_update, trained_leaves
+from zoqo_jax.implicit.rules import quaxify
+from zoqo_jax.transforms import queries, stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, inverse_at, value_at
 from zoqo_jax.transforms.state import State, initial_state, record, replayed, step_key
+from zoqo_jax.xla import compiler, random_bits
 
 __all__ = ["qzo"]
 
@@ -157,8 +158,10 @@ def qzo(
                 return zeros
             moved = scale - compiler.unfused(eta * mean * noise_of.total(derivatives, i, scale))
             moved = jnp.where(moved * jnp.sign(scale) < 0.0, 0.0, moved)
-            rows = draws.rows(jax.random.fold_in(move_key, i), scale.shape[:-1])
-            words = draws.words(rows, scale.shape[-1] if scale.ndim else 1, 0).reshape(scale.shape)
+            rows = random_bits.rows(jax.random.fold_in(move_key, i), scale.shape[:-1])
+            words = random_bits.words(rows, scale.shape[-1] if scale.ndim else 1, 0).reshape(
+                scale.shape
+            )
             moved = _rounded_at_random(words, moved, leaves[i].scale.dtype)
             delta = (moved.astype(jnp.float32) - scale).astype(moved.dtype)
             return dataclasses.replace(zeros, scale=delta)

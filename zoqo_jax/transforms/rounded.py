@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from zoqo_jax import directions
-from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions import Boundary, Direction, Structure
+from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.transforms.schedules import (
     Count,
     Schedule,

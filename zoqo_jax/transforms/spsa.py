@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from zoqo_jax import directions, queries
-from zoqo_jax.arrays import is_float_array, is_quantized, no_update
-from zoqo_jax.rules import quaxify
-from zoqo_jax.transforms import stepping
+from zoqo_jax import directions
+from zoqo_jax.grids.arrays import is_float_array, is_quantized, no_update
+from zoqo_jax.implicit.rules import quaxify
+from zoqo_jax.transforms import queries, stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, value_at
 from zoqo_jax.transforms.state import State, initial_state, record, step_key

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
 
-from zoqo_jax import draws, queries
+from zoqo_jax.transforms import queries
+from zoqo_jax.xla import random_bits
 
 __all__ = [
     "Info",
@@ -119,7 +120,7 @@ def initial_state(key: PRNGKeyArray, num_queries: int, examples: int = 0) -> Sta
     Raises:
         ValueError: `key` is not one key.
     """
-    key = draws.threefry(key)
+    key = random_bits.threefry(key)
     if key.ndim:
         raise ValueError(f"key must be one key, got keys of shape {key.shape}.")
     nothing = jnp.zeros((), jnp.int32)
@@ -193,4 +194,4 @@ def _no_loss() -> float:
 
 def step_key(state: State) -> Key[Array, ""]:
     """The key of the step that a state is before."""
-    return jax.random.fold_in(draws.threefry(state.key), state.count)
+    return jax.random.fold_in(random_bits.threefry(state.key), state.count)

@@ -25,8 +25,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, Key, PRNGKeyArray, PyTree
 
-from zoqo_jax import compiler, directions, draws, projection, queries
-from zoqo_jax.arrays import (
+from zoqo_jax import directions
+from zoqo_jax.directions import Contribution, Direction, Guide
+from zoqo_jax.grids import projection
+from zoqo_jax.grids.arrays import (
     QuantizedArray,
     cut,
     is_quantized,
@@ -34,10 +36,8 @@ from zoqo_jax.arrays import (
     no_update,
     trained_leaves,
 )
-from zoqo_jax.directions import Contribution, Direction, Guide
-from zoqo_jax.draws import Rows
-from zoqo_jax.implicit import PerturbedArray, by_row, take_rows
-from zoqo_jax.pieces import Pick, in_place
+from zoqo_jax.implicit.arrays import PerturbedArray, by_row, take_rows
+from zoqo_jax.transforms import queries
 from zoqo_jax.transforms.schedules import ONE, Count, check_count
 from zoqo_jax.transforms.state import (
     State,
@@ -47,6 +47,9 @@ from zoqo_jax.transforms.state import (
     replayed,
     step_key,
 )
+from zoqo_jax.xla import compiler, random_bits
+from zoqo_jax.xla.chunks import TakeRows, in_place
+from zoqo_jax.xla.random_bits import Rows
 
 __all__ = [
     "Method",
@@ -195,7 +198,7 @@ class Steps:
     def _examples(self, array: QuantizedArray) -> int:
         """Of how many examples the objective returns losses, or 0 for one loss."""
         describe = functools.partial(self.method.direction, array=array, count=jnp.int32(0))
-        return jax.eval_shape(describe, draws.threefry(jax.random.key(0))).examples
+        return jax.eval_shape(describe, random_bits.threefry(jax.random.key(0))).examples
 
     def probes(self, state: State, params: PyTree, query: Array | int = 0) -> list[Direction]:
         """The directions of a query, one for each trained leaf."""
@@ -250,7 +253,7 @@ class Steps:
         return jax.lax.pmean(pairs, self.axis_name)
 
     def direction_sum(
-        self, step: State, leaf: int, keys: Array, array: QuantizedArray, pick: Pick, part: int
+        self, step: State, leaf: int, keys: Array, array: QuantizedArray, pick: TakeRows, part: int
     ) -> Array:
         """What the step's queries said about a part of a leaf, for the rows picked."""
         by_signs = self.method.contribution == "signs"
@@ -271,7 +274,7 @@ class Steps:
         leaf: int,
         rows: Rows,
         array: QuantizedArray,
-        pick: Pick,
+        pick: TakeRows,
         i: int,
         part: QuantizedArray,
     ) -> Any:
@@ -293,7 +296,7 @@ class Steps:
         step: State,
         leaf: int,
         keys: Array,
-        pick: Pick,
+        pick: TakeRows,
         is_new: Array,
         array: QuantizedArray,
         kept: Any,
@@ -303,11 +306,11 @@ class Steps:
         The counts are of codes moved and of codes at an edge, in rows that `is_new`.
         """
         chunk = take_rows(pick, array)
-        rows = by_row(pick, draws.rows(keys[self.num_queries], array.shape[:-1]))
+        rows = by_row(pick, random_bits.rows(keys[self.num_queries], array.shape[:-1]))
         steps, rest = [], []
         for i, part in enumerate(chunk.parts):
             total = self.direction_sum(step, leaf, keys, array, pick, i)
-            rows_of_part = draws.part(rows, i)
+            rows_of_part = random_bits.part(rows, i)
             if self.method.window:
                 residual = self.residual(step, leaf, rows_of_part, array, pick, i, part)
             else:
@@ -357,7 +360,7 @@ class Steps:
 
         # What the update needs is made when the forward passes are over, and takes their place.
         heard = after.info.loss_differences
-        wait = functools.partial(compiler.after, heard)
+        wait = functools.partial(compiler.depends_on, heard)
         step = state._replace(count=wait(state.count), info=after.info)
         keys = self.keys(step, jnp.arange(len(arrays)))
         changes, residual, counts = [], [], jnp.zeros(2, jnp.float32)
@@ -399,7 +402,7 @@ def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: in
 def rounded_at_random(rows: Rows, step: Float[Array, "..."]) -> Int32[Array, "..."]:
     """A step in codes rounded up or down, unbiased, `rows` being where the bits come from."""
     columns = step.shape[-1] if step.ndim else 1
-    return projection.stochastic(draws.words(rows, columns, 0).reshape(step.shape), step)
+    return projection.stochastic(random_bits.words(rows, columns, 0).reshape(step.shape), step)
 
 
 def check_query_count(num_queries: Any, query_batch: Any) -> tuple[int, int | None]:
@@ -424,7 +427,7 @@ def _counts(
 
 
 def _in_place(
-    change: Callable[[Pick, Array, QuantizedArray, Any], tuple[tuple[Array, Any], Array]],
+    change: Callable[[TakeRows, Array, QuantizedArray, Any], tuple[tuple[Array, Any], Array]],
     array: QuantizedArray,
     kept: Any,
     most: int,
@@ -434,12 +437,12 @@ def _in_place(
     rows = array.shape[0]
     few = max(most // (array.size // rows), 1)
 
-    def chunk(pick: Pick, is_new: Array, now: tuple[Array, Any]) -> Any:
+    def chunk(pick: TakeRows, is_new: Array, now: tuple[Array, Any]) -> Any:
         packed, kept = now
         make = functools.partial(
             change, pick, is_new, dataclasses.replace(array, packed=packed), kept
         )
-        return compiler.held(make, heard, jax.eval_shape(make))
+        return compiler.materialized(make, heard, jax.eval_shape(make))
 
     return in_place(chunk, rows, few, (array.packed, kept), jnp.zeros(2, jnp.float32))
 

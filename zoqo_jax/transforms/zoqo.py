@@ -15,13 +15,13 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from zoqo_jax import directions
-from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions import Boundary, Contribution, Direction, Distribution, Structure
-from zoqo_jax.draws import Rows
-from zoqo_jax.queries import Sides
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, value_at
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method, Steps
+from zoqo_jax.xla.random_bits import Rows
 
 __all__ = ["zoqo"]
 
@@ -170,5 +170,5 @@ class _Zoqo(Method):
         if self.is_dithered:
             E = directions.dithered_steps(rows, eta / s, array)
         else:
-            E = array.spread(directions.radius_in_codes(eta / s, array.grid))
+            E = array.broadcast_scales(directions.radius_in_codes(eta / s, array.grid))
         return -E * g, residual

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from experiments.finetune.models import architectures, places
 from experiments.finetune.models.decoder import Architecture, Decoder
-from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import bitsandbytes, gguf
 
 __all__ = [

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 import zoqo_jax as zq
 from experiments.laboratory.networks.models import Params
-from zoqo_jax.certificates import Gate, GateState
+from zoqo_jax.analysis.certificates import Gate, GateState
 from zoqo_jax.directions import Direction
 
 __all__ = ["audit", "clipped"]

@@ -14,8 +14,8 @@ import zoqo_jax as zq
 from experiments.laboratory.networks.models import Params
 from experiments.laboratory.networks.tasks import Examples
 from experiments.laboratory.networks.training import cross_entropy
-from zoqo_jax.arrays import trained_leaves
 from zoqo_jax.directions import Distribution, Structure
+from zoqo_jax.grids.arrays import trained_leaves
 
 __all__ = ["linear_gain", "means", "statistics"]
 

@@ -17,7 +17,7 @@ import optax
 import zoqo_jax as zq
 from experiments.laboratory.networks.models import Params
 from experiments.laboratory.networks.training import Make, Schedule
-from zoqo_jax.arrays import trained_leaves
+from zoqo_jax.grids.arrays import trained_leaves
 
 __all__ = ["FLOATS", "METHODS", "RATES", "Units", "in_turn", "units"]
 

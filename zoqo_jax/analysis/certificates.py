@@ -23,15 +23,17 @@ import jax.numpy as jnp
 from jax.scipy.special import betainc
 from jaxtyping import Array, ArrayLike, Bool, Float32, Int8, Int32, Key, PRNGKeyArray, PyTree
 
-from zoqo_jax import directions, draws, queries
-from zoqo_jax.arrays import QuantizedArray, trained_leaves
+from zoqo_jax import directions
+from zoqo_jax.analysis.floors import bits_needed as bits_needed
+from zoqo_jax.analysis.floors import gradient_floor as gradient_floor
+from zoqo_jax.analysis.floors import loss_floor as loss_floor
 from zoqo_jax.directions import Direction
-from zoqo_jax.floors import bits_needed as bits_needed
-from zoqo_jax.floors import gradient_floor as gradient_floor
-from zoqo_jax.floors import loss_floor as loss_floor
-from zoqo_jax.implicit import PerturbedArray, sum_over_rows
-from zoqo_jax.rules import quaxify
+from zoqo_jax.grids.arrays import QuantizedArray, trained_leaves
+from zoqo_jax.implicit.arrays import PerturbedArray, sum_over_rows
+from zoqo_jax.implicit.rules import quaxify
+from zoqo_jax.transforms import queries
 from zoqo_jax.transforms.stepping import over_queries
+from zoqo_jax.xla import random_bits
 
 __all__ = [
     "Audit",
@@ -166,7 +168,9 @@ def audit(
         raise ValueError(f"trials must be at least 1, got {trials}.")
     if query_batch is not None and query_batch < 1:
         raise ValueError(f"query_batch must be at least 1 or None, got {query_batch}.")
-    found = _try(value_fn, params, draws.threefry(key), trials, support, gamma, f_inf, query_batch)
+    found = _try(
+        value_fn, params, random_bits.threefry(key), trials, support, gamma, f_inf, query_batch
+    )
     successes = found.passed.sum(dtype=jnp.int32)
     tried = (found.codes > 0).sum(dtype=jnp.int32)
     return Audit(
@@ -285,13 +289,19 @@ def gate(
         _density(list(trained_leaves(params).values()), support)
         zero = jnp.zeros((), jnp.int32)
         return GateState(
-            zero, jnp.copy(draws.threefry(key)), zero, zero, zero, zero, jnp.zeros((), jnp.int8)
+            zero,
+            jnp.copy(random_bits.threefry(key)),
+            zero,
+            zero,
+            zero,
+            zero,
+            jnp.zeros((), jnp.int8),
         )
 
     def update(
         state: GateState, value_fn: queries.Objective, params: PyTree
     ) -> tuple[Bool[Array, ""], GateState]:
-        own = jax.random.fold_in(draws.threefry(state.key), state.count)
+        own = jax.random.fold_in(random_bits.threefry(state.key), state.count)
         found = jax.tree.map(
             lambda x: x[0], _try(value_fn, params, own, 1, support, gamma, f_inf, 1)
         )
@@ -310,7 +320,7 @@ def gate(
         return state.failures >= failures, state
 
     def accept(state: GateState, params: PyTree) -> PyTree:
-        own = jax.random.fold_in(draws.threefry(state.key), state.count - 1)
+        own = jax.random.fold_in(random_bits.threefry(state.key), state.count - 1)
         arrays = list(trained_leaves(params).values())
         return queries.endpoints(params, _direction(own, 0, arrays, support), state.side)
 

@@ -22,8 +22,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, PyTree
 
-from zoqo_jax import companders
-from zoqo_jax.arrays import Grid, QuantizedArray, is_quantized
+from zoqo_jax.grids import companders
+from zoqo_jax.grids.arrays import Grid, QuantizedArray, is_quantized
 
 __all__ = ["Quantizer", "is_matrix", "nf4", "quantize"]
 
@@ -285,7 +285,7 @@ class Quantizer:
         _, block = self._layout(values.ndim)
         empty = jnp.zeros(values.shape, jnp.uint8)
         array = QuantizedArray.from_codes(empty, scale, offset, self.grid, block, dtype)
-        of_codes = (x if x is None else array.spread(x) for x in (scale, offset))
+        of_codes = (x if x is None else array.broadcast_scales(x) for x in (scale, offset))
         return array.with_codes(self._codes(values, *of_codes))
 
     def _layout(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, int] | None]:

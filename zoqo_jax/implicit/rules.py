@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array
 
-from zoqo_jax import control as control  # its rules, too
-from zoqo_jax import products
-from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.implicit import (
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.implicit import control as control  # its rules, too
+from zoqo_jax.implicit import products
+from zoqo_jax.implicit.arrays import (
     DerivedArray,
     Implicit,
     PerturbedArray,
@@ -31,7 +31,7 @@ from zoqo_jax.implicit import (
     take_rows,
     use,
 )
-from zoqo_jax.interpreter import Flags, higher, quaxify, register
+from zoqo_jax.implicit.interpreter import Flags, higher, quaxify, register
 
 __all__ = ["quaxify"]
 

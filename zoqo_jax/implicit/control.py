@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
-from zoqo_jax.arrays import QuantizedArray
-from zoqo_jax.implicit import (
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.implicit.arrays import (
     DerivedArray,
     PerturbedArray,
     TransposedArray,
@@ -28,7 +28,7 @@ from zoqo_jax.implicit import (
     silent,
     take_rows,
 )
-from zoqo_jax.interpreter import Flags, evaluate, higher, values_of, wanted_inputs
+from zoqo_jax.implicit.interpreter import Flags, evaluate, higher, values_of, wanted_inputs
 
 __all__ = ["slices"]
 
@@ -260,7 +260,7 @@ def _sliceable(leaf: Any) -> Any:
 
 
 def _spread(per_block: Array | None, array: QuantizedArray) -> Array | None:
-    return None if per_block is None else array.spread(per_block)
+    return None if per_block is None else array.broadcast_scales(per_block)
 
 
 def _spread_leading(per_block: Array | None, array: QuantizedArray) -> Array | None:

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int16, PRNGKeyArray, PyTree
 
-from zoqo_jax import draws
-from zoqo_jax.arrays import QuantizedArray, is_quantized, is_trained, trained_leaves
 from zoqo_jax.directions import Direction, Guide
-from zoqo_jax.implicit import PerturbedArray
-from zoqo_jax.matmul import Dot, Thresholds, after
-from zoqo_jax.rules import quaxify
+from zoqo_jax.directions.matmul import Dot, Thresholds
+from zoqo_jax.grids.arrays import QuantizedArray, is_quantized, is_trained, trained_leaves
+from zoqo_jax.implicit.arrays import PerturbedArray
+from zoqo_jax.implicit.rules import quaxify
+from zoqo_jax.xla import random_bits
 
 __all__ = ["Observation", "observe"]
 
@@ -73,9 +73,9 @@ class _Observed(Direction):
             vectors = jnp.moveaxis(x, of_x, range(-len(of_x), 0))
             sizes = vectors.shape[-len(of_x) :]
             vectors = vectors.reshape(-1, math.prod(sizes)).astype(jnp.float32)
-            word = draws.words(self.rows, 1, 12).reshape(-1)[:1]
-            rows = draws.Rows(word, word, jnp.zeros(1, jnp.uint32))
-            signs = draws.signs(rows, self.sketches * len(vectors), 0)
+            word = random_bits.words(self.rows, 1, 12).reshape(-1)[:1]
+            rows = random_bits.Rows(word, word, jnp.zeros(1, jnp.uint32))
+            signs = random_bits.signs(rows, self.sketches * len(vectors), 0)
             signs = signs.reshape(self.sketches, -1).astype(jnp.float32)
             sums = jnp.concatenate(
                 [vectors.sum(0)[None], (vectors**2).sum(0)[None], signs @ vectors]
@@ -107,7 +107,7 @@ class _Sink:
 
         def tell(where: Any, sums: Any) -> None:
             where, sums = int(where), np.asarray(sums, np.float64)
-            part, row = where >> draws.PART, where & ((1 << draws.PART) - 1)
+            part, row = where >> random_bits.PART, where & ((1 << random_bits.PART) - 1)
             of_leaf = self.found.setdefault(leaf, {"inputs": inputs, "leading": leading, "by": {}})
             if of_leaf["inputs"] != inputs:
                 return  # used both ways; its first use counts
@@ -151,7 +151,7 @@ def observe(
     if sketches < 1:
         raise ValueError(f"sketches must be at least 1, got {sketches}.")
     leaves = list(trained_leaves(params))
-    key = draws.threefry(jax.random.key(0) if key is None else key)
+    key = random_bits.threefry(jax.random.key(0) if key is None else key)
     sink = _Sink()
 
     def watched(path: Any, leaf: Any) -> Any:

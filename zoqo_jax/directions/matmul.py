@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
-from zoqo_jax import compiler
-from zoqo_jax.arrays import QuantizedArray
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.xla import compiler
 
 __all__ = [
     "Dims",
     "Dot",
     "Kernel",
     "Thresholds",
-    "after",
     "correct_slices",
+    "depends_on",
     "dequantize",
     "lay_along",
     "one_by_one",
@@ -125,25 +125,25 @@ def dequantize(
     """
 
     def one_side(array: QuantizedArray, direction: Any, side: Array, x: Array) -> Array:
-        array = after(x, array)
-        u = direction.after(x).draw(array)
+        array = depends_on(x, array)
+        u = direction.depends_on(x).draw(array)
         return dot(array.decode(direction.displaced(array, side * u)), x)
 
     def two_sides(array: QuantizedArray, direction: Any, sides: Array, x: Array) -> Array:
         """The products of two sides, whose direction is drawn once."""
         if kernel is not None:
             return kernel(array, direction, sides, x)
-        u = direction.after(x[0]).draw(after(x[0], array))
+        u = direction.depends_on(x[0]).draw(depends_on(x[0], array))
 
         def codes(side: Array) -> Array:
             return direction.displaced(array, side * u)
 
         vectors = x[0].size + jax.eval_shape(dot, array.aval(), x[0]).size
         if vectors > array.size:  # a second matrix is little beside them
-            waiting = after(x[0], array)
+            waiting = depends_on(x[0], array)
             return jax.vmap(lambda side, x: dot(waiting.decode(codes(side)), x))(sides, x)
-        first = dot(after(x[0], array).decode(codes(sides[0])), x[0])
-        return jnp.stack([first, dot(after(first, array).decode(codes(sides[1])), x[1])])
+        first = dot(depends_on(x[0], array).decode(codes(sides[0])), x[0])
+        return jnp.stack([first, dot(depends_on(first, array).decode(codes(sides[1])), x[1])])
 
     one, two = custom_vmap(one_side), custom_vmap(two_sides)
 
@@ -208,9 +208,9 @@ def one_by_one(fn: Any, size: int, batched: PyTree, operands: PyTree) -> tuple[A
     return jax.lax.map(lambda i: fn(*pick(i)), jnp.arange(size)), True
 
 
-def after(x: Array, array: QuantizedArray) -> QuantizedArray:
+def depends_on(x: Array, array: QuantizedArray) -> QuantizedArray:
     """The same array, not to be decoded before `x` is known."""
-    return dataclasses.replace(array, scale=compiler.after(x, array.scale))
+    return dataclasses.replace(array, scale=compiler.depends_on(x, array.scale))
 
 
 def lay_along(v: Array, axes: Sequence[int], ndim: int, dtype: Any) -> Array:

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int8, Int32, Integer, Key, UInt32
 
-from zoqo_jax import compiler
-from zoqo_jax.pieces import in_pieces
+from zoqo_jax.xla import compiler
+from zoqo_jax.xla.chunks import in_chunks
 
 __all__ = [
     "PART",
@@ -170,13 +170,13 @@ def _kept_words(of: Rows, count: int, stream: int) -> UInt32[Array, "*rows count
     rows, few = shape[0], max(_MANY_WORDS // max(math.prod(shape[1:]), 1), 1)
     like = jax.ShapeDtypeStruct(shape, jnp.uint32)
     if not of.index.ndim or few >= rows:
-        return compiler.held(lambda: words(of, count, stream), of.key0, like)
+        return compiler.materialized(lambda: words(of, count, stream), of.key0, like)
 
     def piece(start: Array) -> Array:
         some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), of)
         return words(some, count, stream)
 
-    return in_pieces(piece, rows, few, compiler.blank(of.key0, like))
+    return in_chunks(piece, rows, few, compiler.blank(of.key0, like))
 
 
 def below(of: Rows, bound: int, count: int, stream: int) -> Int32[Array, "*rows count"]:

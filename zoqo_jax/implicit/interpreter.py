@@ -22,8 +22,9 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array
 
-from zoqo_jax import compiler, products
-from zoqo_jax.implicit import Node, Plan, bind, is_implicit, use
+from zoqo_jax.implicit import products
+from zoqo_jax.implicit.arrays import Node, Plan, bind, is_implicit, use
+from zoqo_jax.xla import compiler
 
 __all__ = ["Flags", "Rule", "evaluate", "higher", "quaxify", "register", "values_of"]
 

@@ -1,7 +1,7 @@
-"""A few things that XLA's CPU backend does not do by itself, and that others need not be told.
+"""Work-arounds for XLA's CPU backend, which elsewhere do nothing.
 
-Each is the identity, or a plain choice, in what it computes; what differs is when and where. The
-backend is JAX's default one when a function is traced.
+Each is the identity, or a plain choice, in what it computes; what differs is when it is computed
+and whether it is stored. The backend is JAX's default one when a function is traced.
 """
 
 from __future__ import annotations
@@ -15,11 +15,20 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool
 
-__all__ = ["after", "blank", "either", "held", "kept", "unfused", "varying", "zeros"]
+__all__ = [
+    "blank",
+    "depends_on",
+    "either",
+    "materialize",
+    "materialized",
+    "unfused",
+    "varying",
+    "zeros",
+]
 
 
-def held(make: Callable[[], Any], source: Array, like: Any) -> Any:
-    """`make()`, kept in memory.
+def materialized(make: Callable[[], Any], source: Array, like: Any) -> Any:
+    """`make()`, stored in memory.
 
     XLA would fuse the making of a random word into each of its 32 uses, or that of a block's scale
     into each of its codes. A loop that runs once is a border that fusion does not cross; that it
@@ -40,7 +49,7 @@ def held(make: Callable[[], Any], source: Array, like: Any) -> Any:
 
 
 def blank(source: Array, like: Any) -> Array:
-    """Zeros to be filled, not to be had before `source` is."""
+    """Zeros that depend on `source`, so that XLA cannot allocate them early."""
     if not _on_cpu() or source.size == 0:
         return zeros(like, source)
     never = _never(jax.lax.stop_gradient(source))
@@ -48,14 +57,14 @@ def blank(source: Array, like: Any) -> Array:
 
 
 @jax.custom_jvp
-def kept(x: Array) -> Array:
-    """`x`, kept in memory, and differentiated as what it is."""
-    return held(lambda: x, x, x)
+def materialize(x: Array) -> Array:
+    """`x`, stored in memory, and differentiated as what it is."""
+    return materialized(lambda: x, x, x)
 
 
-@kept.defjvp
+@materialize.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return kept(*primals), tangents[0]
+    return materialize(*primals), tangents[0]
 
 
 def either(
@@ -83,8 +92,8 @@ def either(
     return out
 
 
-def after(x: Array, later: Array) -> Array:
-    """`later`, not to be known before `x` is.
+def depends_on(x: Array, later: Array) -> Array:
+    """`later`, made to depend on `x`.
 
     XLA's scheduler would decode all of a model's layers first, and have them in memory at once. So
     a layer's scale is made to depend on what it multiplies, in a way that changes nothing.

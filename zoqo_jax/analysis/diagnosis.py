@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32, PyTree
 
 from zoqo_jax import directions
-from zoqo_jax.arrays import Grid, QuantizedArray, trained_leaves
-from zoqo_jax.implicit import sum_over_rows
+from zoqo_jax.grids.arrays import Grid, QuantizedArray, trained_leaves
+from zoqo_jax.implicit.arrays import sum_over_rows
 
 __all__ = ["Diagnosis", "LeafDiagnosis", "Spans", "diagnose"]
 
@@ -191,7 +191,7 @@ def _count(array: QuantizedArray, radius: Float32[Array, ""], unit: Unit) -> Int
         counts = jnp.zeros(4, jnp.int32)
         for part in piece.parts:
             code = part.packed.astype(jnp.int32) - array.grid.low
-            width = part.spread(_widths(part, radius, unit))
+            width = part.broadcast_scales(_widths(part, radius, unit))
             first, both, wide = (
                 jnp.asarray(bound).at[code].get(mode="promise_in_bounds") for bound in bounds
             )

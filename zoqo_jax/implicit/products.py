@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, PyTree
 
-from zoqo_jax import compiler, matmul
-from zoqo_jax.arrays import QuantizedArray, is_quantized
-from zoqo_jax.directions import Direction, RankOne
-from zoqo_jax.implicit import (
+from zoqo_jax.directions import Direction, RankOne, matmul
+from zoqo_jax.directions.matmul import Dims, Dot, Kernel, Thresholds
+from zoqo_jax.grids.arrays import QuantizedArray, is_quantized
+from zoqo_jax.implicit.arrays import (
     DerivedArray,
     Implicit,
     PerturbedArray,
@@ -40,8 +40,8 @@ from zoqo_jax.implicit import (
     take_rows,
     use,
 )
-from zoqo_jax.matmul import Dims, Dot, Kernel, Thresholds
-from zoqo_jax.pieces import in_pieces
+from zoqo_jax.xla import compiler
+from zoqo_jax.xla.chunks import in_chunks
 
 __all__ = ["DEQUANTIZE", "THRESHOLDS", "dot_general", "in_turn", "plan"]
 
@@ -150,7 +150,7 @@ def _stored(w: Stored, x: Array, dot: Dot) -> Array:
         rows = take_rows(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), w)
         return _product(rows, x, dot, planned)
 
-    return in_pieces(product, w.shape[0], few, out, dot.place(0, w.ndim, out.ndim))
+    return in_chunks(product, w.shape[0], few, out, dot.place(0, w.ndim, out.ndim))
 
 
 def _product(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
@@ -161,7 +161,7 @@ def _product(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
     length = w.shape[-1] // count
     out = _empty(w, x, dot)
     if last not in dot.contracted:
-        return in_pieces(
+        return in_chunks(
             lambda start: _whole(_part(w, start // length), x, dot, planned),
             w.shape[-1],
             length,
@@ -182,7 +182,7 @@ def _product(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
 def _whole(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
     """The product of what is neither cut into chunks nor into parts any more."""
     if isinstance(w, QuantizedArray):
-        return dot(matmul.after(x, w).materialise(), x)
+        return dot(matmul.depends_on(x, w).materialise(), x)
     if planned.kernel:
         return matmul.dequantize(w.array, w.direction, x, dot, _kernel(w, x, dot))
     return w.direction.multiply(planned.algorithms[:-1], w.array, x, dot, _thresholds())
@@ -193,7 +193,8 @@ def _part(w: Stored, i: Array) -> Stored:
     part = w.part(i)
     array = _array(part)
     scale, offset = (
-        x if x is None or x.size == 1 else compiler.kept(x) for x in (array.scale, array.offset)
+        x if x is None or x.size == 1 else compiler.materialize(x)
+        for x in (array.scale, array.offset)
     )
     array = dataclasses.replace(array, scale=scale, offset=offset)
     return dataclasses.replace(part, array=array) if isinstance(part, PerturbedArray) else array
@@ -227,7 +228,7 @@ def _one_displacement_at_a_time(fn: Callable[..., Array], *operands: Any) -> Arr
     def one(stored: PyTree, directions: PyTree, plain: PyTree) -> Array:
         first = next(iter(jax.tree.leaves(plain)), None)
         if first is not None:
-            stored = [matmul.after(first, array) for array in stored]
+            stored = [matmul.depends_on(first, array) for array in stored]
         parts = iter(stored), iter(directions)
         filled = [next(parts[0 if is_quantized(leaf) else 1]) for leaf in leaves]
         arrays = iter(jax.tree.unflatten(treedef, filled))
@@ -253,7 +254,7 @@ def _kernel(w: PerturbedArray, x: Array, dot: Dot) -> Kernel | None:
         raise ValueError(f"ZOQO_JAX_KERNELS must be off, on or interpret, got {mode!r}.")
     if mode == "off" or (mode == "on" and jax.default_backend() != "gpu"):
         return None
-    from zoqo_jax import kernels  # Pallas for GPUs is not everywhere
+    from zoqo_jax.implicit import kernels  # Pallas for GPUs is not everywhere
 
     is_matrix = w.ndim == 2 and len(dot.contracted) == 1 and not dot.batched
     preferred = dot.params.get("preferred_element_type")

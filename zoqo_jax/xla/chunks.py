@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, PyTree
 
-__all__ = ["Pick", "in_pieces", "in_place"]
+__all__ = ["TakeRows", "in_chunks", "in_place"]
 
-Pick = Callable[[Array], Array]
+TakeRows = Callable[[Array], Array]
 
 
-def in_pieces(
+def in_chunks(
     make: Callable[[Int32[Array, ""]], PyTree], length: int, few: int, out: PyTree, axis: int = 0
 ) -> PyTree:
     """Fill an axis of arrays, a few of its places at a time.
@@ -26,7 +26,7 @@ def in_pieces(
         axis: which one.
 
     Examples:
-        >>> squares = in_pieces(lambda i: (i + jnp.arange(2)) ** 2, 5, 2, jnp.zeros(5, jnp.int32))
+        >>> squares = in_chunks(lambda i: (i + jnp.arange(2)) ** 2, 5, 2, jnp.zeros(5, jnp.int32))
         >>> squares.tolist()
         [0, 1, 4, 9, 16]
     """
@@ -43,7 +43,7 @@ def in_pieces(
 
 
 def in_place(
-    change: Callable[[Pick, Array, PyTree], tuple[PyTree, PyTree]],
+    change: Callable[[TakeRows, Array, PyTree], tuple[PyTree, PyTree]],
     length: int,
     few: int,
     arrays: PyTree,

@@ -25,8 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Integer
 
-from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions import Boundary, check_choice, displace
+from zoqo_jax.grids.arrays import QuantizedArray
 
 __all__ = ["Tiles", "decoded_product", "rank_one_product", "supports"]
 

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import quax
 from jaxtyping import Array, Float, Float32, Int32, Integer, Key, PyTree
 
-from zoqo_jax.arrays import is_quantized, is_trained
 from zoqo_jax.directions import Direction
-from zoqo_jax.implicit import PerturbedArray
-from zoqo_jax.rules import quaxify
+from zoqo_jax.grids.arrays import is_quantized, is_trained
+from zoqo_jax.implicit.arrays import PerturbedArray
+from zoqo_jax.implicit.rules import quaxify
 
 __all__ = [
     "Comparator",

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from zoqo_jax import directions, queries
-from zoqo_jax.arrays import is_quantized, is_trained, trained_leaves
-from zoqo_jax.implicit import PerturbedArray, Use, watch
-from zoqo_jax.rules import quaxify
+from zoqo_jax import directions
+from zoqo_jax.grids.arrays import is_quantized, is_trained, trained_leaves
+from zoqo_jax.implicit.arrays import PerturbedArray, Use, watch
+from zoqo_jax.implicit.rules import quaxify
+from zoqo_jax.transforms import queries
 
 __all__ = ["Explanation", "explain"]
 

@@ -279,12 +279,12 @@ class QuantizedArray(quax.ArrayValue):
 
     def decode(self, codes: Array) -> Float[Array, "..."]:
         """Values of other codes of the same shape, under this array's scale, in `value_dtype`."""
-        values = self.spread(self.scale).astype(jnp.float32) * self.grid.at(codes)
+        values = self.broadcast_scales(self.scale).astype(jnp.float32) * self.grid.at(codes)
         if self.offset is not None:
-            values = values + self.spread(self.offset).astype(jnp.float32)
+            values = values + self.broadcast_scales(self.offset).astype(jnp.float32)
         return values.astype(self.value_dtype)
 
-    def spread(self, per_block: Array) -> Array:
+    def broadcast_scales(self, per_block: Array) -> Array:
         """Repeat something in `scale`'s shape, or shorter, so that it broadcasts with `codes`."""
         if self.block is None:
             return per_block
@@ -312,7 +312,7 @@ class QuantizedArray(quax.ArrayValue):
                 like = jax.ShapeDtypeStruct((*self.shape[:-1], x.shape[-1]), x.dtype)
                 new = jax.eval_shape(fn, like)  # shared rows stay shared
                 return x.reshape((1,) * (len(new.shape) - 1) + x.shape[-1:])
-            spread = x if self._has_whole_rows and self.block else self.spread(x)
+            spread = x if self._has_whole_rows and self.block else self.broadcast_scales(x)
             return fn(jnp.broadcast_to(spread, (*self.shape[:-1], spread.shape[-1])))
 
         return dataclasses.replace(
@@ -338,7 +338,7 @@ class QuantizedArray(quax.ArrayValue):
         def per_block(x: Array | None) -> Array | None:
             if x is None or x.shape[-1] == 1:
                 return x
-            return jnp.take(self.spread(x), places, axis=-1)
+            return jnp.take(self.broadcast_scales(x), places, axis=-1)
 
         block = None if self._has_whole_rows else self.block
         scale, offset = per_block(self.scale), per_block(self.offset)

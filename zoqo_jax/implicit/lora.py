@@ -20,13 +20,13 @@ import quax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from zoqo_jax import draws
-from zoqo_jax.arrays import freeze, is_quantized
-from zoqo_jax.control import slices
-from zoqo_jax.implicit import is_implicit
-from zoqo_jax.interpreter import register, values_of
-from zoqo_jax.quantization import Quantizer
-from zoqo_jax.rules import quaxify
+from zoqo_jax.grids.arrays import freeze, is_quantized
+from zoqo_jax.grids.quantization import Quantizer
+from zoqo_jax.implicit.arrays import is_implicit
+from zoqo_jax.implicit.control import slices
+from zoqo_jax.implicit.interpreter import register, values_of
+from zoqo_jax.implicit.rules import quaxify
+from zoqo_jax.xla import random_bits
 
 __all__ = ["LoraArray", "is_factor", "is_lora", "lora", "merge"]
 
@@ -121,7 +121,7 @@ def lora(
             )
         *stack, outputs, inputs = leaf.shape
         reach = 1.0 / math.sqrt(inputs)
-        of_leaf = jax.random.fold_in(draws.threefry(key), count)
+        of_leaf = jax.random.fold_in(random_bits.threefry(key), count)
         shape = (*stack, rank, inputs)
         a = jax.random.uniform(of_leaf, shape, jnp.float32, minval=-reach, maxval=reach)
         b = jnp.zeros((*stack, outputs, rank), jnp.float32)
@@ -131,7 +131,7 @@ def lora(
             dither = jax.random.uniform(
                 jax.random.fold_in(of_leaf, 1), a.shape, jnp.float32, minval=-0.5, maxval=0.5
             )
-            a = quantizer(a + grid.spread(grid.step) * dither)
+            a = quantizer(a + grid.broadcast_scales(grid.step) * dither)
         return LoraArray(leaf, a, b, scaling)
 
     adapted = jax.tree_util.tree_map_with_path(one, freeze(params), is_leaf=is_quantized)

@@ -22,8 +22,8 @@ import quax
 from jax.core import ShapedArray
 from jaxtyping import Array, Bool, Float, Int16, PyTree
 
-from zoqo_jax.arrays import QuantizedArray
 from zoqo_jax.directions import Direction
+from zoqo_jax.grids.arrays import QuantizedArray
 
 __all__ = [
     "DerivedArray",

@@ -1,0 +1,1 @@
+"""What a model, a grid or a run is like: nothing here trains."""

@@ -1,0 +1,1 @@
+"""Codes and what they stand for: companders, quantizers, arrays, and steps to whole codes."""
