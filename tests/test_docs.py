@@ -25,7 +25,10 @@ import zoqo_jax.interop
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-GUIDES = [DOCS / "index.md", DOCS / "mathematics.md", *sorted((DOCS / "howto").glob("*.md"))]
+GUIDES = [
+    *(DOCS / f"{name}.md" for name in ("index", "mathematics", "extending")),
+    *sorted((DOCS / "howto").glob("*.md")),
+]
 PROGRAM = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 DECIMAL = re.compile(r"\d+\.\d+")
 OF_EXTRA_ZOO = ("haiku", "keras")  # guides named like the package that they need

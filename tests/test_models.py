@@ -198,6 +198,18 @@ def test_a_head_of_zeros_trains_and_is_told():
         zq.quantize({"head": jnp.zeros((16, 4))}, zq.Quantizer(bits=4, range=0.5))
 
 
+@pytest.mark.parametrize("quantizer", [zq.Quantizer(8, range="mse"), zq.nf4(16)], ids=str)
+def test_a_head_of_zeros_gets_the_same_range_where_its_values_are_not_known(quantizer):
+    """Under `jax.jit` too, where nothing can be said of it: a scale of 0 could never train."""
+    params = {"head": jnp.zeros((16, 4)), "body": jnp.ones((6, 16))}
+    with pytest.warns(UserWarning, match="zero everywhere"):
+        known = zq.quantize(params, quantizer)
+    traced = jax.jit(lambda tree: zq.quantize(tree, quantizer))(params)
+    assert (known["head"].scale > 0).all()
+    for old, new in zip(jax.tree.leaves(known), jax.tree.leaves(traced), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_float64_weights_are_seen_as_float64():
     with jax.enable_x64(True):
         params = zq.quantize({"w": jnp.asarray(X, jnp.float64)}, zq.Quantizer(bits=8))

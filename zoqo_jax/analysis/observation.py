@@ -37,6 +37,14 @@ class Observation(NamedTuple):
         sketches: sums of the vectors, each times a random sign of its own, over the root of their
             number: several independent ones.
         vectors: how many there were, for each layer.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> params = {"w": zq.Quantizer()(jnp.ones((3, 2)))}
+        >>> x = jnp.array([[4.0, -3.0, 0.0]])
+        >>> guide = zq.observe(lambda params: jnp.sum(x @ params["w"]), params)["['w']"].guide
+        >>> guide.weights.tolist(), guide.signs.tolist()
+        ([4.0, 3.0, 0.0], [1, -1, 0])
     """
 
     inputs: Literal["rows", "columns"]

@@ -34,29 +34,24 @@ from zoqo_jax.xla import random_bits
 
 __all__ = [
     "STRUCTURES",
-    "Boundary",
     "Columns",
-    "Contribution",
     "Dense",
     "Direction",
-    "Distribution",
     "Guide",
     "PerExample",
     "RankOne",
     "Sparse",
     "Structure",
-    "Unit",
     "check",
     "check_choice",
     "describe",
     "displace",
     "dithered_steps",
     "radius_in_codes",
-    "scheduled",
     "with_options",
 ]
 
-STRUCTURES: dict[str, type[Direction]] = {
+STRUCTURES = {
     "dense": Dense,
     "rank_one": RankOne,
     "sparse": Sparse,

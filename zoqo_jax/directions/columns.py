@@ -40,6 +40,14 @@ class Guide(NamedTuple):
     Attributes:
         weights: how often to choose an input, in proportion; not negative, any scale.
         signs: -1, 0 or 1; where 0, and where None, a random sign is drawn for each entry.
+
+    Examples:
+        >>> from zoqo_jax import Quantizer
+        >>> array = Quantizer()(jnp.ones((4, 3)))
+        >>> third = Guide(jnp.array([0.0, 0.0, 1.0, 0.0]))
+        >>> direction = Columns.describe(jax.random.key(0), array, 3.0, density=1 / 4, guide=third)
+        >>> (direction.draw(array) != 0).any(axis=1).tolist()
+        [False, False, True, False]
     """
 
     weights: Float[Array, "*layers inputs"]

@@ -464,7 +464,7 @@ def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> 
             return leaf
         chosen += 1
         try:
-            return _for_zeros(quantizer, path, leaf)(leaf)
+            return _quantized(quantizer, path, leaf)
         except ValueError as error:
             raise ValueError(f"leaf {jax.tree_util.keystr(path)}: {error}") from error
 
@@ -474,18 +474,24 @@ def quantize(tree: PyTree, quantizer: Quantizer, where: Where | None = None) -> 
     return quantized
 
 
-def _for_zeros(quantizer: Quantizer, path: tuple[Any, ...], leaf: Any) -> Quantizer:
-    """The quantizer, with a range that can train a leaf of zeros, as heads often begin."""
-    is_fitted = isinstance(quantizer.range, str)
-    if not is_fitted or isinstance(leaf, Tracer) or not jnp.size(leaf) or jnp.any(leaf != 0):
-        return quantizer
-    range_ = 1.0 / math.sqrt(max(jnp.shape(leaf)[-2:], default=1))
-    warnings.warn(
-        f"leaf {jax.tree_util.keystr(path)} is zero everywhere, so no range can be fitted to it: "
-        f"its codes reach {range_:.3g} either way. Choose by quantizer=Quantizer(range=...).",
-        stacklevel=4,
-    )
-    return dataclasses.replace(quantizer, range=range_)
+def _quantized(quantizer: Quantizer, path: tuple[Any, ...], leaf: Any) -> QuantizedArray:
+    """The leaf in codes; one of zeros, as heads often begin, gets a range that can train it.
+
+    Under `jax.jit` the values are not known, so there it gets it without the warning.
+    """
+    leaf = jnp.asarray(leaf)
+    lo, hi = quantizer.calibrate(leaf)
+    if isinstance(quantizer.range, str) and leaf.size:
+        reach, is_zero = 1.0 / math.sqrt(max(leaf.shape[-2:], default=1)), (leaf == 0).all()
+        lo, hi = jnp.where(is_zero, -reach, lo), jnp.where(is_zero, reach, hi)
+        if not isinstance(is_zero, Tracer) and is_zero:
+            warnings.warn(
+                f"leaf {jax.tree_util.keystr(path)} is zero everywhere, so no range can be fitted "
+                f"to it: its codes reach {reach:.3g} either way. Choose by "
+                "quantizer=Quantizer(range=...).",
+                stacklevel=4,
+            )
+    return quantizer.quantize(leaf, *quantizer.scales(lo, hi))
 
 
 def _is_value_dtype(dtype: Any) -> bool:

@@ -75,6 +75,13 @@ class State(NamedTuple):
         residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
         recent: loss differences of the last steps, the latest last, where a residual is made from
             them rather than kept; else empty.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> params = zq.Quantizer(bits=8, range=1.0)(jnp.zeros(4))
+        >>> state = zq.zoqo(0.1, 0.1, key=jax.random.key(0)).init(params)
+        >>> state.count.item(), state.residual
+        (0, ())
     """
 
     count: Int32[Array, ""]
