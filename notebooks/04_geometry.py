@@ -417,7 +417,7 @@ STRUCTURES = {
 }
 
 
-def directions(shape, count, **structure):
+def some_directions(shape, count, **structure):
     """Some directions for a matrix of codes."""
     matrix = whole(jnp.zeros(shape))
 
@@ -430,7 +430,7 @@ def directions(shape, count, **structure):
 
 figure, axes = plt.subplots(2, 3, figsize=(9, 5), layout="constrained")
 for (top, bottom), (name, structure) in zip(axes.T, STRUCTURES.items(), strict=True):
-    drawn = directions((24, 36), 4_000, **structure)
+    drawn = some_directions((24, 36), 4_000, **structure)
     top.imshow(drawn[0], cmap="RdBu_r", vmin=-1.3, vmax=1.3, interpolation="nearest")
     top.set_title(f"{name}: rank {np.linalg.matrix_rank(drawn[0])}", fontsize=9)
     entries = drawn[:, :4, :6].reshape(-1, 24)

@@ -45,7 +45,7 @@ def test_off_grid_caq_zo_is_its_formula(model, num_queries, radius, structure):
             radius=radius,
         )
 
-    us = runs.directions(model, None, "rademacher", **structure)
+    us = runs.drawn(model, None, "rademacher", **structure)
     runs.assert_same_run(model, tx, num_queries, us, step)
 
 
@@ -130,7 +130,7 @@ def test_a_code_moves_where_the_votes_are_significant(model, structure):
             moved.append((moves != 0).mean())
         return after, heard
 
-    us = runs.directions(model, None, "rademacher", structure, queries=queries_)
+    us = runs.drawn(model, None, "rademacher", structure, queries=queries_)
     runs.assert_same_run(model, tx, queries_, us, step)
     assert 0.05 < np.mean(moved) < 0.5
 

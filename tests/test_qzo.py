@@ -130,7 +130,8 @@ def test_qzo_is_the_same_through_a_scan_over_layers_and_layer_by_layer():
 
     tx = zq.qzo(0.1, 0.01, key=KEY)
     losses = [
-        tx.update(None, tx.init(params), params, value_fn=f)[1].losses for f in (scanned, unrolled)
+        tx.update(None, tx.init(params), params, value_fn=f)[1].info.losses
+        for f in (scanned, unrolled)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 

@@ -401,7 +401,7 @@ def test_explain_names_every_use_once_and_says_what_it_costs():
     assert [(use.label, use.operation, use.plan.algorithms) for use in told.uses] == [
         ("['a']", "dot_general", ("dequantize",)),
         ("['b']", "dot_general", ("dequantize",)),
-        ("['c']", "sin", "values"),
+        ("['c']", "sin", ("materialize",)),
     ]
     assert told.unused == ("['d']",) and not told.is_fused
     assert told.decoded_bytes(told.uses[0]) == 4 * 6 * 20

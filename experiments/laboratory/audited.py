@@ -171,7 +171,8 @@ def _run(
 
     batches = jax.random.split(keys["batch"], steps)
     (params, state), cut = jax.lax.scan(step, (params, tx.init(params)), batches)
-    queries, images = state.queries, state.queries * config.batch_size
+    queries = state.info.evaluations
+    images = queries * config.batch_size
     calls = successes = jnp.int32(0)
     if is_audited:
         gate = zq.certificates.gate(

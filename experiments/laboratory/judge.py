@@ -148,7 +148,7 @@ def _run(
         error = chance_of_error(kind, level, difference)
         found = {
             "accuracy": accuracy(task.logits, params, task.test),
-            "queries": state.queries,
+            "queries": state.info.evaluations,
             "looks": found["looks"] + 1,
             "error": found["error"] + error,
             "differences": found["differences"] + difference,

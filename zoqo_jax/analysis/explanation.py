@@ -121,12 +121,13 @@ def explain(
         >>> params = zq.quantize({"w": jnp.ones((4, 2)), "v": jnp.ones((2, 2))}, zq.Quantizer(8))
         >>> loss = lambda p: jnp.sum(jnp.ones((3, 4)) @ p["w"]) + jnp.sort(p["v"]).sum()
         >>> print(zq.explain(loss, params))
-        leaf    shape  operation    way     decoded  multiplications
-        ['w']   4x2    dot_general  shared  0.00 MB  4.8e+01
-        ['v']   2x2    sort         values  0.00 MB
+        leaf    shape  operation    plan                   decoded  multiplications
+        ['w']   4x2    dot_general  low_rank / dequantize  0.00 MB  4.8e+01
+        ['v']   2x2    sort         materialize            0.00 MB
         <BLANKLINE>
-        shared: one decoded matrix and one product for all sides and queries
-        values: has no rule here: gets an array of floats for each side
+        low_rank: one decoded matrix and one product for all sides and queries
+        dequantize: a decoded matrix and a product for each side, one after the other
+        materialize: has no rule here: gets an array of floats for each side
     """
     directions.check(noise, structure, "clamp", 1.0)
     if query_batch < 1:

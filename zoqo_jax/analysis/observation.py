@@ -99,7 +99,7 @@ class _Observed(Direction):
             leading, rows = self.shape[:layers], self.shape[layers:-1]
             tell = self.sink.told(self.leaf, inputs, len(vectors), leading, math.prod(rows))
             jax.debug.callback(tell, where, sums)
-        return dot(after(x, array).materialise(), x)
+        return dot(depends_on(x, array).materialise(), x)
 
 
 class _Sink:

@@ -49,7 +49,8 @@ def replay(
         >>> bool((again["w"].codes == params["w"].codes).all())
         True
     """
-    if jnp.ndim(log) not in (2, 3):
+    heard = optax.tree.get(tx.init(params), "loss_differences")
+    if jnp.ndim(log) != 1 + heard.ndim:
         raise ValueError(f"log must have shape (steps, queries), got {jnp.shape(log)}.")
 
     def step(

@@ -62,7 +62,7 @@ __all__ = [
 
 # Codes of a leaf that an update treats as a whole, and, of larger leaves, in a chunk. One query's
 # direction is never made: beside the codes there is a random bit for each.
-_WHOLE, _CHUNK = 2**24, 2**21
+_WHOLE, _CHUNK = 2**21, 2**21
 _CHUNK_OF_SUM = 2**17  # both, where it sums over queries, in floats
 
 

@@ -156,7 +156,7 @@ def by_queries(
         first,
         jnp.arange(steps * len(txs)),
     )
-    return params, sum(optax.tree.get(state, "queries") for state in states)
+    return params, sum(optax.tree.get(state, "evaluations") for state in states)
 
 
 def at_best_rate(
