@@ -116,7 +116,6 @@ def test_what_a_step_allocates_does_not_grow_with_the_model(model, storage, stru
 @pytest.mark.parametrize("structure", ["dense", slow("sparse"), slow("rank_one")])
 def test_large_leaves_are_changed_in_place(storage, structure, monkeypatch):
     """What an update of them takes is a piece of a leaf, however large the leaf."""
-    monkeypatch.setattr(stepping, "_WHOLE", WIDTH * WIDTH)
     monkeypatch.setattr(stepping, "_CHUNK", WIDTH * WIDTH)
     temporary = []
     for layers in (4, 16):

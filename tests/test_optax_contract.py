@@ -405,8 +405,7 @@ def test_an_update_made_in_place_piece_by_piece_is_the_update_made_at_once(
     at_once = replayed()
     for leaf in params:
         assert (at_once[0][leaf].packed != params[leaf].packed).any()
-    for size in ("_WHOLE", "_CHUNK", "_CHUNK_OF_SUM"):
-        monkeypatch.setattr(stepping, size, 100)
+    monkeypatch.setattr(stepping, "_CHUNK", 100)
     assert_equal(replayed(), at_once)
 
 

@@ -60,10 +60,10 @@ __all__ = [
     "rounded_at_random",
 ]
 
-# Codes of a leaf that an update treats as a whole, and, of larger leaves, in a chunk. One query's
-# direction is never made: beside the codes there is a random bit for each.
-_WHOLE, _CHUNK = 2**21, 2**21
-_CHUNK_OF_SUM = 2**17  # both, where it sums over queries, in floats
+# Codes that an update treats at once; of larger leaves, in a chunk of rows. It takes some 4 bytes
+# for each code of a chunk, and a float where it sums over queries.
+_CHUNK = 2**17
+_COUNTED = 2**12  # bytes of which codes that moved are counted at once
 
 
 class Method:
@@ -296,15 +296,11 @@ class Steps:
         step: State,
         leaf: int,
         keys: Array,
-        pick: TakeRows,
-        is_new: Array,
         array: QuantizedArray,
         kept: Any,
-    ) -> tuple[tuple[Array, Any], Array]:
-        """A leaf's new bytes and what error feedback keeps, for the rows picked, and two counts.
-
-        The counts are of codes moved and of codes at an edge, in rows that `is_new`.
-        """
+        pick: TakeRows = lambda rows: rows,
+    ) -> tuple[Array, Any]:
+        """A leaf's new bytes and what error feedback keeps, for the rows picked."""
         chunk = take_rows(pick, array)
         rows = by_row(pick, random_bits.rows(keys[self.num_queries], array.shape[:-1]))
         steps, rest = [], []
@@ -320,8 +316,7 @@ class Steps:
             rest.append(residual)
         if kept is not None:
             kept = jnp.concatenate(rest, axis=-1) if len(rest) > 1 else rest[0]
-        moved = chunk.stepped(steps)
-        return (moved.packed, kept), _counts(chunk, moved, is_new)
+        return chunk.stepped(steps).packed, kept
 
     def update(
         self,
@@ -367,12 +362,12 @@ class Steps:
         for leaf, array in enumerate(arrays):
             kept = state.residual[leaf] if state.residual else None
             change = functools.partial(self.move, step, leaf, keys[:, leaf])
-            whole, most = (_WHOLE, _CHUNK) if self.num_queries == 1 else (_CHUNK_OF_SUM,) * 2
-            if array.ndim < 2 or array.size <= whole:
+            if array.ndim < 2 or array.size <= _CHUNK:
                 waiting = dataclasses.replace(array, scale=wait(array.scale))
-                (packed, kept), more = change(lambda x: x, jnp.array([True]), waiting, kept)
+                packed, kept = change(waiting, kept)
+                more = _counts(array, packed, jnp.array([True]))
             else:
-                (packed, kept), more = _in_place(change, array, kept, most, heard)
+                (packed, kept), more = _in_place(change, array, kept, heard)
             # What `optax.apply_updates` adds it to is what it was taken from, and XLA knows that
             # p + (n - p) is n: compiled together, the new bytes are written over the old.
             changes.append(packed - array.packed)
@@ -413,35 +408,55 @@ def check_query_count(num_queries: Any, query_batch: Any) -> tuple[int, int | No
 
 
 def _counts(
-    before: QuantizedArray, after: QuantizedArray, is_new: Array
+    before: QuantizedArray, packed: Array, is_new: Array
 ) -> Float[Array, "moved_and_at_edges"]:
-    """How many codes moved, and how many are at an edge now, among rows that `is_new`."""
-    counts = jnp.zeros(2, jnp.float32)
-    is_new = is_new.reshape(-1, *(1,) * max(before.ndim - 1, 0))
-    for old, new in zip(before.parts, after.parts, strict=True):
-        n = new.packed
-        is_at_edge = (n == before.grid.low) | (n == before.grid.high)
-        both = [old.packed != n, is_at_edge]
-        counts = counts + jnp.stack([(x & is_new).sum(dtype=jnp.float32) for x in both])
-    return counts
+    """How many codes moved, and how many are at an edge now, among rows that `is_new`.
+
+    Some bytes at a time: XLA's CPU backend makes floats of all that a sum counts (9 bytes a code).
+    """
+    low, high = before.grid.low, before.grid.high
+    width = 8 // before.per_byte
+    old, new = before.packed.reshape(-1), packed.reshape(-1)
+    first = (~is_new).sum() * (old.size // max(is_new.size, 1))  # new bytes are the last ones
+
+    def of_bytes(start: Array, few: int) -> Array:
+        a, b = (jax.lax.dynamic_slice_in_dim(x, start, few) for x in (old, new))
+        counts = jnp.zeros((2, few), jnp.int32)
+        for i in range(before.per_byte):
+            m, n = ((x >> (i * width)) & (2**width - 1) for x in (a, b))
+            counts = counts + jnp.stack([m != n, (n == low) | (n == high)]).astype(jnp.int32)
+        return jnp.where(start + jnp.arange(few) >= first, counts, 0)
+
+    few = min(_COUNTED, old.size)
+    if not few:
+        return jnp.zeros(2, jnp.float32)
+    whole, rest = divmod(old.size, few)
+    add = lambda i, counts: counts + of_bytes(i * few, few)  # noqa: E731
+    zero = compiler.zeros(jax.ShapeDtypeStruct((2, few), jnp.int32), old, new)
+    counts = jax.lax.fori_loop(0, whole, add, zero).sum(axis=1)
+    if rest:
+        counts = counts + of_bytes(jnp.int32(whole * few), rest).sum(axis=1)
+    return counts.astype(jnp.float32)
 
 
 def _in_place(
-    change: Callable[[TakeRows, Array, QuantizedArray, Any], tuple[tuple[Array, Any], Array]],
+    change: Callable[[QuantizedArray, Any, TakeRows], tuple[Array, Any]],
     array: QuantizedArray,
     kept: Any,
-    most: int,
     heard: Array,
 ) -> tuple[tuple[Array, Any], Array]:
-    """A leaf's new bytes, a few rows of its first axis at a time, some `most` codes."""
+    """A leaf's new bytes, a few rows of its first axis at a time, and the counts of `_counts`."""
     rows = array.shape[0]
-    few = max(most // (array.size // rows), 1)
+    few = max(_CHUNK // (array.size // rows), 1)
 
     def chunk(pick: TakeRows, is_new: Array, now: tuple[Array, Any]) -> Any:
         packed, kept = now
-        make = functools.partial(
-            change, pick, is_new, dataclasses.replace(array, packed=packed), kept
-        )
+        whole = dataclasses.replace(array, packed=packed)
+
+        def make() -> Any:
+            new = change(whole, kept, pick)
+            return new, _counts(take_rows(pick, whole), new[0], is_new)
+
         return compiler.materialized(make, heard, jax.eval_shape(make))
 
     return in_place(chunk, rows, few, (array.packed, kept), jnp.zeros(2, jnp.float32))
