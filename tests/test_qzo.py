@@ -1,11 +1,14 @@
 """qzo is its formula, in any dtype of the scales, and leaves the codes alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import test_reference as runs
+from compiling import NORMALLY
 from statistical import mean_and_error
 
 import zoqo_jax as zq
@@ -44,14 +47,18 @@ def test_qzo_is_its_formula(noise, num_queries, clip):
     tx = zq.qzo(eta, mu, key=KEY, noise=noise, num_queries=num_queries, clip=clip)
     params = start = blocks()
     state = tx.init(params)
-    update = jax.jit(lambda params, state: tx.update(None, state, params, value_fn=distance))
+    # To the bit: Gaussian draws have others in a program that is compiled in a hurry.
+    compiled = functools.partial(jax.jit, compiler_options=NORMALLY)
+    update = compiled(lambda params, state: tx.update(None, state, params, value_fn=distance))
+    draw = compiled(
+        lambda key, query: Directions(key, num_queries, noise).draw(query, 0, start.scale)
+    )
     clipped = 0
     for count in range(20):
-        directions = Directions(jax.random.fold_in(KEY, count), num_queries, noise)
         scale, total = np.asarray(params.scale), np.zeros(params.scale.shape, np.float32)
         updates, state = update(params, state)
         for query in range(num_queries):
-            z = np.asarray(directions.draw(query, 0, params.scale))
+            z = np.asarray(draw(jax.random.fold_in(KEY, count), query))
             ends = [values_at(params, scale + side * np.float32(mu) * z) for side in (1, -1)]
             losses = [np.mean((end - TARGET) ** 2) for end in ends]
             np.testing.assert_allclose(state.info.losses[query], losses, rtol=1e-5)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int16, PRNGKeyArray, PyTree
 
 from zoqo_jax.directions import Direction, Guide
-from zoqo_jax.directions.matmul import Dot, Thresholds
+from zoqo_jax.directions.matmul import Dot, Thresholds, depends_on
 from zoqo_jax.grids.arrays import QuantizedArray, is_quantized, is_trained, trained_leaves
 from zoqo_jax.implicit.arrays import PerturbedArray
 from zoqo_jax.implicit.rules import quaxify
