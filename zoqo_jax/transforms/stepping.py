@@ -63,7 +63,7 @@ __all__ = [
 # Codes that an update treats at once; of larger leaves, in a chunk of rows. It takes some 4 bytes
 # for each code of a chunk, and a float where it sums over queries.
 _CHUNK = 2**17
-_COUNTED = 2**12  # bytes of which codes that moved are counted at once
+_COUNTED = 2**14  # bytes of which codes that moved are counted at once
 
 
 class Method:
@@ -365,6 +365,7 @@ class Steps:
             if array.ndim < 2 or array.size <= _CHUNK:
                 waiting = dataclasses.replace(array, scale=wait(array.scale))
                 packed, kept = change(waiting, kept)
+                packed = compiler.materialize(packed)
                 more = _counts(array, packed, jnp.array([True]))
             else:
                 (packed, kept), more = _in_place(change, array, kept, heard)
@@ -421,22 +422,22 @@ def _counts(
 
     def of_bytes(start: Array, few: int) -> Array:
         a, b = (jax.lax.dynamic_slice_in_dim(x, start, few) for x in (old, new))
-        counts = jnp.zeros((2, few), jnp.int32)
+        counts = jnp.zeros((2, few), jnp.uint8)
         for i in range(before.per_byte):
             m, n = ((x >> (i * width)) & (2**width - 1) for x in (a, b))
-            counts = counts + jnp.stack([m != n, (n == low) | (n == high)]).astype(jnp.int32)
-        return jnp.where(start + jnp.arange(few) >= first, counts, 0)
+            counts = counts + jnp.stack([m != n, (n == low) | (n == high)]).astype(jnp.uint8)
+        return jnp.where(start + jnp.arange(few) >= first, counts, jnp.uint8(0))
 
     few = min(_COUNTED, old.size)
     if not few:
         return jnp.zeros(2, jnp.float32)
     whole, rest = divmod(old.size, few)
-    add = lambda i, counts: counts + of_bytes(i * few, few)  # noqa: E731
-    zero = compiler.zeros(jax.ShapeDtypeStruct((2, few), jnp.int32), old, new)
-    counts = jax.lax.fori_loop(0, whole, add, zero).sum(axis=1)
+    add = lambda i, counts: counts + of_bytes(i * few, few).astype(jnp.uint16)  # noqa: E731
+    zero = compiler.zeros(jax.ShapeDtypeStruct((2, few), jnp.uint16), old, new)
+    counts = jax.lax.fori_loop(0, whole, add, zero).sum(axis=1, dtype=jnp.float32)
     if rest:
-        counts = counts + of_bytes(jnp.int32(whole * few), rest).sum(axis=1)
-    return counts.astype(jnp.float32)
+        counts = counts + of_bytes(jnp.int32(whole * few), rest).sum(axis=1, dtype=jnp.float32)
+    return counts
 
 
 def _in_place(
@@ -454,8 +455,9 @@ def _in_place(
         whole = dataclasses.replace(array, packed=packed)
 
         def make() -> Any:
-            new = change(whole, kept, pick)
-            return new, _counts(take_rows(pick, whole), new[0], is_new)
+            new, left = change(whole, kept, pick)
+            new = compiler.materialize(new)  # or it would be made for the counts again
+            return (new, left), _counts(take_rows(pick, whole), new, is_new)
 
         return compiler.materialized(make, heard, jax.eval_shape(make))
 
