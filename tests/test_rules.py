@@ -410,7 +410,7 @@ def test_explain_names_every_use_once_and_says_what_it_costs():
     assert "sin" in str(told) and "['d']" in str(told)
     together = zq.explain(value_fn, params, query_batch=8)
     assert together.uses[0].plan.algorithms[0] == "mean_difference"
-    assert together.decoded_bytes(together.uses[0]) == 2 * 4 * 6 * 20
+    assert together.decoded_bytes(together.uses[0]) == 2 * 4 * 6 * 20 / 2
 
 
 def test_explain_refuses_what_it_cannot_explain():
