@@ -109,3 +109,18 @@ def test_all_inputs_are_chosen_equally_often(inputs):
     assert (line.sum(axis=1) == count).all()
     share = count / line.shape[1]
     assert abs(line.mean(axis=0) - share).max() < 5 * (share * (1 - share) / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("inputs", ["rows", "columns"])
+def test_the_share_of_outputs_is_what_was_asked_for(inputs):
+    array = weights("one scale", (64, 64))
+    choices = {"structure": "columns", "density": 0.5, "distribution": "rademacher"}
+    choices = {**choices, "inputs": inputs, "outputs": 0.4}
+
+    def moved(key):
+        u = directions.describe(key, array, 1.0, **choices).draw(array)
+        return (u != 0).sum()
+
+    found = jax.jit(jax.vmap(moved))(jax.random.split(jax.random.key(3), 50)).sum()
+    tried = 50 * 32 * 64
+    assert abs(int(found) - 0.4 * tried) < 5 * (0.4 * 0.6 * tried) ** 0.5

@@ -185,9 +185,7 @@ class Columns(Direction):
             u = jnp.where(self.sign == 0, u, signed)
         kept, chance = self.slot > 0, super().probability(array)
         if chance is not None or self.outputs < 1.0:
-            chance = (
-                self.outputs if chance is None else array.broadcast_scales(chance) * self.outputs
-            )
+            chance = 1.0 if chance is None else array.broadcast_scales(chance)
             uniform = (draw("words", entries.SUPPORT) >> 8).astype(jnp.float32) * 2.0**-24
             kept = kept & (uniform < chance * self.outputs)
         return jnp.where(kept, u, 0).astype(jnp.int16)
