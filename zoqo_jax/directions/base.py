@@ -230,7 +230,7 @@ class Direction(eqx.Module):
     def direction_sum(
         cls,
         of_query: Callable[[Any], tuple[Direction, QuantizedArray]],
-        loss_differences: Float[Array, " queries"],
+        loss_differences: Float[Array, "queries ..."],
         contribution: Contribution,
     ) -> Array:
         """The sum over queries of what each says about every code.
@@ -244,12 +244,18 @@ class Direction(eqx.Module):
 
         def one(query: Any) -> Array:
             direction, array = of_query(query)
-            return contribute(contribution, loss_differences[query], direction.draw(array))
+            return direction.contribute(contribution, loss_differences[query], array)
 
         if len(loss_differences) == 1:
             return one(0)
         add = lambda query, total: total + one(query)  # noqa: E731
         return jax.lax.fori_loop(1, len(loss_differences), add, one(0))
+
+    def contribute(
+        self, contribution: Contribution, difference: Array, array: QuantizedArray
+    ) -> Array:
+        """What one query, by its difference of losses, says about each code."""
+        return contribute(contribution, difference, self.draw(array))
 
     def guided(self, guide: Any, array: QuantizedArray) -> Direction:
         """The direction with what is known of the array's inputs (see `columns.Guide`).

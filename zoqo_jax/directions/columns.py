@@ -19,11 +19,11 @@ from typing import Any, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int8, Int16, Int32
+from jaxtyping import Array, Float, Int8, Int16, Int32
 
 from zoqo_jax.directions import entries
 from zoqo_jax.directions.base import Direction
-from zoqo_jax.directions.matmul import Dot, Thresholds, depends_on, lay_along
+from zoqo_jax.directions.matmul import Dot, Thresholds, correct_slices, depends_on
 from zoqo_jax.grids.arrays import QuantizedArray, cut
 from zoqo_jax.xla import random_bits
 
@@ -246,42 +246,17 @@ class Columns(Direction):
         if not algorithms:
             return super().multiply(algorithms, array, x, dot, at)
         axis = 0 if self.inputs == "rows" else 1
-        chosen = (self.slot > 0).any(axis=1 - axis)
-        out = dot(depends_on(x, array).materialise(), x)
-        return self._with_chosen(out, array, x, dot, axis, chosen)
 
-    def _with_chosen(
-        self,
-        out: Array,
-        array: QuantizedArray,
-        x: Array,
-        dot: Dot,
-        axis: int,
-        chosen: Bool[Array, " inputs"],
-    ) -> Array:
-        """Add to a product what the chosen rows or columns become, as many at a time as there are.
-
-        Some of a stack's layers may have more than others, hence the loop.
-        """
-        few = min(self.count, chosen.size)
-
-        def add(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            remaining, out = state
-            todo, places = jax.lax.top_k(remaining.astype(jnp.float32), few)
+        def change(places: Array) -> Array:
             some, direction = self._taken(array, places, axis)
             codes = direction.displaced(some, direction.draw(some))
-            lacks = [some.decode(n).astype(jnp.float32) for n in (codes, some.codes)]
-            change = (lacks[0] - lacks[1]) * lay_along(todo, [axis], 2, jnp.float32)
-            change = change.astype(array.value_dtype)
-            if axis in dot.contracted:
-                more = dot(change, jnp.take(x, places, axis=dot.x_axis(axis)))
-                return remaining.at[places].set(False), out + more
-            place = dot.place(axis, 2, out.ndim)
-            more = jnp.moveaxis(dot(change, x), place, 0)
-            out = jnp.moveaxis(jnp.moveaxis(out, place, 0).at[places].add(more), 0, place)
-            return remaining.at[places].set(False), out
+            after, before = (some.decode(n).astype(jnp.float32) for n in (codes, some.codes))
+            return (after - before).astype(array.value_dtype)
 
-        return jax.lax.while_loop(lambda state: state[0].any(), add, (chosen, out))[1]
+        chosen = (self.slot > 0).any(axis=1 - axis)
+        out = dot(depends_on(x, array).materialise(), x)
+        # Mostly all at once; a stack's layers may have more than the others.
+        return correct_slices(out, x, dot, axis, chosen, change, few=self.count)
 
     def _taken(
         self, array: QuantizedArray, places: Array, axis: int
@@ -290,11 +265,8 @@ class Columns(Direction):
         if axis == 0:
             pick = lambda rows: jnp.take(rows, places, axis=0)  # noqa: E731
             return array.take_rows(pick), self.take_rows(pick)
-        both = {"slot": self.slot, "sign": self.sign}
-        few = {
-            name: None if x is None else jnp.take(x, places, axis=-1) for name, x in both.items()
-        }
-        return array.take_columns(places), dataclasses.replace(self, **few)
+        few = [x if x is None else jnp.take(x, places, axis=-1) for x in (self.slot, self.sign)]
+        return array.take_columns(places), dataclasses.replace(self, slot=few[0], sign=few[1])
 
 
 def _stratified(row: random_bits.Rows, size: int, count: int) -> Int32[Array, " count"]:

@@ -28,6 +28,7 @@ __all__ = [
     "depends_on",
     "dequantize",
     "lay_along",
+    "mean_and_half_difference",
     "one_by_one",
 ]
 
@@ -163,6 +164,17 @@ def dequantize(
     return one(array, upward, direction.query_side.astype(jnp.int16), x)
 
 
+def mean_and_half_difference(
+    array: QuantizedArray, direction: Any, u: Array
+) -> tuple[Array, Array]:
+    """Half the sum and half the difference of the values that an array has at `u` and at `-u`."""
+    above, below = (
+        array.decode(direction.displaced(array, side)).astype(jnp.float32) for side in (u, -u)
+    )
+    mean, half = (above + below) / 2, (above - below) / 2
+    return mean.astype(array.value_dtype), half.astype(array.value_dtype)
+
+
 def correct_slices(
     out: Array,
     x: Array,
@@ -170,6 +182,7 @@ def correct_slices(
     axis: int,
     chosen: Bool[Array, " slices"],
     missing: Callable[[Array], Array],
+    few: int = _FEW_SLICES,
 ) -> Array:
     """Add to a product what its matrix lacks in some of its slices, a few of them at a time.
 
@@ -177,18 +190,27 @@ def correct_slices(
         out: the product without it.
         x: what multiplies the matrix.
         dot: how.
-        axis: a contracted axis of the matrix.
+        axis: an axis of the matrix; one that is not contracted only of a matrix of two axes.
         chosen: which slices along it.
         missing: from the numbers of a few slices to what their values lack.
+        few: how many slices at a time.
     """
-    x_axis, few = dot.x_axis(axis), min(_FEW_SLICES, chosen.size)
+    few = min(few, chosen.size)
 
     def correct(state: tuple[Array, Array]) -> tuple[Array, Array]:
         remaining, out = state
         todo, numbers = jax.lax.top_k(remaining.astype(jnp.float32), few)
-        some = jnp.take(x, numbers, axis=x_axis)
-        some = some * lay_along(todo, [x_axis], x.ndim, x.dtype)
-        return remaining.at[numbers].set(False), out + dot(missing(numbers), some)
+        remaining = remaining.at[numbers].set(False)
+        if axis in dot.contracted:
+            x_axis = dot.x_axis(axis)
+            some = jnp.take(x, numbers, axis=x_axis)
+            some = some * lay_along(todo, [x_axis], x.ndim, x.dtype)
+            return remaining, out + dot(missing(numbers), some)
+        place = dot.place(axis, 2, out.ndim)
+        more = dot(missing(numbers), x)
+        more = jnp.moveaxis(more * lay_along(todo, [place], out.ndim, out.dtype), place, 0)
+        added = jnp.moveaxis(out, place, 0).at[numbers].add(more)
+        return remaining, jnp.moveaxis(added, 0, place)
 
     return jax.lax.while_loop(lambda state: state[0].any(), correct, (chosen, out))[1]
 

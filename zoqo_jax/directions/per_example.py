@@ -13,7 +13,6 @@ The objective returns one loss for each example, and every example says somethin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +20,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int16
 
 from zoqo_jax.directions.base import Contribution, Direction
-from zoqo_jax.directions.matmul import Dot, Thresholds, depends_on, lay_along
+from zoqo_jax.directions.matmul import (
+    Dot,
+    Thresholds,
+    depends_on,
+    lay_along,
+    mean_and_half_difference,
+)
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.xla import random_bits
 
@@ -103,9 +108,7 @@ class PerExample(Direction):
         array = depends_on(x, array)
         upward = dataclasses.replace(self, side=jnp.ones_like(self.side))  # both sides share it
         u = Direction.draw(upward.depends_on(x), array)
-        ends = (array.decode(self.displaced(array, side)) for side in (u, -u))
-        up, down = (end.astype(jnp.float32) for end in ends)
-        mean, half = (v.astype(array.value_dtype) for v in ((up + down) / 2, (up - down) / 2))
+        mean, half = mean_and_half_difference(array, self, u)
         rows = jnp.moveaxis(self.row_signs(), -1, 0)
         columns = self.column_signs(array.shape[-1])
         signs = [
@@ -140,30 +143,20 @@ class PerExample(Direction):
             )
         return free[0]
 
-    @classmethod
-    def direction_sum(
-        cls,
-        of_query: Callable[[Any], tuple[PerExample, QuantizedArray]],
-        loss_differences: Float[Array, "queries examples"],
+    def contribute(
+        self,
         contribution: Contribution,
+        difference: Float[Array, " examples"],
+        array: QuantizedArray,
     ) -> Array:
-        """The sum over queries and examples of what each says about every code."""
-        is_signs = contribution == "signs"
-
-        def one(query: Any) -> Array:
-            direction, array = of_query(query)
-            weights = loss_differences[query]
-            weights = jnp.sign(weights) if is_signs else weights
-            a, b = direction.row_signs(), direction.column_signs(array.shape[-1])
-            total = jnp.einsum(
-                "re,ec->rc",
-                a.reshape(-1, direction.examples).astype(jnp.float32) * weights,
-                b.astype(jnp.float32),
-                precision=jax.lax.Precision.HIGHEST,
-            )
-            u = Direction.draw(direction, array)
-            u = jnp.sign(u) if is_signs else u
-            return total.reshape(array.shape) * u.astype(jnp.float32)
-
-        add = lambda query, total: total + one(query)  # noqa: E731
-        return jax.lax.fori_loop(1, len(loss_differences), add, one(0))
+        """The sum over examples of what each says about every code."""
+        u, weights = Direction.draw(self, array), difference
+        if contribution == "signs":
+            u, weights = jnp.sign(u), jnp.sign(weights)
+        total = jnp.einsum(
+            "re,ec->rc",
+            self.row_signs().reshape(-1, self.examples).astype(jnp.float32) * weights,
+            self.column_signs(array.shape[-1]).astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return total.reshape(array.shape) * u.astype(jnp.float32)

@@ -21,7 +21,14 @@ from zoqo_jax.directions.base import (
     contribute,
     displace,
 )
-from zoqo_jax.directions.matmul import Dot, Thresholds, correct_slices, depends_on, lay_along
+from zoqo_jax.directions.matmul import (
+    Dot,
+    Thresholds,
+    correct_slices,
+    depends_on,
+    lay_along,
+    mean_and_half_difference,
+)
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.xla import compiler, random_bits
 
@@ -232,10 +239,7 @@ def _by_mean_and_difference(direction: RankOne, array: QuantizedArray, x: Array,
     """
     rows, last = list(range(array.ndim - 1)), array.ndim - 1
     m = jnp.broadcast_to(array.broadcast_scales(direction.radius_in_codes(array)), array.shape)
-    above, below = (
-        array.decode(direction.displaced(array, u)).astype(jnp.float32) for u in (m, -m)
-    )
-    mean, half = (x.astype(array.value_dtype) for x in ((above + below) / 2, (above - below) / 2))
+    mean, half = mean_and_half_difference(array, direction, m)
     signs = [
         (rows, direction.row_signs() * direction.query_side),
         ([last], direction.column_signs(array)),
