@@ -67,7 +67,7 @@ class Dot:
 
     operand: int
     dims: Dims
-    params: dict[str, Any]
+    params: dict[str, Any] = dataclasses.field(hash=False)
 
     def __call__(self, values: Array, x: Array) -> Array:
         """The product."""

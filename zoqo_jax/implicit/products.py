@@ -16,6 +16,7 @@ and lowered, not yet timed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -181,11 +182,16 @@ def _product(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
 
 def _whole(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
     """The product of what is neither cut into chunks nor into parts any more."""
+    return _multiplied(w, x, dot, planned, _thresholds())
+
+
+@functools.partial(compiler.shared, static_argnums=(2, 3, 4))
+def _multiplied(w: Stored, x: Array, dot: Dot, planned: Plan, at: Thresholds) -> Array:
     if isinstance(w, QuantizedArray):
         return dot(matmul.depends_on(x, w).materialise(), x)
     if planned.kernel:
         return matmul.dequantize(w.array, w.direction, x, dot, _kernel(w, x, dot))
-    return w.direction.multiply(planned.algorithms[:-1], w.array, x, dot, _thresholds())
+    return w.direction.multiply(planned.algorithms[:-1], w.array, x, dot, at)
 
 
 def _part(w: Stored, i: Array) -> Stored:

@@ -318,6 +318,24 @@ class Steps:
             kept = jnp.concatenate(rest, axis=-1) if len(rest) > 1 else rest[0]
         return chunk.stepped(steps).packed, kept
 
+    def changed(
+        self, step: State, leaf: int, keys: Array, array: QuantizedArray, kept: Any
+    ) -> tuple[Array, Any, Array]:
+        """A leaf's new bytes, what error feedback keeps, and the counts of `_counts`."""
+        change = functools.partial(self.move, step, leaf, keys)
+        heard = step.info.loss_differences
+        if array.ndim < 2 or array.size <= _CHUNK:
+            scale = compiler.depends_on(heard, array.scale)
+            packed, kept = change(dataclasses.replace(array, scale=scale), kept)
+            packed = compiler.materialize(packed)
+            return packed, kept, _counts(array, packed, jnp.array([True]))
+        (packed, kept), counts = _in_place(change, array, kept, heard)
+        return packed, kept, counts
+
+    @functools.cached_property
+    def _shared_changed(self) -> Callable[..., tuple[Array, Any, Array]]:
+        return compiler.shared(self.changed)
+
     def update(
         self,
         updates: Any,
@@ -359,16 +377,10 @@ class Steps:
         step = state._replace(count=wait(state.count), info=after.info)
         keys = self.keys(step, jnp.arange(len(arrays)))
         changes, residual, counts = [], [], jnp.zeros(2, jnp.float32)
+        changed = self.changed if self.guides else self._shared_changed
         for leaf, array in enumerate(arrays):
             kept = state.residual[leaf] if state.residual else None
-            change = functools.partial(self.move, step, leaf, keys[:, leaf])
-            if array.ndim < 2 or array.size <= _CHUNK:
-                waiting = dataclasses.replace(array, scale=wait(array.scale))
-                packed, kept = change(waiting, kept)
-                packed = compiler.materialize(packed)
-                more = _counts(array, packed, jnp.array([True]))
-            else:
-                (packed, kept), more = _in_place(change, array, kept, heard)
+            packed, kept, more = changed(step, leaf, keys[:, leaf], array, kept)
             # What `optax.apply_updates` adds it to is what it was taken from, and XLA knows that
             # p + (n - p) is n: compiled together, the new bytes are written over the old.
             changes.append(packed - array.packed)

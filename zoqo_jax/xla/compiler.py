@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "either",
     "materialize",
     "materialized",
+    "shared",
     "unfused",
     "varying",
     "zeros",
@@ -118,6 +120,27 @@ def _never(x: Array) -> Bool[Array, ""]:
 def _(size: int, batched: list[bool], x: Array) -> tuple[Array, bool]:
     del size, batched
     return _never(x[0]), False  # one for the whole batch: what waits is not batched
+
+
+def shared(fn: Callable[..., Any], static_argnums: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """`fn`, traced and compiled once for all calls of a program with arguments of like shapes.
+
+    XLA puts the body of a function in the place of every call, and what it then fuses differs from
+    call to call: a step of 57 leaves compiled 30 times as long as its forward pass. Calls that stay
+    calls have the same kernels, and XLA's CPU backend compiles a kernel once.
+
+    Args:
+        fn: a function of arrays, the same object at each call.
+        static_argnums: arguments that are no arrays.
+    """
+    jitted = jax.jit(fn, static_argnums=static_argnums)
+
+    @functools.wraps(fn)
+    def call(*args: Any) -> Any:
+        out = jitted(*args)
+        return set_xla_metadata(out, inlineable="false") if _on_cpu() else out
+
+    return call
 
 
 def zeros(like: Any, *sources: Any) -> Array:
