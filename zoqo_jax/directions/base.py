@@ -323,10 +323,7 @@ class Direction(eqx.Module):
         width = self.width(array)
         if width.size == 1:
             return radius_in_codes(width, array.grid)
-        like = jax.ShapeDtypeStruct(width.shape, jnp.int16)
-        return compiler.materialized(
-            lambda: radius_in_codes(width, array.grid), self.rows.key0, like
-        )
+        return compiler.materialized(lambda: radius_in_codes(width, array.grid))
 
     def probability(self, array: QuantizedArray) -> Float[Array, "..."] | None:
         """Chance of an entry to be in the support, as `width`, or None for 1."""

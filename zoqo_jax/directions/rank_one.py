@@ -61,8 +61,8 @@ class RankOne(Direction):
             array.broadcast_scales(self.radius_in_codes(array)),
             array.broadcast_scales(self.width(array)),
         )
-        draw = lambda *what: compiler.materialize(shared(*what))  # noqa: E731  # made once for all rows
-        u = entries.of(draw, m, width, self.distribution, self.rounding)
+        made_once = lambda *what: compiler.materialized(lambda: shared(*what))  # noqa: E731
+        u = entries.of(made_once, m, width, self.distribution, self.rounding)
         u = u * self.row_signs().astype(jnp.int16)[..., None]
         chance = self.probability(array)
         return (
@@ -74,9 +74,8 @@ class RankOne(Direction):
     def row_signs(self) -> Int8[Array, "*rows"]:
         """The sign of every row, for the + side of a query."""
         rows = random_bits.whole(self.rows)
-        like = jax.ShapeDtypeStruct(rows.index.shape, jnp.uint32)
-        make = lambda: random_bits.words(rows, 1, entries.SIGN)[..., 0]  # noqa: E731
-        return 2 * (compiler.materialized(make, rows.key0, like) & 1).astype(jnp.int8) - 1
+        words = compiler.materialized(lambda: random_bits.words(rows, 1, entries.SIGN)[..., 0])
+        return 2 * (words & 1).astype(jnp.int8) - 1
 
     def column_signs(self, array: QuantizedArray) -> Int8[Array, " columns"]:
         """The signs that all rows of a Rademacher direction share."""

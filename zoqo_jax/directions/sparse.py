@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int16
@@ -111,8 +110,7 @@ class Sparse(Direction):
             u = self._independent(array, cells, at_places)
             return u.astype(jnp.int32) * 2 * _LONGEST_CELL + place
 
-        like = jax.ShapeDtypeStruct((*rows.index.shape, cells), jnp.int32)
-        drawn = compiler.materialized(entry_and_place, rows.key0, like)[..., None]
+        drawn = compiler.materialized(entry_and_place)[..., None]
         places = jnp.arange(cell, dtype=jnp.int32).reshape((1,) * (drawn.ndim - 1) + (cell,))
         is_place = (drawn & (2 * _LONGEST_CELL - 1)) == places
         u = jnp.where(is_place, drawn >> (2 * _LONGEST_CELL).bit_length() - 1, 0)

@@ -163,7 +163,7 @@ def _product(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
     out = _empty(w, x, dot)
     if last not in dot.contracted:
         return in_chunks(
-            lambda start: _whole(_part(w, start // length), x, dot, planned),
+            lambda start: _whole(w.part(start // length), x, dot, planned),
             w.shape[-1],
             length,
             out,
@@ -175,7 +175,7 @@ def _product(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
 
     def add_product(i: Array, total: Array) -> Array:
         some = jax.lax.dynamic_slice_in_dim(x, i * length, length, dot.x_axis(last))
-        return total + _whole(_part(w, i), some, wide, planned)
+        return total + _whole(w.part(i), some, wide, planned)
 
     return jax.lax.fori_loop(0, count, add_product, out.astype(dtype)).astype(out.dtype)
 
@@ -192,18 +192,6 @@ def _multiplied(w: Stored, x: Array, dot: Dot, planned: Plan, at: Thresholds) ->
     if planned.kernel:
         return matmul.dequantize(w.array, w.direction, x, dot, _kernel(w, x, dot))
     return w.direction.multiply(planned.algorithms[:-1], w.array, x, dot, at)
-
-
-def _part(w: Stored, i: Array) -> Stored:
-    """A part, its scales sliced off first: within a product they would be sliced lane by lane."""
-    part = w.part(i)
-    array = _array(part)
-    scale, offset = (
-        x if x is None or x.size == 1 else compiler.materialize(x)
-        for x in (array.scale, array.offset)
-    )
-    array = dataclasses.replace(array, scale=scale, offset=offset)
-    return dataclasses.replace(part, array=array) if isinstance(part, PerturbedArray) else array
 
 
 def _empty(w: Stored, x: Array, dot: Dot) -> Array:

@@ -326,10 +326,10 @@ class Steps:
         heard = step.info.loss_differences
         if array.ndim < 2 or array.size <= _CHUNK:
             scale = compiler.depends_on(heard, array.scale)
-            packed, kept = change(dataclasses.replace(array, scale=scale), kept)
-            packed = compiler.materialize(packed)
+            waiting = dataclasses.replace(array, scale=scale)
+            packed, kept = compiler.materialized(lambda: change(waiting, kept))
             return packed, kept, _counts(array, packed, jnp.array([True]))
-        (packed, kept), counts = _in_place(change, array, kept, heard)
+        (packed, kept), counts = _in_place(change, array, kept)
         return packed, kept, counts
 
     @functools.cached_property
@@ -456,7 +456,6 @@ def _in_place(
     change: Callable[[QuantizedArray, Any, TakeRows], tuple[Array, Any]],
     array: QuantizedArray,
     kept: Any,
-    heard: Array,
 ) -> tuple[tuple[Array, Any], Array]:
     """A leaf's new bytes, a few rows of its first axis at a time, and the counts of `_counts`."""
     rows = array.shape[0]
@@ -466,12 +465,9 @@ def _in_place(
         packed, kept = now
         whole = dataclasses.replace(array, packed=packed)
 
-        def make() -> Any:
-            new, left = change(whole, kept, pick)
-            new = compiler.materialize(new)  # or it would be made for the counts again
-            return (new, left), _counts(take_rows(pick, whole), new, is_new)
-
-        return compiler.materialized(make, heard, jax.eval_shape(make))
+        # Or it would be made for the counts again.
+        new, left = compiler.materialized(lambda: change(whole, kept, pick))
+        return (new, left), _counts(take_rows(pick, whole), new, is_new)
 
     return in_place(chunk, rows, few, (array.packed, kept), jnp.zeros(2, jnp.float32))
 

@@ -20,7 +20,6 @@ __all__ = [
     "blank",
     "depends_on",
     "either",
-    "materialize",
     "materialized",
     "shared",
     "unfused",
@@ -29,25 +28,15 @@ __all__ = [
 ]
 
 
-def materialized(make: Callable[[], Any], source: Array, like: Any) -> Any:
-    """`make()`, stored in memory.
+def materialized(make: Callable[[], Any]) -> Any:
+    """`make()`, arrays stored in memory.
 
     XLA would fuse the making of a random word into each of its 32 uses, or that of a block's scale
-    into each of its codes. A loop that runs once is a border that fusion does not cross; that it
-    runs once must not be plain to see.
-
-    Args:
-        make: makes an array, or a tree of them.
-        source: an array that it is made from.
-        like: its shape and dtype.
+    into each of its codes. A call that stays one is a border that fusion does not cross.
     """
-    if not _on_cpu() or source.size == 0:
-        return make()
-    count = blank(source, jax.ShapeDtypeStruct((), jnp.int32))
-    start = (count, jax.tree.map(functools.partial(blank, source), like))
-    return jax.lax.while_loop(
-        lambda state: state[0] < 1, lambda state: (state[0] + 1, make()), start
-    )[1]
+    return _stays(
+        jax.jit(lambda: make())()
+    )  # a function of its own, or JAX would hand out old results
 
 
 def blank(source: Array, like: Any) -> Array:
@@ -56,17 +45,6 @@ def blank(source: Array, like: Any) -> Array:
         return zeros(like, source)
     never = _never(jax.lax.stop_gradient(source))
     return jnp.full(like.shape, never.astype(like.dtype))
-
-
-@jax.custom_jvp
-def materialize(x: Array) -> Array:
-    """`x`, stored in memory, and differentiated as what it is."""
-    return materialized(lambda: x, x, x)
-
-
-@materialize.defjvp
-def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return materialize(*primals), tangents[0]
 
 
 def either(
@@ -137,10 +115,14 @@ def shared(fn: Callable[..., Any], static_argnums: tuple[int, ...] = ()) -> Call
 
     @functools.wraps(fn)
     def call(*args: Any) -> Any:
-        out = jitted(*args)
-        return set_xla_metadata(out, inlineable="false") if _on_cpu() else out
+        return _stays(jitted(*args))
 
     return call
+
+
+def _stays(results: Any) -> Any:
+    """Results of a call, which XLA is not to replace by the body of what is called."""
+    return set_xla_metadata(results, inlineable="false") if _on_cpu() else results
 
 
 def zeros(like: Any, *sources: Any) -> Array:

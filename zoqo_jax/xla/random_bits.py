@@ -170,7 +170,7 @@ def _kept_words(of: Rows, count: int, stream: int) -> UInt32[Array, "*rows count
     rows, few = shape[0], max(_MANY_WORDS // max(math.prod(shape[1:]), 1), 1)
     like = jax.ShapeDtypeStruct(shape, jnp.uint32)
     if not of.index.ndim or few >= rows:
-        return compiler.materialized(lambda: words(of, count, stream), of.key0, like)
+        return compiler.materialized(lambda: words(of, count, stream))
 
     def piece(start: Array) -> Array:
         some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), of)
