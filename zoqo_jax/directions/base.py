@@ -323,7 +323,7 @@ class Direction(eqx.Module):
         width = self.width(array)
         if width.size == 1:
             return radius_in_codes(width, array.grid)
-        return compiler.materialized(lambda: radius_in_codes(width, array.grid))
+        return compiler.materialized(lambda: radius_in_codes(width, array.grid), width)
 
     def probability(self, array: QuantizedArray) -> Float[Array, "..."] | None:
         """Chance of an entry to be in the support, as `width`, or None for 1."""

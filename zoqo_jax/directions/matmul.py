@@ -134,7 +134,10 @@ def dequantize(
         """The products of two sides, whose direction is drawn once."""
         if kernel is not None:
             return kernel(array, direction, sides, x)
-        u = direction.depends_on(x[0]).draw(depends_on(x[0], array))
+        # Made once, and not by the decoding of each side.
+        u = compiler.materialized(
+            lambda: direction.depends_on(x[0]).draw(depends_on(x[0], array)), direction.rows.key0
+        )
 
         def codes(side: Array) -> Array:
             return direction.displaced(array, side * u)

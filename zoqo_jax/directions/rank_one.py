@@ -6,6 +6,7 @@ both sides of a query and all queries: `x @ (W + a b^T) = x @ W + (x . a) b`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,9 @@ __all__ = ["RankOne"]
 class RankOne(Direction):
     """A direction whose rows are all the same but for a sign each.
 
+    Attributes:
+        signs: those of rows and columns, while a product is computed; elsewhere None: not stored.
+
     Examples:
         >>> from zoqo_jax import Quantizer
         >>> array, key = Quantizer()(jnp.ones((3, 4))), jax.random.key(0)
@@ -46,6 +50,8 @@ class RankOne(Direction):
         >>> bool((direction.draw(array) == jnp.outer(a, b)).all())
         True
     """
+
+    signs: tuple[Int8[Array, "*rows"], Int8[Array, " columns"]] | None = None
 
     @property
     def is_signs(self) -> bool:
@@ -61,7 +67,14 @@ class RankOne(Direction):
             array.broadcast_scales(self.radius_in_codes(array)),
             array.broadcast_scales(self.width(array)),
         )
-        made_once = lambda *what: compiler.materialized(lambda: shared(*what))  # noqa: E731
+
+        def made_once(*what: Any) -> Array:
+            if self.signs is not None:
+                return lay_along(
+                    self.signs[1], [self.rows.index.ndim], self.rows.index.ndim + 1, jnp.int8
+                )
+            return compiler.materialized(lambda: shared(*what), self.rows.key0)
+
         u = entries.of(made_once, m, width, self.distribution, self.rounding)
         u = u * self.row_signs().astype(jnp.int16)[..., None]
         chance = self.probability(array)
@@ -73,12 +86,17 @@ class RankOne(Direction):
 
     def row_signs(self) -> Int8[Array, "*rows"]:
         """The sign of every row, for the + side of a query."""
+        if self.signs is not None:
+            return self.signs[0]
         rows = random_bits.whole(self.rows)
-        words = compiler.materialized(lambda: random_bits.words(rows, 1, entries.SIGN)[..., 0])
+        make = lambda: random_bits.words(rows, 1, entries.SIGN)[..., 0]  # noqa: E731
+        words = compiler.materialized(make, rows.key0)
         return 2 * (words & 1).astype(jnp.int8) - 1
 
     def column_signs(self, array: QuantizedArray) -> Int8[Array, " columns"]:
         """The signs that all rows of a Rademacher direction share."""
+        if self.signs is not None:
+            return self.signs[1]
         columns = array.packed.shape[-1] if array.ndim else 1
         row = random_bits.shared(self.rows)
         by_part = [
@@ -120,6 +138,9 @@ class RankOne(Direction):
         if not algorithms:
             return super().multiply(algorithms, array, x, dot, at)
         first, *rest = algorithms
+        # Drawn once, whichever algorithm computes the product.
+        signs = self.row_signs(), self.column_signs(array)
+        self = dataclasses.replace(self, signs=signs)
         if first == "mean_difference":
             return _by_mean_and_difference(self, array, x, dot)
         axis = max(dot.contracted, key=lambda axis: array.shape[axis])

@@ -110,7 +110,7 @@ class Sparse(Direction):
             u = self._independent(array, cells, at_places)
             return u.astype(jnp.int32) * 2 * _LONGEST_CELL + place
 
-        drawn = compiler.materialized(entry_and_place)[..., None]
+        drawn = compiler.materialized(entry_and_place, rows.key0)[..., None]
         places = jnp.arange(cell, dtype=jnp.int32).reshape((1,) * (drawn.ndim - 1) + (cell,))
         is_place = (drawn & (2 * _LONGEST_CELL - 1)) == places
         u = jnp.where(is_place, drawn >> (2 * _LONGEST_CELL).bit_length() - 1, 0)

@@ -203,13 +203,23 @@ class Steps:
     def probes(self, state: State, params: PyTree, query: Array | int = 0) -> list[Direction]:
         """The directions of a query, one for each trained leaf."""
         arrays = list(trained_leaves(params).values())
-        of_query = self.keys(state, jnp.arange(len(arrays)))[query]
-        return [
-            self.direction(leaf, of_query[leaf], array, state.count)
-            for leaf, array in enumerate(arrays)
-        ]
+        of_query = self._keys(state._replace(residual=()), jnp.arange(len(arrays)))[query]
+        numbered = zip(self._numbers(len(arrays)), arrays, strict=True)
+        return [self._probe(leaf, of_query, array, state.count) for leaf, array in numbered]
 
-    def direction(self, leaf: int, key: Array, array: QuantizedArray, count: Array) -> Direction:
+    def _numbers(self, leaves: int) -> list[Any]:
+        """Numbers of leaves, for what is compiled once for all leaves of like shape."""
+        return [leaf if self.guides else compiler.unknown(leaf) for leaf in range(leaves)]
+
+    def probe(
+        self, leaf: Array | int, keys: Array, array: QuantizedArray, count: Array
+    ) -> Direction:
+        """The direction of a leaf, by the keys of all leaves."""
+        return self.direction(leaf, keys[leaf], array, count)
+
+    def direction(
+        self, leaf: Array | int, key: Array, array: QuantizedArray, count: Array
+    ) -> Direction:
         """The direction of a leaf, guided where there is a guide for it."""
         direction = self.method.direction(key, array, count)
         guide = self.guides[leaf] if self.guides else None
@@ -253,7 +263,13 @@ class Steps:
         return jax.lax.pmean(pairs, self.axis_name)
 
     def direction_sum(
-        self, step: State, leaf: int, keys: Array, array: QuantizedArray, pick: TakeRows, part: int
+        self,
+        step: State,
+        leaf: Array | int,
+        keys: Array,
+        array: QuantizedArray,
+        pick: TakeRows,
+        part: int,
     ) -> Array:
         """What the step's queries said about a part of a leaf, for the rows picked."""
         by_signs = self.method.contribution == "signs"
@@ -271,7 +287,7 @@ class Steps:
     def residual(
         self,
         step: State,
-        leaf: int,
+        leaf: Array | int,
         rows: Rows,
         array: QuantizedArray,
         pick: TakeRows,
@@ -294,7 +310,7 @@ class Steps:
     def move(
         self,
         step: State,
-        leaf: int,
+        leaf: Array | int,
         keys: Array,
         array: QuantizedArray,
         kept: Any,
@@ -319,22 +335,36 @@ class Steps:
         return chunk.stepped(steps).packed, kept
 
     def changed(
-        self, step: State, leaf: int, keys: Array, array: QuantizedArray, kept: Any
+        self,
+        step: State,
+        leaf: Array | int,
+        keys: Array,
+        array: QuantizedArray,
+        kept: Any,
+        chunk: int,
     ) -> tuple[Array, Any, Array]:
         """A leaf's new bytes, what error feedback keeps, and the counts of `_counts`."""
-        change = functools.partial(self.move, step, leaf, keys)
+        change = functools.partial(self.move, step, leaf, keys[:, leaf])
         heard = step.info.loss_differences
-        if array.ndim < 2 or array.size <= _CHUNK:
+        if array.ndim < 2 or array.size <= chunk:
             scale = compiler.depends_on(heard, array.scale)
             waiting = dataclasses.replace(array, scale=scale)
-            packed, kept = compiler.materialized(lambda: change(waiting, kept))
+            packed, kept = compiler.materialized(lambda: change(waiting, kept), scale)
             return packed, kept, _counts(array, packed, jnp.array([True]))
-        (packed, kept), counts = _in_place(change, array, kept)
+        (packed, kept), counts = _in_place(change, array, kept, chunk)
         return packed, kept, counts
 
-    @functools.cached_property
-    def _shared_changed(self) -> Callable[..., tuple[Array, Any, Array]]:
-        return compiler.shared(self.changed)
+    # What is done for every leaf is compiled once for all leaves of like shape: a leaf's number is
+    # an argument. Guides are of a leaf each.
+    _keys = functools.cached_property(lambda self: compiler.shared(self.keys))
+    _probe = functools.cached_property(
+        lambda self: self.probe if self.guides else compiler.shared(self.probe)
+    )
+    _changed = functools.cached_property(
+        lambda self: (
+            self.changed if self.guides else compiler.shared(self.changed, static_argnums=(5,))
+        )
+    )
 
     def update(
         self,
@@ -374,13 +404,12 @@ class Steps:
         # What the update needs is made when the forward passes are over, and takes their place.
         heard = after.info.loss_differences
         wait = functools.partial(compiler.depends_on, heard)
-        step = state._replace(count=wait(state.count), info=after.info)
-        keys = self.keys(step, jnp.arange(len(arrays)))
+        step = state._replace(count=wait(state.count), info=after.info, residual=())
+        keys = self._keys(step, jnp.arange(len(arrays)))
         changes, residual, counts = [], [], jnp.zeros(2, jnp.float32)
-        changed = self.changed if self.guides else self._shared_changed
-        for leaf, array in enumerate(arrays):
-            kept = state.residual[leaf] if state.residual else None
-            packed, kept, more = changed(step, leaf, keys[:, leaf], array, kept)
+        residuals = state.residual or [None] * len(arrays)
+        for leaf, array, kept in zip(self._numbers(len(arrays)), arrays, residuals, strict=True):
+            packed, kept, more = self._changed(step, leaf, keys, array, kept, _CHUNK)
             # What `optax.apply_updates` adds it to is what it was taken from, and XLA knows that
             # p + (n - p) is n: compiled together, the new bytes are written over the old.
             changes.append(packed - array.packed)
@@ -456,20 +485,21 @@ def _in_place(
     change: Callable[[QuantizedArray, Any, TakeRows], tuple[Array, Any]],
     array: QuantizedArray,
     kept: Any,
+    chunk: int,
 ) -> tuple[tuple[Array, Any], Array]:
     """A leaf's new bytes, a few rows of its first axis at a time, and the counts of `_counts`."""
     rows = array.shape[0]
-    few = max(_CHUNK // (array.size // rows), 1)
+    few = max(chunk // (array.size // rows), 1)
 
-    def chunk(pick: TakeRows, is_new: Array, now: tuple[Array, Any]) -> Any:
+    def piece(pick: TakeRows, is_new: Array, now: tuple[Array, Any]) -> Any:
         packed, kept = now
         whole = dataclasses.replace(array, packed=packed)
 
         # Or it would be made for the counts again.
-        new, left = compiler.materialized(lambda: change(whole, kept, pick))
+        new, left = compiler.materialized(lambda: change(whole, kept, pick), packed)
         return (new, left), _counts(take_rows(pick, whole), new, is_new)
 
-    return in_place(chunk, rows, few, (array.packed, kept), jnp.zeros(2, jnp.float32))
+    return in_place(piece, rows, few, (array.packed, kept), jnp.zeros(2, jnp.float32))
 
 
 def _fill(params: PyTree, changes: list[Array]) -> PyTree:

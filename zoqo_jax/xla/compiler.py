@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Bool
@@ -23,20 +24,23 @@ __all__ = [
     "materialized",
     "shared",
     "unfused",
+    "unknown",
     "varying",
     "zeros",
 ]
 
 
-def materialized(make: Callable[[], Any]) -> Any:
+def materialized(make: Callable[[], Any], source: Any) -> Any:
     """`make()`, arrays stored in memory.
 
     XLA would fuse the making of a random word into each of its 32 uses, or that of a block's scale
     into each of its codes. A call that stays one is a border that fusion does not cross.
+
+    Args:
+        make: makes an array, or a tree of them.
+        source: an array that it is made from.
     """
-    return _stays(
-        jax.jit(lambda: make())()
-    )  # a function of its own, or JAX would hand out old results
+    return _stays(jax.jit(make)()) if isinstance(source, Tracer) else make()
 
 
 def blank(source: Array, like: Any) -> Array:
@@ -115,9 +119,16 @@ def shared(fn: Callable[..., Any], static_argnums: tuple[int, ...] = ()) -> Call
 
     @functools.wraps(fn)
     def call(*args: Any) -> Any:
+        if not any(isinstance(x, Tracer) for x in jax.tree.leaves(args)):
+            return fn(*args)  # nothing is compiled, and a schedule may look at its count
         return _stays(jitted(*args))
 
     return call
+
+
+def unknown(number: int) -> Array:
+    """A number that XLA does not know, or it would compile what is `shared` for each of them."""
+    return jax.lax.optimization_barrier(jnp.int32(number))
 
 
 def _stays(results: Any) -> Any:

@@ -146,11 +146,13 @@ def words(
         start: where in the stream, in pairs of words; a stream is 2^26 long.
     """
     half = -(-count // 2)
-    place = jnp.asarray(start, jnp.uint32) + jnp.arange(half, dtype=jnp.uint32)
-    place = (place + np.uint32(stream << 26)).reshape((1,) * of.index.ndim + (half,))
+    column = jnp.arange(count, dtype=jnp.uint32).reshape((1,) * of.index.ndim + (count,))
+    is_second = column >= half
+    place = jnp.asarray(start, jnp.uint32) + jnp.where(is_second, column - half, column)
     key0, key1, index = (field[..., None] for field in (of.key0, of.key1, of.index))
-    first, second = _threefry(key0, key1, index, place)
-    return jnp.concatenate([first, second], axis=-1)[..., :count]
+    first, second = _threefry(key0, key1, index, place + np.uint32(stream << 26))
+    # Chosen, not joined: of an array that is joined XLA may make and store each half by itself.
+    return jnp.where(is_second, second, first)
 
 
 def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
@@ -170,7 +172,7 @@ def _kept_words(of: Rows, count: int, stream: int) -> UInt32[Array, "*rows count
     rows, few = shape[0], max(_MANY_WORDS // max(math.prod(shape[1:]), 1), 1)
     like = jax.ShapeDtypeStruct(shape, jnp.uint32)
     if not of.index.ndim or few >= rows:
-        return compiler.materialized(lambda: words(of, count, stream))
+        return compiler.materialized(lambda: words(of, count, stream), of.key0)
 
     def piece(start: Array) -> Array:
         some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, few), of)
