@@ -22,7 +22,7 @@ from zoqo_jax.directions import Boundary, Direction, Structure
 from zoqo_jax.grids import projection
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.grids.projection import Rounding
-from zoqo_jax.transforms import queries, stepping
+from zoqo_jax.transforms import queries, sizing, stepping
 from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.schedules import (
     ONE,
@@ -33,6 +33,7 @@ from zoqo_jax.transforms.schedules import (
     is_traced,
     value_at,
 )
+from zoqo_jax.transforms.sizing import Auto, Sizing
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method, Steps
 from zoqo_jax.xla.random_bits import Rows
@@ -43,17 +44,17 @@ Query = Literal["aligned", "off_grid"]
 
 
 def caq_zo(
-    learning_rate: Schedule,
+    learning_rate: Schedule | Auto = "auto",
     *,
     key: PRNGKeyArray,
     num_queries: Count = ONE,
     query: Query = "aligned",
     radius: Schedule | None = None,
-    structure: Structure = "dense",
-    density: Schedule | Array = 1.0,
+    structure: Structure | Auto = "auto",
+    density: Schedule | Array | Auto = "auto",
     rounding: Rounding = "stochastic",
     threshold: float | Array | None = None,
-    boundary: Boundary = "mask",
+    boundary: Boundary | Auto = "auto",
     query_batch: Count | None = ONE,
     sides: Sides = "together",
     axis_name: str | None = None,
@@ -91,7 +92,9 @@ def caq_zo(
         threshold: in codes for rounding="threshold", 0.5 if None; in standard deviations for
             "significant", 2 if None and at most sqrt(num_queries), which no sum exceeds.
         boundary: "mask" (the paper's stencil stays on the codebook: a coordinate at an edge sits
-            out, and so stays there), "clamp" or "reflect". Off-grid end points are always clamped.
+            out, and so stays there), "clamp" or "reflect"; "auto" is "mask" for a given learning
+            rate and "clamp" for steps that size themselves, or nine codes of ten come to stay at
+            an edge. Off-grid end points are always clamped.
         query_batch: query pairs evaluated at once, None for all; more is faster and takes more
             memory.
         sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
@@ -121,7 +124,16 @@ def caq_zo(
         >>> loss(zq.dequantize(params)).item() < 1.0  # from 4
         True
     """
-    check_positive("learning_rate", learning_rate)
+    sized, learning_rate, _, density, structure = sizing.choose(
+        "real" if rounding == "error_feedback" else "whole",
+        learning_rate,
+        "auto" if radius is None else radius,
+        density,
+        structure,
+        usual_radius=1.0,
+    )
+    if boundary == "auto":
+        boundary = "mask" if sized is None else "clamp"
     directions.check_choice("query", query, get_args(Query))
     if (radius is None) != (query == "aligned"):
         raise ValueError(
@@ -135,6 +147,8 @@ def caq_zo(
     least = usual if threshold is None else threshold
     check_positive("threshold", least)
     if rounding == "significant":
+        if sized is not None:
+            raise ValueError("learning_rate must be a number for 'significant', got 'auto'.")
         if structure == "sparse":
             raise ValueError(f"rounding={rounding!r} is not for structure={structure!r}.")
         if not is_traced(least) and least**2 > num_queries:
@@ -142,7 +156,7 @@ def caq_zo(
             raise ValueError(f"threshold must be at most {most} for {rounding!r}, got {least}.")
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
     method = _CaqZo(
-        learning_rate, radius, structure, density, boundary, rounding, least, num_queries
+        learning_rate, radius, structure, density, boundary, rounding, least, num_queries, sized
     )
     return Steps(method, key, num_queries, query_batch, sides, axis_name).transformation()
 
@@ -157,18 +171,20 @@ class _CaqZo(Method):
     rounding: Rounding
     threshold: float | Array
     num_queries: int
+    sizing: Sizing | None = None
 
-    def direction(self, key: Array, array: QuantizedArray, count: Array) -> Direction:
+    def direction(
+        self, key: Array, array: QuantizedArray, count: Array, size: Array | None = None
+    ) -> Direction:
         """See `Method`."""
         radius = self.radius
         return directions.describe(
             key,
             array,
-            1.0,
             distribution="rademacher",
             structure=self.structure,
             boundary=self.boundary if radius is None else "clamp",
-            **directions.scheduled(self.density, count),
+            **self.lengths(array, count, size, self.density, radius=1.0),
             off_grid=None if radius is None else value_at(radius, count) * array.grid.largest,
         )
 
@@ -180,11 +196,14 @@ class _CaqZo(Method):
             sizes, per_unit = queries.whole(step.info.loss_differences)
             votes = -direction_sum * per_unit
             return projection.significant(votes, sizes, self.threshold), residual
+        if self.sizing is not None and self.rounding == "stochastic":
+            return self.sized_step(rows, direction_sum), residual
         mean_slope = np.float32(0.5 / self.num_queries)
         if self.radius is not None:
             codes = np.float32(array.grid.largest / array.grid.spacing)  # of a radius of one
             mean_slope = mean_slope / codes * inverse_at(self.radius, step.count)
-        length = -(value_at(self.learning_rate, step.count) * mean_slope) * direction_sum
+        slope = 1.0 if self.sizing else value_at(self.learning_rate, step.count) * mean_slope
+        length = -slope * direction_sum
         if self.rounding == "stochastic":
             return stepping.rounded_at_random(rows, length), residual
         if self.rounding == "nearest":

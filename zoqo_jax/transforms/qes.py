@@ -20,9 +20,11 @@ from jaxtyping import Array, PRNGKeyArray
 from zoqo_jax.directions import Boundary, Structure
 from zoqo_jax.grids import projection
 from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.transforms import sizing
 from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_count, is_traced
+from zoqo_jax.transforms.sizing import Auto
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Steps
 from zoqo_jax.xla.random_bits import Rows
@@ -33,16 +35,16 @@ _FIFTY = np.int64(50)  # as `ONE`
 
 
 def qes(
-    learning_rate: Schedule,
-    radius: Schedule = 1.0,
+    learning_rate: Schedule | Auto = "auto",
+    radius: Schedule | Auto = "auto",
     *,
     key: PRNGKeyArray,
     window: Count | None = _FIFTY,
     decay: float | Array = 0.9,
     num_queries: Count = ONE,
     noise: Noise = "gaussian",
-    structure: Structure = "dense",
-    density: Schedule | Array = 1.0,
+    structure: Structure | Auto = "auto",
+    density: Schedule | Array | Auto = "auto",
     boundary: Boundary = "clamp",
     query_batch: Count | None = ONE,
     sides: Sides = "together",
@@ -108,8 +110,20 @@ def qes(
     check_count("window", window, or_none=True)
     if not is_traced(decay) and not 0.0 < decay <= 1.0:
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
+    sized, learning_rate, radius, density, structure = sizing.choose(
+        "real", learning_rate, radius, density, structure, usual_radius=1.0
+    )
     method = _Qes(
-        learning_rate, radius, num_queries, noise, structure, density, boundary, decay, window
+        learning_rate,
+        radius,
+        num_queries,
+        noise,
+        structure,
+        density,
+        boundary,
+        decay,
+        window,
+        sizing=sized,
     )
     return Steps(method, key, num_queries, query_batch, sides, axis_name).transformation()
 

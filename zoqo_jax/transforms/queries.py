@@ -31,6 +31,7 @@ __all__ = [
     "differences",
     "endpoints",
     "losses",
+    "rounded",
     "scalar",
     "verdicts",
     "whole",
@@ -238,7 +239,17 @@ def differences(pairs: Float32[Array, "queries 2"]) -> Float32[Array, " queries"
         [0.25, 0.0]
     """
     raw = pairs[..., 0] - pairs[..., 1]
-    raw = jnp.clip(jnp.where(jnp.isfinite(raw), raw, 0.0), -(2.0**112), 2.0**112)
+    return rounded(jnp.where(jnp.isfinite(raw), raw, 0.0))
+
+
+def rounded(raw: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """Numbers as `differences` rounds them, by the last axis.
+
+    Examples:
+        >>> rounded(jnp.array([1.0, 1e-3, 1e-9])).tolist()
+        [1.0, 0.00099945068359375, 0.0]
+    """
+    raw = jnp.clip(raw, -(2.0**112), 2.0**112)
     bits = min(16, 24 - (raw.shape[-1] - 1).bit_length())
     largest = jnp.abs(raw).max(axis=-1, keepdims=True)
     exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 126

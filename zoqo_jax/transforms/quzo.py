@@ -16,10 +16,11 @@ from jaxtyping import Array, PRNGKeyArray
 
 from zoqo_jax.directions import Boundary, Direction, Structure
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.transforms import stepping
+from zoqo_jax.transforms import sizing, stepping
 from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule
+from zoqo_jax.transforms.sizing import Auto
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Steps
 from zoqo_jax.xla.random_bits import Rows
@@ -28,14 +29,14 @@ __all__ = ["quzo"]
 
 
 def quzo(
-    learning_rate: Schedule,
-    radius: Schedule = 1.0,
+    learning_rate: Schedule | Auto = "auto",
+    radius: Schedule | Auto = "auto",
     *,
     key: PRNGKeyArray,
     num_queries: Count = ONE,
     noise: Noise = "gaussian",
-    structure: Structure = "dense",
-    density: Schedule | Array = 1.0,
+    structure: Structure | Auto = "auto",
+    density: Schedule | Array | Auto = "auto",
     boundary: Boundary = "clamp",
     query_batch: Count | None = ONE,
     sides: Sides = "together",
@@ -91,7 +92,12 @@ def quzo(
         >>> loss(zq.dequantize(params)).item() < 0.05, state.info.evaluations.item()
         (True, 200)
     """
-    method = _Quzo(learning_rate, radius, num_queries, noise, structure, density, boundary)
+    sized, learning_rate, radius, density, structure = sizing.choose(
+        "whole", learning_rate, radius, density, structure, usual_radius=1.0
+    )
+    method = _Quzo(
+        learning_rate, radius, num_queries, noise, structure, density, boundary, sizing=sized
+    )
     return Steps(method, key, num_queries, query_batch, sides, axis_name).transformation()
 
 
@@ -104,4 +110,6 @@ class _Quzo(RoundedDescent):
         self, rows: Rows, array: QuantizedArray, direction_sum: Array, step: State, residual: Any
     ) -> tuple[Array, Any]:
         """See `Method`."""
+        if self.sizing is not None:
+            return self.sized_step(rows, direction_sum), residual
         return stepping.rounded_at_random(rows, self.length(step, direction_sum)), residual

@@ -14,10 +14,10 @@ from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.transforms.schedules import (
     Count,
     Schedule,
-    check_positive,
     inverse_at,
     value_at,
 )
+from zoqo_jax.transforms.sizing import Sizing
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method
 
@@ -37,28 +37,30 @@ class RoundedDescent(Method):
     structure: Structure
     density: Schedule | Array
     boundary: Boundary
+    sizing: Sizing | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_positive("learning_rate", self.learning_rate)
-        check_positive("radius", self.radius)
         directions.check_choice("noise", self.noise, get_args(Noise))
         directions.check(self.noise, self.structure, self.boundary, self.density)
 
-    def direction(self, key: Array, array: QuantizedArray, count: Array) -> Direction:
+    def direction(
+        self, key: Array, array: QuantizedArray, count: Array, size: Array | None = None
+    ) -> Direction:
         """See `Method`: Q(mu u)."""
         return directions.describe(
             key,
             array,
-            value_at(self.radius, count),
             distribution=self.noise,
             structure=self.structure,
             boundary=self.boundary,
-            **directions.scheduled(self.density, count),
+            **self.lengths(array, count, size, self.density, radius=value_at(self.radius, count)),
             rounded=True,
         )
 
     def length(self, step: State, direction_sum: Array) -> Float[Array, "..."]:
         """-eta g in codes, g = (l+ - l-) / (2 mu^2) Q(mu u) on average over queries."""
+        if self.sizing is not None:
+            return -direction_sum
         inverse = inverse_at(self.radius, step.count)
         mean = np.float32(0.5 / self.num_queries) * inverse * inverse
         return -(value_at(self.learning_rate, step.count) * mean) * direction_sum

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -11,11 +12,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
 
 from zoqo_jax.transforms import queries
+from zoqo_jax.transforms.sizing import Sizes
 from zoqo_jax.xla import random_bits
 
 __all__ = [
     "Info",
     "State",
+    "as_logged",
     "initial_state",
     "record",
     "record_votes",
@@ -39,6 +42,12 @@ class Info(NamedTuple):
         skipped: query pairs so far with a NaN or inf loss, or a NaN among their comparisons, or
             (spsa) whose radius was too short to displace anything; they move nothing.
         evaluations: of the objective so far; a comparison counts as two.
+        size: of the step that was made, where steps size themselves: the root mean square of the
+            entries of a direction as a share of the number of codes of its grid (see `sizing`).
+            With 4 bits, (16 size)^2 of the codes are probed by one code, if that is below 1/16. NaN
+            where the user says how long steps are.
+        record: what `replay` needs of such a step: for each query how often the step went along its
+            direction, and the size of that, negative for one of the step before.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -62,6 +71,19 @@ class Info(NamedTuple):
     share_at_edges: Float32[Array, ""]
     skipped: Int32[Array, ""]
     evaluations: Int32[Array, ""]
+    size: Float32[Array, ""] | float = math.nan
+    record: Float32[Array, "queries 2"] | tuple[()] = ()
+
+    @property
+    def log(self) -> Float32[Array, "queries ..."]:
+        """What `replay` needs of the step: its `record`, or the `loss_differences`."""
+        return self.record if isinstance(self.record, jax.Array) else self.loss_differences
+
+    @property
+    def relative_difference(self) -> Float32[Array, ""]:
+        """How far the two sides of a query are apart, as a share of the loss, on average."""
+        apart, loss = jnp.abs(self.losses[:, 0] - self.losses[:, 1]), jnp.abs(self.losses)
+        return jnp.nanmean(apart) / jnp.maximum(jnp.nanmean(loss), np.float32(1e-38))
 
 
 class State(NamedTuple):
@@ -73,8 +95,9 @@ class State(NamedTuple):
             `state._replace(key=...)` gives vmapped problems their own.
         info: what the last step learnt and did.
         residual: what error feedback has yet to apply, in 2^-22 codes; empty for other roundings.
-        recent: loss differences of the last steps, the latest last, where a residual is made from
-            them rather than kept; else empty.
+        recent: what `info.log` was in the last steps, the latest last, where a residual is made
+            from it rather than kept; else empty.
+        sizes: what is known of the sizes of steps, where they size themselves; else empty.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -88,7 +111,8 @@ class State(NamedTuple):
     key: Key[Array, ""]
     info: Info
     residual: tuple[Int32[Array, "..."], ...] = ()
-    recent: tuple[Float32[Array, "steps queries"], ...] = ()
+    recent: tuple[Float32[Array, "steps queries ..."], ...] = ()
+    sizes: Sizes | tuple[()] = ()
 
     @property
     def losses(self) -> Float32[Array, "queries 2"]:
@@ -141,6 +165,7 @@ def initial_state(key: PRNGKeyArray, num_queries: int, examples: int = 0) -> Sta
             share_at_edges=jnp.zeros((), jnp.float32),
             skipped=jnp.copy(nothing),
             evaluations=jnp.copy(nothing),
+            size=jnp.full((), jnp.nan, jnp.float32),
         ),
     )
 
@@ -186,12 +211,21 @@ def replayed(state: State, loss_differences: Any) -> State:
     Raises:
         ValueError: they are not one for each query.
     """
-    shape, expected = jnp.shape(loss_differences), state.info.loss_differences.shape
+    shape, expected = jnp.shape(loss_differences), state.info.log.shape
     if shape != expected:
         raise ValueError(f"differences must have shape {expected}, got {shape}.")
     known = jnp.asarray(loss_differences, jnp.float32)
-    info = state.info._replace(loss_differences=known)
-    return state._replace(count=state.count + 1, info=info)
+    name = "record" if state.sizes else "loss_differences"
+    return state._replace(count=state.count + 1, info=state.info._replace(**{name: known}))
+
+
+def as_logged(state: State, log: Float32[Array, "queries ..."], info: Info | None = None) -> State:
+    """A state before a step, with what the step's log says of its queries."""
+    info = state.info if info is None else info
+    if not state.sizes:
+        return state._replace(info=info._replace(loss_differences=log))
+    sizes = state.sizes._replace(again=log[:, 1] < 0)
+    return state._replace(info=info._replace(record=log), sizes=sizes)
 
 
 def _no_loss() -> float:

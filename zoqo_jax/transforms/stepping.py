@@ -37,10 +37,14 @@ from zoqo_jax.grids.arrays import (
     trained_leaves,
 )
 from zoqo_jax.implicit.arrays import PerturbedArray, by_row, take_rows
+from zoqo_jax.implicit.rules import quaxify
 from zoqo_jax.transforms import queries
-from zoqo_jax.transforms.schedules import ONE, Count, check_count
+from zoqo_jax.transforms.applying import apply_updates
+from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_count
+from zoqo_jax.transforms.sizing import Sizing
 from zoqo_jax.transforms.state import (
     State,
+    as_logged,
     initial_state,
     record,
     record_votes,
@@ -73,16 +77,39 @@ class Method:
         contribution: what a query says about each code, summed over queries.
         window: from how many steps back a residual is made anew in every step, rather than kept, or
             None; `code_step` must make it without `rows`, and of the codes may use but their grid.
+        sizing: how steps size themselves, or None where the user says how long they are.
         takes_comparisons: whether the signs of l+ - l- suffice.
     """
 
     contribution: Contribution = "product"
     window: int | None = None
+    sizing: Sizing | None = None
     takes_comparisons: ClassVar[bool] = False
 
-    def direction(self, key: Array, array: QuantizedArray, count: Array) -> Direction:
-        """Where to probe an array in a step."""
+    def direction(
+        self, key: Array, array: QuantizedArray, count: Array, size: Array | None = None
+    ) -> Direction:
+        """Where to probe an array in a step; of a size, where steps size themselves."""
         raise NotImplementedError
+
+    def lengths(
+        self,
+        array: QuantizedArray,
+        count: Array,
+        size: Array | None,
+        density: Schedule | Array,
+        **given: Any,
+    ) -> dict[str, Any]:
+        """How long and dense an array's direction is: of a size, or as the user says."""
+        if self.sizing is None or self.sizing.is_given:
+            return {**given, **directions.scheduled(density, count)}
+        return self.sizing.describe(size, array)
+
+    def sized_step(self, rows: Rows, direction_sum: Array) -> Int32[Array, "..."]:
+        """The codes to move where steps size themselves."""
+        if self.sizing is not None and self.sizing.is_whole:
+            return -direction_sum.astype(jnp.int32)
+        return rounded_at_random(rows, -direction_sum)
 
     def update_direction(self, probed: Direction) -> Direction:
         """The direction used in the update, if it differs from the one probed."""
@@ -96,7 +123,8 @@ class Method:
         Args:
             rows: where the random bits of the move come from.
             array: a part of a leaf, a code to a byte.
-            direction_sum: the sum over queries of the contributions, in the shape of `array`.
+            direction_sum: the sum over queries of the contributions, in the shape of `array`; with
+                `sizing`, of directions times how often to go along them.
             step: the state before the step, but with its loss differences.
             residual: what error feedback has yet to apply.
 
@@ -180,9 +208,20 @@ class Steps:
     def init(self, params: PyTree) -> State:
         """The state before the first step."""
         arrays = list(trained_leaves(params).values())
-        state = initial_state(self.key, self.num_queries, self._examples(arrays[0]))
+        sizing, examples = self.method.sizing, self._examples(arrays[0])
+        state = initial_state(self.key, self.num_queries, examples)
+        if sizing is not None:
+            if examples:
+                raise ValueError(
+                    "learning_rate must be a number or a schedule where directions are of "
+                    "examples, got 'auto'."
+                )
+            record = jnp.zeros((self.num_queries, 2), jnp.float32)
+            sizes = sizing.first(arrays, self.num_queries)
+            info = state.info._replace(size=jnp.copy(sizes.size), record=record)
+            state = state._replace(sizes=sizes, info=info)
         if self.method.window:
-            window, heard = self.method.window, state.info.loss_differences
+            window, heard = self.method.window, state.info.log
             nothing = jnp.zeros((window, *heard.shape), jnp.float32)
             return state._replace(recent=(nothing,))
         residual = tuple(map(self.method.init_residual, arrays))
@@ -193,11 +232,18 @@ class Steps:
         own_key = step_key(state)
         fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         by_query = fold_in(own_key, jnp.arange(self.num_queries + 1))
+        if state.sizes:  # some look along a direction of the last step
+            last = step_key(state._replace(count=state.count - 1))
+            again = jnp.append(state.sizes.again, False)
+            by_query = jnp.where(again, fold_in(last, jnp.arange(self.num_queries + 1)), by_query)
         return jax.vmap(lambda key: fold_in(key, leaves))(by_query)
 
     def _examples(self, array: QuantizedArray) -> int:
         """Of how many examples the objective returns losses, or 0 for one loss."""
-        describe = functools.partial(self.method.direction, array=array, count=jnp.int32(0))
+        size = None if self.method.sizing is None else jnp.float32(1.0)
+        describe = functools.partial(
+            self.method.direction, array=array, count=jnp.int32(0), size=size
+        )
         return jax.eval_shape(describe, random_bits.threefry(jax.random.key(0))).examples
 
     def probes(self, state: State, params: PyTree, query: Array | int = 0) -> list[Direction]:
@@ -205,23 +251,34 @@ class Steps:
         arrays = list(trained_leaves(params).values())
         of_query = self._keys(state._replace(residual=()), jnp.arange(len(arrays)))[query]
         numbered = zip(self._numbers(len(arrays)), arrays, strict=True)
-        return [self._probe(leaf, of_query, array, state.count) for leaf, array in numbered]
+        size = state.sizes.probed[query] if state.sizes else None
+        return [self._probe(leaf, of_query, array, state.count, size) for leaf, array in numbered]
 
     def _numbers(self, leaves: int) -> list[Any]:
         """Numbers of leaves, for what is compiled once for all leaves of like shape."""
         return [leaf if self.guides else compiler.unknown(leaf) for leaf in range(leaves)]
 
     def probe(
-        self, leaf: Array | int, keys: Array, array: QuantizedArray, count: Array
+        self,
+        leaf: Array | int,
+        keys: Array,
+        array: QuantizedArray,
+        count: Array,
+        size: Array | None,
     ) -> Direction:
         """The direction of a leaf, by the keys of all leaves."""
-        return self.direction(leaf, keys[leaf], array, count)
+        return self.direction(leaf, keys[leaf], array, count, size)
 
     def direction(
-        self, leaf: Array | int, key: Array, array: QuantizedArray, count: Array
+        self,
+        leaf: Array | int,
+        key: Array,
+        array: QuantizedArray,
+        count: Array,
+        size: Array | None = None,
     ) -> Direction:
         """The direction of a leaf, guided where there is a guide for it."""
-        direction = self.method.direction(key, array, count)
+        direction = self.method.direction(key, array, count, size)
         guide = self.guides[leaf] if self.guides else None
         return direction if guide is None else direction.guided(guide, array)
 
@@ -272,17 +329,20 @@ class Steps:
         part: int,
     ) -> Array:
         """What the step's queries said about a part of a leaf, for the rows picked."""
-        by_signs = self.method.contribution == "signs"
+        sized = self.method.sizing is not None
+        by_signs = self.method.contribution == "signs" and not sized
+        times = step.info.record[:, 0] if sized else step.info.loss_differences
 
         def of_query(query: Array | int) -> tuple[Direction, QuantizedArray]:
-            probed = self.direction(leaf, keys[query], array, step.count)
+            size = jnp.abs(step.info.record[query, 1]) if sized else None
+            probed = self.direction(leaf, keys[query], array, step.count, size)
             direction = self.method.update_direction(probed)
             direction = direction.signs_only() if by_signs else direction
             picked = take_rows(pick, PerturbedArray(array, direction)).part(part)
             return picked.direction, picked.array
 
         add_up = type(of_query(0)[0]).direction_sum
-        return add_up(of_query, step.info.loss_differences, self.method.contribution)
+        return add_up(of_query, times, "product" if sized else self.method.contribution)
 
     def residual(
         self,
@@ -299,8 +359,7 @@ class Steps:
 
         def after(k: Array, residual: Any) -> Any:
             count = jnp.maximum(step.count - window + k, 0)  # before the first, nothing was said
-            info = step.info._replace(loss_differences=recent[k])
-            past = step._replace(count=count, info=info)
+            past = as_logged(step._replace(count=count), recent[k])
             keys = self.keys(past, jnp.array([leaf]))[:, 0]
             total = self.direction_sum(past, leaf, keys, array, pick, i)
             return self.method.code_step(rows, part, total, past, residual)[1]
@@ -345,7 +404,7 @@ class Steps:
     ) -> tuple[Array, Any, Array]:
         """A leaf's new bytes, what error feedback keeps, and the counts of `_counts`."""
         change = functools.partial(self.move, step, leaf, keys[:, leaf])
-        heard = step.info.loss_differences
+        heard = step.info.log
         if array.ndim < 2 or array.size <= chunk:
             scale = compiler.depends_on(heard, array.scale)
             waiting = dataclasses.replace(array, scale=scale)
@@ -389,22 +448,37 @@ class Steps:
         arrays = list(leaves.values())
         if compare_fn is not None and value_fn is not None:
             raise ValueError("value_fn and compare_fn must not both be given.")
+        sizing = self.method.sizing
+        if compare_fn is not None and sizing is not None:
+            raise ValueError(
+                "learning_rate must be a number or a schedule with compare_fn, got 'auto': "
+                "comparisons do not say how far to go."
+            )
         if compare_fn is not None and not self.method.takes_comparisons:
             raise ValueError("compare_fn serves zoqo alone: this method needs losses, by value_fn.")
 
+        moves, losses = None, jnp.zeros(2, jnp.float32)
         if differences is not None:
             after = replayed(state, differences)
         elif value_fn is not None:
             after = self.ask(state, params, value_fn)
+            if sizing is not None:
+                heard = after.info.loss_differences
+                moves = sizing.moves(state.sizes, step_key(state), state.count, heard)
+                info = after.info._replace(size=state.sizes.size, record=moves.record)
+                looks = sizing.looks(state.count, moves)
+                losses = losses.at[0].set(self.loss(value_fn, params, looks))
+                after = after._replace(info=info, sizes=moves.sizes)
         elif compare_fn is not None:
             after = self.ask_which(state, params, compare_fn)
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 
         # What the update needs is made when the forward passes are over, and takes their place.
-        heard = after.info.loss_differences
-        wait = functools.partial(compiler.depends_on, heard)
-        step = state._replace(count=wait(state.count), info=after.info, residual=())
+        heard = after.info.log
+        said = heard if moves is None else heard.reshape(-1)[0] + losses[0]
+        wait = functools.partial(compiler.depends_on, said)
+        step = as_logged(state._replace(count=wait(state.count), residual=()), heard, after.info)
         keys = self._keys(step, jnp.arange(len(arrays)))
         changes, residual, counts = [], [], jnp.zeros(2, jnp.float32)
         residuals = state.residual or [None] * len(arrays)
@@ -423,7 +497,24 @@ class Steps:
         if self.method.window:
             (recent,) = state.recent
             after = after._replace(recent=(jnp.concatenate([recent[1:], heard[None]]),))
-        return _fill(params, changes), after
+        updates = _fill(params, changes)
+        if moves is not None:
+            moved = apply_updates(params, updates)
+            losses = losses.at[1].set(self.loss(value_fn, moved, looks))
+            finite = jnp.isfinite(after.info.losses).all()
+            sizes = sizing.learn(state.sizes, moves, arrays, looks, losses, finite)
+            evaluations = after.info.evaluations + 2 * looks
+            after = after._replace(sizes=sizes, info=after.info._replace(evaluations=evaluations))
+        return updates, after
+
+    def loss(self, value_fn: queries.Objective, params: PyTree, wanted: Array) -> Array:
+        """The loss of the codes as they are, if it is wanted, else 0."""
+
+        def evaluated() -> Array:
+            value = queries.scalar(quaxify(value_fn)(params))
+            return value if self.axis_name is None else self._over_devices(value)
+
+        return jax.lax.cond(wanted, evaluated, lambda: jnp.float32(0.0))
 
 
 def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:

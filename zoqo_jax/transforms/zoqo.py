@@ -17,8 +17,10 @@ from jaxtyping import Array, PRNGKeyArray
 from zoqo_jax import directions
 from zoqo_jax.directions import Boundary, Contribution, Direction, Distribution, Structure
 from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.transforms import sizing
 from zoqo_jax.transforms.queries import Sides
-from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, value_at
+from zoqo_jax.transforms.schedules import ONE, Count, Schedule, value_at
+from zoqo_jax.transforms.sizing import Auto, Sizing
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method, Steps
 from zoqo_jax.xla.random_bits import Rows
@@ -30,14 +32,14 @@ StepRule = Literal["floor", "dithered"]
 
 
 def zoqo(
-    learning_rate: Schedule,
-    radius: Schedule,
+    learning_rate: Schedule | Auto = "auto",
+    radius: Schedule | Auto = "auto",
     *,
     key: PRNGKeyArray,
     num_queries: Count = ONE,
-    noise: Distribution = "uniform",
-    structure: Structure = "dense",
-    density: Schedule | Array = 1.0,
+    noise: Distribution | Auto = "auto",
+    structure: Structure | Auto = "auto",
+    density: Schedule | Array | Auto = "auto",
     vote: Vote = "mean",
     step: StepRule = "floor",
     boundary: Boundary = "clamp",
@@ -116,8 +118,11 @@ def zoqo(
         >>> state.info.loss_differences.item() in (-1.0, 0.0, 1.0), state.info.evaluations.item()
         (True, 202)
     """
-    check_positive("learning_rate", learning_rate)
-    check_positive("radius", radius)
+    sized, learning_rate, radius, density, structure = sizing.choose(
+        "signs", learning_rate, radius, density, structure
+    )
+    if noise == "auto":
+        noise = "uniform" if sized is None else "rademacher"
     directions.check(noise, structure, boundary, density)
     directions.check_choice("vote", vote, get_args(Vote))
     directions.check_choice("step", step, get_args(StepRule))
@@ -130,6 +135,7 @@ def zoqo(
         boundary,
         is_dithered=step == "dithered",
         contribution="signs" if vote == "majority" or num_queries == 1 else "product",
+        sizing=sized,
     )
     steps = Steps(method, key, num_queries, query_batch, sides, axis_name, num_comparisons)
     return steps.transformation()
@@ -145,26 +151,30 @@ class _Zoqo(Method):
     boundary: Boundary
     is_dithered: bool
     contribution: Contribution
+    sizing: Sizing | None = None
     takes_comparisons = True
 
-    def direction(self, key: Array, array: QuantizedArray, count: Array) -> Direction:
+    def direction(
+        self, key: Array, array: QuantizedArray, count: Array, size: Array | None = None
+    ) -> Direction:
         """See `Method`."""
+        given = {"unit": "values", "dithered": self.is_dithered}
+        mu = value_at(self.radius, count)
         return directions.describe(
             key,
             array,
-            value_at(self.radius, count),
-            unit="values",
             distribution=self.noise,
             structure=self.structure,
             boundary=self.boundary,
-            **directions.scheduled(self.density, count),
-            dithered=self.is_dithered,
+            **self.lengths(array, count, size, self.density, radius=mu, **given),
         )
 
     def code_step(
         self, rows: Rows, array: QuantizedArray, direction_sum: Array, step: State, residual: Any
     ) -> tuple[Array, Any]:
         """See `Method`."""
+        if self.sizing is not None:
+            return self.sized_step(rows, direction_sum), residual
         eta, s = value_at(self.learning_rate, step.count), array.step
         g = jnp.sign(direction_sum).astype(jnp.int16)
         if self.is_dithered:

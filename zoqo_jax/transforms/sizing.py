@@ -1,0 +1,353 @@
+r"""Steps that size themselves: how far a query looks and a step goes, from what the losses say.
+
+A *size* is the root mean square of a direction's entries, as a share of the number of codes of its
+grid: the same for 2 bits and for 8, whatever the weights' scale and the loss's. Where it is below a
+code, few coordinates are probed (density); where it is above, entries are of several codes
+(radius). A step goes as far as its queries looked: query i moves :math:`w_i` times along its
+direction, :math:`w_i` a whole number that depends on its slope b_i among others' (`_WEIGHTS`).
+
+With a the gain that the slopes promise for a size of one, k what the loss is curved, and kappa the
+share of the squared slopes that is true of data the batch did not show, a step of size s lowers the
+loss by
+
+.. math:: \kappa a s - k s^2, \quad \text{most at}\quad s^* = \kappa a / 2 k
+
+- a follows from every query;
+- k from two more evaluations now and then, of the loss before and after a step on the same batch:
+  what the slopes promised, less what came. It holds the curvature between directions too, which
+  that of single directions leaves out (with 8 queries of a small network it doubled k, and steps by
+  single directions stayed at a loss of 0.5 where these come to 0.26);
+- kappa from looking along some directions again on the next batch: the mean of b b' over that of
+  b^2. They move the codes after the second look, by the mean of both slopes, so little is lost
+  where noise is all, and where it is not, few look twice.
+
+The best size of one step is short for a run, whose later steps go on from where this one ends:
+`_LONGER` is what a search over whole runs gave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32
+
+from zoqo_jax import directions
+from zoqo_jax.directions import Structure
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.transforms import queries
+from zoqo_jax.transforms.schedules import Schedule, check_positive
+
+__all__ = ["Auto", "Moves", "Sizes", "Sizing", "Weights", "choose"]
+
+Weights = Literal["signs", "whole", "real"]
+"""What a query's slope becomes: a sign or nothing, a whole number, or a real one."""
+
+Auto = Literal["auto"]
+
+_FIRST = 2.0**-8
+_DENSEST = 1 / 16  # share of coordinates; larger sizes have longer entries
+_LARGEST = 2.0**-3
+_SHORTEST, _LONGEST = 2.0**-30, 2.0**10  # of steps along directions that the user chose
+_LONGER = 1.5
+_LEAST_SLOPE = 0.6  # in standard deviations of slopes: of smaller ones a step costs what it brings
+_QUERIES = 64  # how many queries, at least, a mean of squared slopes goes over,
+_STEPS = 16  # and how many steps
+_LOOKS = 10  # how many looks at the curvature are averaged
+_REPEATS = 200  # how many second looks along directions are averaged
+_BELIEF = 4.0  # second looks that agree, taken for granted before there are any
+_LEAST_SHARE = 0.01  # of the squared slopes that is believed to be true
+_LOOK_AGAIN = 0.05  # of the directions, at least, two batches are asked; of the first steps'
+_LOOK_AGAIN_FIRST = 0.4
+_EVALUATIONS = 40  # query pairs for each look at the curvature, which takes two evaluations
+_FIRST_STEPS = 16  # look at the curvature every time
+_HEAVIEST = 8.0  # times that a step goes along a direction, at most
+_ROUNDING = 2.0**-21  # of the loss: slopes below it are what float32 rounds off
+_FASTEST = 2.0**0.5  # what sizes grow or fall by in a step, with a look at the curvature
+_FAST = 2.0**0.125  # and without
+
+
+class Sizes(NamedTuple):
+    """What a run that sizes its own steps knows.
+
+    Attributes:
+        size: of the next step.
+        probed: the sizes of the directions of its queries.
+        again: which of them look along a direction of the last step once more.
+        slopes: (l+ - l-) / 2 of the last step's queries.
+        squares: of squared slopes for a size of one, their sum and weight; this and the following
+            forget what is long past.
+        gains: likewise, of what slopes promised for a size of one, in their standard deviations.
+        curvatures: likewise, of what a step of size one costs beyond what slopes promised.
+        agreement: likewise, of products of the two slopes along a direction, over squared ones.
+    """
+
+    size: Float32[Array, ""]
+    probed: Float32[Array, " queries"]
+    again: Bool[Array, " queries"]
+    slopes: Float32[Array, " queries"]
+    squares: Float32[Array, "2"]
+    gains: Float32[Array, "2"]
+    curvatures: Float32[Array, "2"]
+    agreement: Float32[Array, "2"]
+
+    @property
+    def true_share(self) -> Float32[Array, ""]:
+        """kappa: of the squared slopes, the share that is true of other data too."""
+        total, weight = self.agreement
+        return jnp.clip((total + _BELIEF) / (weight + _BELIEF), _LEAST_SHARE, 1.0)
+
+    @property
+    def deviation(self) -> Float32[Array, ""]:
+        """Standard deviation of slopes for a size of one; 1 before any was heard."""
+        total, weight = self.squares
+        return jnp.where(total > 0, jnp.sqrt(total / jnp.maximum(weight, 1e-9)), 1.0)
+
+
+class Moves(NamedTuple):
+    """What the queries of a step are found to have said.
+
+    Attributes:
+        record: for each query how many times the step goes along its direction, and the size of
+            that, negative where it is one of the step before.
+        promised: by how much the slopes say that this lowers the loss of the batch.
+        sizes: what is known then, but for the curvature and the next size.
+    """
+
+    record: Float32[Array, "queries 2"]
+    promised: Float32[Array, ""]
+    sizes: Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizing:
+    """How the directions and steps of a method are sized.
+
+    Attributes:
+        weights: what slopes become.
+        structure: of directions.
+        density: as the user gave it, or "auto".
+        is_given: whether the user said how far to look: a size is then in units of directions.
+    """
+
+    weights: Weights
+    structure: Structure
+    density: Schedule | Array | Auto = "auto"
+    is_given: bool = False
+
+    @property
+    def has_density(self) -> bool:
+        """Whether directions are sparser for a smaller size; else they have one code at least."""
+        is_free = self.density == "auto" and not self.is_given
+        return is_free and directions.resolve(self.structure)[0].takes_density
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether steps are whole numbers of codes without being rounded."""
+        return self.has_density and self.weights != "real"
+
+    def describe(self, size: Array, array: QuantizedArray) -> dict[str, Any]:
+        """What `directions.describe` is to know of an array's direction of a size."""
+        dense = _DENSEST if self.has_density else self._density
+        width = size * _codes(array)
+        radius = jnp.maximum(jnp.round(width * np.float32(dense**-0.5)), 1.0)
+        density = jnp.minimum((width / radius) ** 2, 1.0) if self.has_density else dense
+        densest = {"densest": 2 * _DENSEST} if self.has_density else {}
+        return {"radius": radius, "density": density, **densest}
+
+    def probed(self, size: Array, arrays: Sequence[QuantizedArray]) -> Array:
+        """The size of a direction for a step of a size."""
+        if self.is_given:
+            return jnp.ones_like(size)
+        if self.has_density:
+            return size
+        return jnp.maximum(size, self._density**0.5 / min(map(_codes, arrays)))
+
+    @property
+    def _density(self) -> float:
+        return 1.0 if self.density == "auto" else float(self.density)
+
+    def first(self, arrays: Sequence[QuantizedArray], num_queries: int) -> Sizes:
+        """What is known before the first step."""
+        none, mean = jnp.zeros(num_queries, jnp.float32), jnp.zeros(2, jnp.float32)
+        size = jnp.float32(0.25 if self.is_given else max(_FIRST, self._least(arrays)))
+        return Sizes(
+            size=size,
+            probed=none + self.probed(size, arrays),
+            again=none > 0,
+            slopes=jnp.copy(none),
+            squares=mean,
+            gains=jnp.copy(mean),
+            curvatures=jnp.copy(mean),
+            agreement=jnp.copy(mean),
+        )
+
+    def _least(self, arrays: Sequence[QuantizedArray]) -> float:
+        """The size of a direction that has one entry."""
+        if self.is_given:
+            return _SHORTEST
+        return max(sum(array.size * _codes(array) ** 2 for array in arrays), 1) ** -0.5
+
+    def moves(self, sizes: Sizes, key: Array, count: Array, differences: Array) -> Moves:
+        """What a step does, and what its slopes teach.
+
+        Args:
+            sizes: what is known before it.
+            key: of the step.
+            count: steps before it.
+            differences: l+ - l- of each query; 0 where nothing was heard.
+        """
+        q = differences.size
+        slopes, is_heard = differences / 2, differences != 0
+        keep = 1.0 - 1.0 / max(_STEPS, _QUERIES / q)
+        squares = jnp.where(is_heard, (slopes / sizes.probed) ** 2, 0.0)
+        squares = _more(sizes.squares, squares.sum(), is_heard.sum(), keep)
+        now = sizes._replace(squares=squares)
+        scores = slopes / (now.deviation * sizes.probed)
+
+        twice = sizes.again & is_heard & (sizes.slopes != 0)
+        earlier = sizes.slopes / (now.deviation * sizes.probed)
+        products, number = jnp.where(twice, scores * earlier, 0.0).sum(), twice.sum()
+        agreement = _more(now.agreement, products, number, (1 - 1 / _REPEATS) ** number)
+        now = now._replace(agreement=agreement)
+        true = now.true_share
+
+        least = jnp.where(count < _FIRST_STEPS, _LOOK_AGAIN_FIRST, _LOOK_AGAIN)
+        chance = jnp.clip(_LOOK_AGAIN / true, least, 0.5)
+        random = jax.random.uniform(jax.random.fold_in(key, q + 1), (q,))
+        waits = ~sizes.again & is_heard & (random < chance)
+
+        # The mean of two slopes deviates less than one, the less the more of them is noise.
+        both = (scores + earlier) / jnp.sqrt(2 * (1 + true))
+        weights = _weigh(jnp.where(twice, both, scores), self.weights)
+        weights = jnp.where(waits | ~is_heard, 0.0, weights)
+        if not self.has_density:
+            weights = weights * (sizes.size / sizes.probed)
+        weights = weights if self.is_whole else queries.rounded(weights)
+        record = jnp.stack([weights, jnp.where(sizes.again, -1.0, 1.0) * sizes.probed], axis=-1)
+        now = now._replace(again=waits, slopes=slopes)
+        return Moves(record, (weights * slopes).sum(), now)
+
+    def looks(self, count: Array, moves: Moves) -> Bool[Array, ""]:
+        """Whether a step is one of those that evaluate the loss before and after it."""
+        every = math.ceil(_EVALUATIONS / len(moves.record))
+        return ((count < _FIRST_STEPS) | (count % every == 0)) & (moves.promised > 0)
+
+    def learn(
+        self,
+        before: Sizes,
+        moves: Moves,
+        arrays: Sequence[QuantizedArray],
+        looked: Bool[Array, ""],
+        losses: Float32[Array, "2"],
+        is_finite: Bool[Array, ""],
+    ) -> Sizes:
+        """What is known after a step, the size of the next one above all.
+
+        Args:
+            before: what was known before the step.
+            moves: what it did.
+            arrays: the trained leaves.
+            looked: whether the losses before and after it are known.
+            losses: those two.
+            is_finite: whether the losses of its queries are.
+        """
+        now, size, promised = moves.sizes, before.size, moves.promised
+        drop = losses[0] - losses[1]
+        # A step to where the loss is no number was much too long.
+        cost = jnp.where(jnp.isfinite(drop), promised - drop, 4 * promised)
+        keep = 1.0 - 1.0 / _LOOKS
+        gains = _more(now.gains, promised / (now.deviation * size), 1.0, keep)
+        curvatures = _more(now.curvatures, cost / size**2, 1.0, keep)
+        gains = jnp.where(looked, gains, now.gains)
+        curvatures = jnp.where(looked, curvatures, now.curvatures)
+
+        a, k = gains[0] * now.deviation, curvatures[0]
+        further = jnp.where(looked, 2 * size, size)
+        best = _LONGER * now.true_share * a / (2 * jnp.where(k > 0, k, 1.0))
+        best = jnp.where((k > 0) & (gains[1] > 0), best, further)
+        drowned = now.deviation * size < _ROUNDING * jnp.abs(losses[0])
+        best = jnp.where(looked & drowned, 2 * size, best)
+        best = jnp.where((now.slopes == 0).all(), jnp.where(is_finite, 2.0, 0.5) * size, best)
+        most = jnp.where(looked | ~is_finite, _FASTEST, _FAST)
+        best = jnp.clip(best, size / most, size * most)
+        best = jnp.clip(best, self._least(arrays), _LONGEST if self.is_given else _LARGEST)
+        probed = jnp.where(now.again, before.probed, self.probed(best, arrays))
+        return now._replace(size=best, probed=probed, gains=gains, curvatures=curvatures)
+
+
+def choose(
+    weights: Weights,
+    learning_rate: Schedule | Auto,
+    radius: Schedule | Auto,
+    density: Schedule | Array | Auto,
+    structure: Structure | Auto,
+    *,
+    usual_radius: Schedule | None = None,
+) -> tuple[Sizing | None, Schedule, Schedule, Schedule | Array, Structure]:
+    """What a method is to do about arguments that may be "auto".
+
+    Args:
+        weights: what slopes become where steps size themselves.
+        learning_rate: "auto" for steps that size themselves.
+        radius: as given; a number is kept.
+        density: likewise.
+        structure: likewise; "auto" is sparse where the density is free, else dense.
+        usual_radius: without one, steps of a given length look as far as they go.
+
+    Returns:
+        How steps size themselves, or None; and the four arguments, numbers where they are "auto"
+        and nobody asks.
+
+    Raises:
+        ValueError: a number that is not positive, or a word that is not "auto".
+    """
+    for name, value in (
+        ("learning_rate", learning_rate),
+        ("radius", radius),
+        ("density", density),
+    ):
+        if isinstance(value, str) and value != "auto":
+            raise ValueError(f"{name} must be a number, a schedule or 'auto', got {value!r}.")
+        if name != "density" and value != "auto":
+            check_positive(name, value)
+    is_free = learning_rate == "auto" and radius == "auto" and density == "auto"
+    if structure == "auto":
+        structure = "sparse" if is_free else "dense"
+    if learning_rate != "auto":
+        usual = learning_rate if usual_radius is None else usual_radius
+        radius = usual if radius == "auto" else radius
+        return None, learning_rate, radius, 1.0 if density == "auto" else density, structure
+    if callable(density):
+        raise ValueError("density must be a number or 'auto' with learning_rate='auto'.")
+    sizing = Sizing(weights, structure, density, radius != "auto")
+    return (
+        sizing,
+        1.0,
+        1.0 if radius == "auto" else radius,
+        (1.0 if density == "auto" else density),
+        structure,
+    )
+
+
+def _codes(array: QuantizedArray) -> int:
+    """How many codes a grid has."""
+    return array.grid.high - array.grid.low + 1
+
+
+def _weigh(scores: Array, how: Weights) -> Array:
+    """Scores, slopes in standard deviations, as weights."""
+    if how == "signs":
+        return jnp.where(jnp.abs(scores) > _LEAST_SLOPE, jnp.sign(scores), 0.0)
+    real = jnp.clip(scores * (0.5 / _LEAST_SLOPE), -_HEAVIEST, _HEAVIEST)
+    return jnp.round(real) if how == "whole" else real
+
+
+def _more(mean: Array, total: Array, weight: Any, keep: Any) -> Array:
+    """A mean, as sum and weight, that forgot a little and learnt more."""
+    return mean * keep + jnp.stack([total, jnp.asarray(weight, jnp.float32)])
