@@ -6,7 +6,7 @@ of the query and the place of the array in the tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Key
 
 from zoqo_jax.xla import compiler, random_bits
 
-__all__ = ["Directions", "Noise", "both_sides"]
+__all__ = ["Directions", "Noise", "both_sides", "typical"]
 
 Noise = Literal["rademacher", "gaussian"]
 
@@ -24,18 +24,19 @@ class Directions(NamedTuple):
     """The directions of one step.
 
     Attributes:
-        key: the step's key.
+        key: the step's key, or one for each query.
         num_queries: how many each array has.
         noise: law of an entry: "rademacher" or standard "gaussian".
     """
 
-    key: Key[Array, ""]
+    key: Key[Array, ""] | Key[Array, " queries"]
     num_queries: int
     noise: Noise
 
     def draw(self, query: Array | int, index: int, like: Any) -> Float[Array, "..."]:
         """A direction for the array at a place in the tree, in the shape and dtype of `like`."""
-        key = jax.random.fold_in(jax.random.fold_in(self.key, query), index)
+        own = self.key[query] if self.key.ndim else self.key
+        key = jax.random.fold_in(jax.random.fold_in(own, query), index)
         rows = random_bits.rows(key, like.shape[:-1])
         columns = like.shape[-1] if like.ndim else 1
         if self.noise == "rademacher":
@@ -62,3 +63,12 @@ class Directions(NamedTuple):
 def both_sides(loss: Callable[[Array], Array]) -> Float32[Array, "2"]:
     """The losses at the + side and at the - side, one copy of what is probed at a time."""
     return jax.lax.map(loss, jnp.array([1.0, -1.0], jnp.float32))
+
+
+def typical(leaves: Sequence[Array | None]) -> list[Float32[Array, ""] | None]:
+    """The root mean square of each array; of one of zeros, that of all, or 1."""
+    means = [None if x is None else jnp.mean(jnp.square(x.astype(jnp.float32))) for x in leaves]
+    known = jnp.stack([mean for mean in means if mean is not None])
+    of_all = known.sum() / jnp.maximum((known > 0).sum(), 1)
+    of_all = jnp.where(of_all > 0, of_all, 1.0)
+    return [None if x is None else jnp.sqrt(jnp.where(x > 0, x, of_all)) for x in means]

@@ -30,6 +30,7 @@ __all__ = [
     "Sides",
     "differences",
     "endpoints",
+    "loss_if",
     "losses",
     "rounded",
     "scalar",
@@ -211,6 +212,18 @@ def scalar(value: Any, source: str = "value_fn") -> Float32[Array, ""]:
         )
         raise ValueError(f"{source} must return a real scalar, got {got}.")
     return jnp.asarray(value, jnp.float32)
+
+
+def loss_if(
+    wanted: Array, value_fn: Objective, params: PyTree, axis_name: str | None = None
+) -> Float32[Array, ""]:
+    """The loss at the parameters as they are, averaged over an axis of devices; 0 if not wanted."""
+
+    def loss() -> Array:
+        value = scalar(quaxify(value_fn)(params))
+        return value if axis_name is None else jax.lax.pmean(value, axis_name)
+
+    return jax.lax.cond(wanted, loss, lambda: jnp.float32(0.0))
 
 
 def of_examples(value: Any, examples: int) -> Float32[Array, " examples"]:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -124,6 +124,18 @@ class Moves(NamedTuple):
     sizes: Sizes
 
 
+class Pending(NamedTuple):
+    """What is evaluated of a step before it is made.
+
+    Attributes:
+        looks: whether the loss is evaluated before and after it.
+        loss: the one before, or 0.
+    """
+
+    looks: Bool[Array, ""]
+    loss: Float32[Array, ""]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizing:
     """How the directions and steps of a method are sized.
@@ -133,12 +145,15 @@ class Sizing:
         structure: of directions.
         density: as the user gave it, or "auto".
         is_given: whether the user said how far to look: a size is then in units of directions.
+        of_floats: whether numbers move, not codes: a size is then a share of their root mean
+            square in a leaf.
     """
 
     weights: Weights
     structure: Structure
     density: Schedule | Array | Auto = "auto"
     is_given: bool = False
+    of_floats: bool = False
 
     @property
     def has_density(self) -> bool:
@@ -160,11 +175,11 @@ class Sizing:
         densest = {"densest": 2 * _DENSEST} if self.has_density else {}
         return {"radius": radius, "density": density, **densest}
 
-    def probed(self, size: Array, arrays: Sequence[QuantizedArray]) -> Array:
+    def probed(self, size: Array, arrays: Sequence[Any]) -> Array:
         """The size of a direction for a step of a size."""
         if self.is_given:
             return jnp.ones_like(size)
-        if self.has_density:
+        if self.has_density or self.of_floats:
             return size
         return jnp.maximum(size, self._density**0.5 / min(map(_codes, arrays)))
 
@@ -172,7 +187,14 @@ class Sizing:
     def _density(self) -> float:
         return 1.0 if self.density == "auto" else float(self.density)
 
-    def first(self, arrays: Sequence[QuantizedArray], num_queries: int) -> Sizes:
+    def begin(self, state: Any, arrays: Sequence[Any]) -> Any:
+        """The `State` before the first step."""
+        sizes = self.first(arrays, len(state.info.losses))
+        record = jnp.zeros((len(state.info.losses), 2), jnp.float32)
+        info = state.info._replace(size=jnp.copy(sizes.size), record=record)
+        return state._replace(sizes=sizes, info=info)
+
+    def first(self, arrays: Sequence[Any], num_queries: int) -> Sizes:
         """What is known before the first step."""
         none, mean = jnp.zeros(num_queries, jnp.float32), jnp.zeros(2, jnp.float32)
         size = jnp.float32(0.25 if self.is_given else max(_FIRST, self._least(arrays)))
@@ -187,8 +209,10 @@ class Sizing:
             agreement=jnp.copy(mean),
         )
 
-    def _least(self, arrays: Sequence[QuantizedArray]) -> float:
+    def _least(self, arrays: Sequence[Any]) -> float:
         """The size of a direction that has one entry."""
+        if self.of_floats:
+            return max([_SHORTEST, *(float(jnp.finfo(array.dtype).eps) for array in arrays)])
         if self.is_given:
             return _SHORTEST
         return max(sum(array.size * _codes(array) ** 2 for array in arrays), 1) ** -0.5
@@ -233,6 +257,42 @@ class Sizing:
         now = now._replace(again=waits, slopes=slopes)
         return Moves(record, (weights * slopes).sum(), now)
 
+    def ask(
+        self, key: Array, before: Any, after: Any, loss: Callable[[Array], Array]
+    ) -> tuple[Any, Moves, Pending]:
+        """What the losses of a step's queries make of it.
+
+        Args:
+            key: of the step.
+            before: the `State` before it.
+            after: the one after its losses came in.
+            loss: the loss where the parameters are, where its argument says that it is wanted.
+
+        Returns:
+            The state that knows what moves, the moves, and what `close` needs.
+        """
+        moves = self.moves(before.sizes, key, before.count, after.info.loss_differences)
+        looks = self.looks(before.count, moves)
+        info = after.info._replace(size=before.sizes.size, record=moves.record)
+        after = after._replace(info=info, sizes=moves.sizes)
+        return after, moves, Pending(looks, loss(looks))
+
+    def close(
+        self,
+        before: Any,
+        after: Any,
+        arrays: Sequence[Any],
+        moves: Moves,
+        pending: Pending,
+        loss: Callable[[Array], Array],
+    ) -> Any:
+        """The state after a step, with the size of the next; `loss` is that of its parameters."""
+        losses = jnp.stack([pending.loss, loss(pending.looks)])
+        is_finite = jnp.isfinite(after.info.losses).all()
+        sizes = self.learn(before.sizes, moves, arrays, pending.looks, losses, is_finite)
+        evaluations = after.info.evaluations + 2 * pending.looks
+        return after._replace(sizes=sizes, info=after.info._replace(evaluations=evaluations))
+
     def looks(self, count: Array, moves: Moves) -> Bool[Array, ""]:
         """Whether a step is one of those that evaluate the loss before and after it."""
         every = math.ceil(_EVALUATIONS / len(moves.record))
@@ -242,7 +302,7 @@ class Sizing:
         self,
         before: Sizes,
         moves: Moves,
-        arrays: Sequence[QuantizedArray],
+        arrays: Sequence[Any],
         looked: Bool[Array, ""],
         losses: Float32[Array, "2"],
         is_finite: Bool[Array, ""],

@@ -22,6 +22,7 @@ __all__ = [
     "initial_state",
     "record",
     "record_votes",
+    "query_keys",
     "replayed",
     "step_key",
 ]
@@ -236,3 +237,14 @@ def _no_loss() -> float:
 def step_key(state: State) -> Key[Array, ""]:
     """The key of the step that a state is before."""
     return jax.random.fold_in(random_bits.threefry(state.key), state.count)
+
+
+def query_keys(state: State) -> Key[Array, ""] | Key[Array, " queries"]:
+    """What directions of floats are made from: the step's key, or of each query the one it needs.
+
+    A query that looks along a direction of the last step has the key of that.
+    """
+    own = step_key(state)
+    if not state.sizes:
+        return own
+    return jnp.where(state.sizes.again, step_key(state._replace(count=state.count - 1)), own)

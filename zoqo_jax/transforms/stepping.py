@@ -37,7 +37,6 @@ from zoqo_jax.grids.arrays import (
     trained_leaves,
 )
 from zoqo_jax.implicit.arrays import PerturbedArray, by_row, take_rows
-from zoqo_jax.implicit.rules import quaxify
 from zoqo_jax.transforms import queries
 from zoqo_jax.transforms.applying import apply_updates
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_count
@@ -216,10 +215,7 @@ class Steps:
                     "learning_rate must be a number or a schedule where directions are of "
                     "examples, got 'auto'."
                 )
-            record = jnp.zeros((self.num_queries, 2), jnp.float32)
-            sizes = sizing.first(arrays, self.num_queries)
-            info = state.info._replace(size=jnp.copy(sizes.size), record=record)
-            state = state._replace(sizes=sizes, info=info)
+            state = sizing.begin(state, arrays)
         if self.method.window:
             window, heard = self.method.window, state.info.log
             nothing = jnp.zeros((window, *heard.shape), jnp.float32)
@@ -457,18 +453,14 @@ class Steps:
         if compare_fn is not None and not self.method.takes_comparisons:
             raise ValueError("compare_fn serves zoqo alone: this method needs losses, by value_fn.")
 
-        moves, losses = None, jnp.zeros(2, jnp.float32)
+        moves = pending = None
         if differences is not None:
             after = replayed(state, differences)
         elif value_fn is not None:
             after = self.ask(state, params, value_fn)
             if sizing is not None:
-                heard = after.info.loss_differences
-                moves = sizing.moves(state.sizes, step_key(state), state.count, heard)
-                info = after.info._replace(size=state.sizes.size, record=moves.record)
-                looks = sizing.looks(state.count, moves)
-                losses = losses.at[0].set(self.loss(value_fn, params, looks))
-                after = after._replace(info=info, sizes=moves.sizes)
+                loss = functools.partial(self.loss, value_fn, params)
+                after, moves, pending = sizing.ask(step_key(state), state, after, loss)
         elif compare_fn is not None:
             after = self.ask_which(state, params, compare_fn)
         else:
@@ -476,7 +468,7 @@ class Steps:
 
         # What the update needs is made when the forward passes are over, and takes their place.
         heard = after.info.log
-        said = heard if moves is None else heard.reshape(-1)[0] + losses[0]
+        said = heard if pending is None else heard.reshape(-1)[0] + pending.loss
         wait = functools.partial(compiler.depends_on, said)
         step = as_logged(state._replace(count=wait(state.count), residual=()), heard, after.info)
         keys = self._keys(step, jnp.arange(len(arrays)))
@@ -499,22 +491,13 @@ class Steps:
             after = after._replace(recent=(jnp.concatenate([recent[1:], heard[None]]),))
         updates = _fill(params, changes)
         if moves is not None:
-            moved = apply_updates(params, updates)
-            losses = losses.at[1].set(self.loss(value_fn, moved, looks))
-            finite = jnp.isfinite(after.info.losses).all()
-            sizes = sizing.learn(state.sizes, moves, arrays, looks, losses, finite)
-            evaluations = after.info.evaluations + 2 * looks
-            after = after._replace(sizes=sizes, info=after.info._replace(evaluations=evaluations))
+            loss = functools.partial(self.loss, value_fn, apply_updates(params, updates))
+            after = sizing.close(state, after, arrays, moves, pending, loss)
         return updates, after
 
     def loss(self, value_fn: queries.Objective, params: PyTree, wanted: Array) -> Array:
         """The loss of the codes as they are, if it is wanted, else 0."""
-
-        def evaluated() -> Array:
-            value = queries.scalar(quaxify(value_fn)(params))
-            return value if self.axis_name is None else self._over_devices(value)
-
-        return jax.lax.cond(wanted, evaluated, lambda: jnp.float32(0.0))
+        return queries.loss_if(wanted, value_fn, params, self.axis_name)
 
 
 def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:
