@@ -390,24 +390,48 @@ class Steps:
         return chunk.stepped(steps).packed, kept
 
     def changed(
+        self, step: State, leaf: Array | int, keys: Array, array: QuantizedArray, kept: Any
+    ) -> tuple[Array, Any, Array]:
+        """A leaf's new bytes, what error feedback keeps, and the counts of `_counts`."""
+        if array.ndim < 2 or array.size <= _CHUNK:
+            scale = compiler.depends_on(step.info.loss_differences, array.scale)
+            array = dataclasses.replace(array, scale=scale)
+            return self._piece(step, leaf, keys, array, kept, 0, jnp.array([True]), None)
+        rows = array.shape[0]
+        few = max(_CHUNK // (array.size // rows), 1)
+
+        def piece(start: Array, is_new: Array, now: tuple[Array, Any]) -> Any:
+            packed, kept = now
+            whole = dataclasses.replace(array, packed=packed)
+            new, kept, counts = self._piece(step, leaf, keys, whole, kept, start, is_new, few)
+            return (new, kept), counts
+
+        start = (array.packed, kept), jnp.zeros(2, jnp.float32)
+        (packed, kept), counts = in_place(piece, rows, few, *start)
+        return packed, kept, counts
+
+    def piece(
         self,
         step: State,
         leaf: Array | int,
         keys: Array,
         array: QuantizedArray,
         kept: Any,
-        chunk: int,
+        start: Array | int,
+        is_new: Array,
+        few: int | None,
     ) -> tuple[Array, Any, Array]:
-        """A leaf's new bytes, what error feedback keeps, and the counts of `_counts`."""
-        change = functools.partial(self.move, step, leaf, keys[:, leaf])
-        heard = step.info.log
-        if array.ndim < 2 or array.size <= chunk:
-            scale = compiler.depends_on(heard, array.scale)
-            waiting = dataclasses.replace(array, scale=scale)
-            packed, kept = compiler.materialized(lambda: change(waiting, kept), scale)
-            return packed, kept, _counts(array, packed, jnp.array([True]))
-        (packed, kept), counts = _in_place(change, array, kept, chunk)
-        return packed, kept, counts
+        """What `changed` makes of a few rows from `start` on, or of all; in place is done outside.
+
+        Within a call XLA would copy what a loop changes.
+        """
+
+        def pick(rows: Array) -> Array:
+            return rows if few is None else jax.lax.dynamic_slice_in_dim(rows, start, few)
+
+        make = functools.partial(self.move, step, leaf, keys[:, leaf], array, kept, pick)
+        packed, kept = compiler.materialized(make, array.scale)  # not made for the counts again
+        return packed, kept, _counts(take_rows(pick, array), packed, is_new)
 
     # What is done for every leaf is compiled once for all leaves of like shape: a leaf's number is
     # an argument. Guides are of a leaf each.
@@ -415,10 +439,8 @@ class Steps:
     _probe = functools.cached_property(
         lambda self: self.probe if self.guides else compiler.shared(self.probe)
     )
-    _changed = functools.cached_property(
-        lambda self: (
-            self.changed if self.guides else compiler.shared(self.changed, static_argnums=(5,))
-        )
+    _piece = functools.cached_property(
+        lambda self: self.piece if self.guides else compiler.shared(self.piece, (7,))
     )
 
     def update(
@@ -475,7 +497,7 @@ class Steps:
         changes, residual, counts = [], [], jnp.zeros(2, jnp.float32)
         residuals = state.residual or [None] * len(arrays)
         for leaf, array, kept in zip(self._numbers(len(arrays)), arrays, residuals, strict=True):
-            packed, kept, more = self._changed(step, leaf, keys, array, kept, _CHUNK)
+            packed, kept, more = self.changed(step, leaf, keys, array, kept)
             # What `optax.apply_updates` adds it to is what it was taken from, and XLA knows that
             # p + (n - p) is n: compiled together, the new bytes are written over the old.
             changes.append(packed - array.packed)
@@ -553,27 +575,6 @@ def _counts(
     if rest:
         counts = counts + of_bytes(jnp.int32(whole * few), rest).sum(axis=1, dtype=jnp.float32)
     return counts
-
-
-def _in_place(
-    change: Callable[[QuantizedArray, Any, TakeRows], tuple[Array, Any]],
-    array: QuantizedArray,
-    kept: Any,
-    chunk: int,
-) -> tuple[tuple[Array, Any], Array]:
-    """A leaf's new bytes, a few rows of its first axis at a time, and the counts of `_counts`."""
-    rows = array.shape[0]
-    few = max(chunk // (array.size // rows), 1)
-
-    def piece(pick: TakeRows, is_new: Array, now: tuple[Array, Any]) -> Any:
-        packed, kept = now
-        whole = dataclasses.replace(array, packed=packed)
-
-        # Or it would be made for the counts again.
-        new, left = compiler.materialized(lambda: change(whole, kept, pick), packed)
-        return (new, left), _counts(take_rows(pick, whole), new, is_new)
-
-    return in_place(piece, rows, few, (array.packed, kept), jnp.zeros(2, jnp.float32))
 
 
 def _fill(params: PyTree, changes: list[Array]) -> PyTree:

@@ -43,7 +43,7 @@ def in_chunks(
 
 
 def in_place(
-    change: Callable[[TakeRows, Array, PyTree], tuple[PyTree, PyTree]],
+    change: Callable[[Array, Array, PyTree], tuple[PyTree, PyTree]],
     length: int,
     few: int,
     arrays: PyTree,
@@ -54,17 +54,18 @@ def in_place(
     Where the arrays are not needed afterwards, XLA writes the new ones over them.
 
     Args:
-        change: from (pick, is_new, arrays as they are by now) to new pieces and what to add to the
-            tally. `pick` takes the piece's places from anything as long as the arrays, and `is_new`
-            tells which of them no earlier piece had.
+        change: from (start, is_new, arrays as they are by now) to new pieces and what to add to the
+            tally. `start` is where the piece starts, and `is_new` tells which of its places no
+            earlier piece had.
         length: of the axis.
         few: at most `length`; it need not divide it.
         arrays: what to change.
         tally: what to add to.
 
     Examples:
-        >>> def change(pick, is_new, x):
-        ...     return pick(x) + 1, jnp.sum(pick(x) * is_new)
+        >>> def change(start, is_new, x):
+        ...     piece = jax.lax.dynamic_slice_in_dim(x, start, 2)
+        ...     return piece + 1, jnp.sum(piece * is_new)
         >>> in_place(change, 5, 2, jnp.arange(5), jnp.int32(0))
         (Array([1, 2, 3, 4, 5], dtype=int32), Array(10, dtype=int32))
     """
@@ -74,16 +75,14 @@ def in_place(
         start = jnp.minimum(i * few, length - few)
         is_new = start + jnp.arange(few) >= i * few  # the last piece may go over places again
 
-        def pick(whole: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(whole, start, few)
-
         def put(whole: Array, piece: Array) -> Array:
             if length % few:
                 chosen = jnp.expand_dims(is_new, range(1, piece.ndim))
-                piece = jnp.where(chosen, piece, pick(whole))
+                old = jax.lax.dynamic_slice_in_dim(whole, start, few)
+                piece = jnp.where(chosen, piece, old)
             return jax.lax.dynamic_update_slice_in_dim(whole, piece, start, 0)
 
-        pieces, more = change(pick, is_new, arrays)
+        pieces, more = change(start, is_new, arrays)
         return jax.tree.map(put, arrays, pieces), jax.tree.map(jnp.add, tally, more)
 
     return jax.lax.fori_loop(0, -(-length // few), change_piece, (arrays, tally))

@@ -146,13 +146,11 @@ def words(
         start: where in the stream, in pairs of words; a stream is 2^26 long.
     """
     half = -(-count // 2)
-    column = jnp.arange(count, dtype=jnp.uint32).reshape((1,) * of.index.ndim + (count,))
-    is_second = column >= half
-    place = jnp.asarray(start, jnp.uint32) + jnp.where(is_second, column - half, column)
+    place = jnp.asarray(start, jnp.uint32) + jnp.arange(half, dtype=jnp.uint32)
+    place = (place + np.uint32(stream << 26)).reshape((1,) * of.index.ndim + (half,))
     key0, key1, index = (field[..., None] for field in (of.key0, of.key1, of.index))
-    first, second = _threefry(key0, key1, index, place + np.uint32(stream << 26))
-    # Chosen, not joined: of an array that is joined XLA may make and store each half by itself.
-    return jnp.where(is_second, second, first)
+    first, second = _threefry(key0, key1, index, place)
+    return jnp.concatenate([first, second], axis=-1)[..., :count]
 
 
 def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
