@@ -394,7 +394,7 @@ class Steps:
     ) -> tuple[Array, Any, Array]:
         """A leaf's new bytes, what error feedback keeps, and the counts of `_counts`."""
         if array.ndim < 2 or array.size <= _CHUNK:
-            scale = compiler.depends_on(step.info.loss_differences, array.scale)
+            scale = compiler.depends_on(step.info.log, array.scale)
             array = dataclasses.replace(array, scale=scale)
             return self._piece(step, leaf, keys, array, kept, 0, jnp.array([True]), None)
         rows = array.shape[0]
