@@ -59,14 +59,16 @@ _LEAST_SLOPE = 0.6  # in standard deviations of slopes: of smaller ones a step c
 _QUERIES = 64  # how many queries, at least, a mean of squared slopes goes over,
 _STEPS = 16  # and how many steps
 _LOOKS = 10  # how many looks at the curvature are averaged
-_REPEATS = 200  # how many second looks along directions are averaged
+_REPEATS = 400  # how many second looks along directions are averaged
 _BELIEF = 4.0  # second looks that agree, taken for granted before there are any
-_LEAST_SHARE = 0.01  # of the squared slopes that is believed to be true
 _LOOK_AGAIN = 0.05  # of the directions, at least, two batches are asked; of the first steps'
 _LOOK_AGAIN_FIRST = 0.4
 _EVALUATIONS = 40  # query pairs for each look at the curvature, which takes two evaluations
 _FIRST_STEPS = 16  # look at the curvature every time
-_HEAVIEST = 8.0  # times that a step goes along a direction, at most
+_WORST = 8.0  # a step's cost over its promise, and the least is one over that
+_STEEP = (1.6, 1.5)  # deviations of a step's slopes that are alarming, and over sqrt(queries)
+_TINY = 1e-37
+_HEAVIEST = 3.0  # times that a step goes along a direction, at most
 _ROUNDING = 2.0**-21  # of the loss: slopes below it are what float32 rounds off
 _FASTEST = 2.0**0.5  # what sizes grow or fall by in a step, with a look at the curvature
 _FAST = 2.0**0.125  # and without
@@ -84,7 +86,9 @@ class Sizes(NamedTuple):
             forget what is long past.
         gains: likewise, of what slopes promised for a size of one, in their standard deviations.
         curvatures: likewise, of what a step of size one costs beyond what slopes promised.
+        bends: likewise, in standard deviations of slopes as they then were.
         agreement: likewise, of products of the two slopes along a direction, over squared ones.
+        is_alarmed: whether the next step is to be looked at, whatever its turn.
     """
 
     size: Float32[Array, ""]
@@ -94,13 +98,17 @@ class Sizes(NamedTuple):
     squares: Float32[Array, "2"]
     gains: Float32[Array, "2"]
     curvatures: Float32[Array, "2"]
+    bends: Float32[Array, "2"]
     agreement: Float32[Array, "2"]
+    is_alarmed: Bool[Array, ""]
 
     @property
     def true_share(self) -> Float32[Array, ""]:
         """kappa: of the squared slopes, the share that is true of other data too."""
         total, weight = self.agreement
-        return jnp.clip((total + _BELIEF) / (weight + _BELIEF), _LEAST_SHARE, 1.0)
+        known = weight + _BELIEF
+        # No less than its standard error: what is too small to be known is not to stop a run.
+        return jnp.clip((total + _BELIEF) / known, known**-0.5, 1.0)
 
     @property
     def deviation(self) -> Float32[Array, ""]:
@@ -206,7 +214,9 @@ class Sizing:
             squares=mean,
             gains=jnp.copy(mean),
             curvatures=jnp.copy(mean),
+            bends=jnp.copy(mean),
             agreement=jnp.copy(mean),
+            is_alarmed=jnp.bool_(False),
         )
 
     def _least(self, arrays: Sequence[Any]) -> float:
@@ -233,6 +243,9 @@ class Sizing:
         squares = _more(sizes.squares, squares.sum(), is_heard.sum(), keep)
         now = sizes._replace(squares=squares)
         scores = slopes / (now.deviation * sizes.probed)
+        # Slopes that grow all at once: a run that diverges did so in ten steps, between two looks.
+        steep = jnp.sqrt(jnp.mean(scores**2)) > _STEEP[0] + _STEEP[1] / math.sqrt(q)
+        now = now._replace(is_alarmed=sizes.is_alarmed | steep)
 
         twice = sizes.again & is_heard & (sizes.slopes != 0)
         earlier = sizes.slopes / (now.deviation * sizes.probed)
@@ -296,7 +309,8 @@ class Sizing:
     def looks(self, count: Array, moves: Moves) -> Bool[Array, ""]:
         """Whether a step is one of those that evaluate the loss before and after it."""
         every = math.ceil(_EVALUATIONS / len(moves.record))
-        return ((count < _FIRST_STEPS) | (count % every == 0)) & (moves.promised > 0)
+        its_turn = (count < _FIRST_STEPS) | (count % every == 0) | moves.sizes.is_alarmed
+        return its_turn & (moves.promised > 0)
 
     def learn(
         self,
@@ -319,26 +333,36 @@ class Sizing:
         """
         now, size, promised = moves.sizes, before.size, moves.promised
         drop = losses[0] - losses[1]
-        # A step to where the loss is no number was much too long.
-        cost = jnp.where(jnp.isfinite(drop), promised - drop, 4 * promised)
-        keep = 1.0 - 1.0 / _LOOKS
-        gains = _more(now.gains, promised / (now.deviation * size), 1.0, keep)
+        # A step to where the loss is no number was much too long; and none is free.
+        cost = jnp.where(jnp.isfinite(drop), promised - drop, _WORST * promised)
+        cost = jnp.clip(cost, promised / _WORST, _WORST * promised)
+        is_bad = looked & (cost > 2 * promised)
+        unit, keep = now.deviation * size, 1.0 - 1.0 / _LOOKS
+        gains = _more(now.gains, promised / unit, 1.0, keep)
         curvatures = _more(now.curvatures, cost / size**2, 1.0, keep)
-        gains = jnp.where(looked, gains, now.gains)
-        curvatures = jnp.where(looked, curvatures, now.curvatures)
+        bends = _more(now.bends, cost / (unit * size), 1.0, keep)
+        seen = jax.tree.map(
+            lambda new, old: jnp.where(looked, new, old),
+            (gains, curvatures, bends),
+            (now.gains, now.curvatures, now.bends),
+        )
+        now = now._replace(gains=seen[0], curvatures=seen[1], bends=seen[2])
 
-        a, k = gains[0] * now.deviation, curvatures[0]
-        further = jnp.where(looked, 2 * size, size)
-        best = _LONGER * now.true_share * a / (2 * jnp.where(k > 0, k, 1.0))
-        best = jnp.where((k > 0) & (gains[1] > 0), best, further)
+        # By the slopes as they are, and by those of when the curvature was looked at. The shorter:
+        # where slopes grow, curvature does, but that is known later.
+        of_now = now.deviation / jnp.maximum(now.curvatures[0], _TINY)
+        of_then = 1.0 / jnp.maximum(now.bends[0], _TINY)
+        best = _LONGER * now.true_share * now.gains[0] / 2 * jnp.minimum(of_now, of_then)
+        best = jnp.where(now.gains[1] > 0, best, size)
         drowned = now.deviation * size < _ROUNDING * jnp.abs(losses[0])
         best = jnp.where(looked & drowned, 2 * size, best)
         best = jnp.where((now.slopes == 0).all(), jnp.where(is_finite, 2.0, 0.5) * size, best)
         most = jnp.where(looked | ~is_finite, _FASTEST, _FAST)
         best = jnp.clip(best, size / most, size * most)
+        best = jnp.where(is_bad, size / 2, best)
         best = jnp.clip(best, self._least(arrays), _LONGEST if self.is_given else _LARGEST)
         probed = jnp.where(now.again, before.probed, self.probed(best, arrays))
-        return now._replace(size=best, probed=probed, gains=gains, curvatures=curvatures)
+        return now._replace(size=best, probed=probed, is_alarmed=is_bad)
 
 
 def choose(

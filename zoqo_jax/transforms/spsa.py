@@ -7,7 +7,9 @@ behind it this is MeZO (Malladi et al., 2023, arXiv:2305.17333).
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import dataclasses
+import functools
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +20,31 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from zoqo_jax import directions
 from zoqo_jax.grids.arrays import is_float_array, is_quantized, no_update
 from zoqo_jax.implicit.rules import quaxify
-from zoqo_jax.transforms import queries, stepping
+from zoqo_jax.transforms import floats, queries, sizing, stepping
+from zoqo_jax.transforms.applying import apply_updates
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
-from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, value_at
-from zoqo_jax.transforms.state import State, initial_state, record, step_key
+from zoqo_jax.transforms.schedules import ONE, Count, Schedule, value_at
+from zoqo_jax.transforms.sizing import Auto
+from zoqo_jax.transforms.state import State, initial_state, query_keys, record, step_key
 
 __all__ = ["spsa"]
 
 
 def spsa(
-    radius: Schedule,
+    radius: Schedule | Auto = "auto",
     *,
     key: PRNGKeyArray,
+    learning_rate: Literal["auto"] | None = None,
     num_queries: Count = ONE,
     noise: Noise = "rademacher",
     query_batch: Count | None = ONE,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Estimate gradients of a tree of floats, g = (l(x + mu u) - l(x - mu u)) / (2 mu) u.
+    r"""Train a tree of floats, or estimate its gradients for another transformation to use.
+
+    Without arguments but the key, steps size themselves (see `zoqo_jax.transforms.sizing`): updates
+    are steps, ready for `optax.apply_updates`, and nothing else is to be chosen. With a radius,
+    updates are gradients, g = (l(x + mu u) - l(x - mu u)) / (2 mu) u.
 
     The estimate is the mean over q queries; on a quadratic it is unbiased, elsewhere up to O(mu^2).
     Leaves that are no arrays of floats, quantized ones too, are left alone: their updates are zero,
@@ -45,18 +54,20 @@ def spsa(
     counted in `state.info.skipped`.
 
     Args:
-        radius: mu, value units; a positive number or an optax schedule. It must be at least about
-            half the distance between neighbouring numbers of a leaf's dtype (4e-3 in bfloat16 and
+        radius: mu, value units; a positive number or an optax schedule, or "auto" for the steps
+            that size themselves; then mu is a share of each leaf's root mean square. A number must
+            be at least about half the distance between neighbouring numbers of a leaf's dtype (4e-3 in bfloat16 and
             5e-4 in float16 at values near 1), or it moves nothing there.
         key: all of the run's randomness.
+        learning_rate: None; or "auto" to say that the radius is to be.
         num_queries: query pairs a step, q.
         noise: distribution of an entry of u: "rademacher" or standard "gaussian".
         query_batch: query pairs evaluated at once, None for all.
         axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
 
     Returns:
-        A transformation whose updates are gradients, to be followed by any other. Its state is a
-        `State`.
+        A transformation whose updates are steps, or with a radius gradients, to be followed by any
+        other. Its state is a `State`.
 
     Raises:
         ValueError: an argument outside what is said above, naming it and its value; in `tx.init`,
@@ -64,6 +75,18 @@ def spsa(
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, zoqo_jax as zq
+        >>> tx = zq.spsa(key=jax.random.key(0))
+        >>> loss = lambda x: jnp.sum((x - 2.0) ** 2)
+        >>> params = jnp.ones(3)
+        >>> state = tx.init(params)
+        >>> for _ in range(100):
+        ...     updates, state = tx.update(None, state, params, value_fn=loss)
+        ...     params = optax.apply_updates(params, updates)
+        >>> loss(params).item() < 0.1
+        True
+
+        Gradients, for Adam:
+
         >>> tx = optax.chain(zq.spsa(1e-3, key=jax.random.key(0)), optax.adam(0.1))
         >>> params = jnp.ones(3)
         >>> state = tx.init(params)
@@ -74,14 +97,22 @@ def spsa(
         >>> loss(params).item() < 0.1
         True
     """
-    check_positive("radius", radius)
+    if learning_rate not in (None, "auto"):
+        raise ValueError(f"learning_rate must be None or 'auto', got {learning_rate!r}.")
+    if learning_rate == "auto" and radius != "auto":
+        raise ValueError(f"radius must be 'auto' where learning_rate is, got {radius!r}.")
+    sized, _, radius, *_ = sizing.choose("real", radius, "auto", 1.0, "dense", usual_radius=radius)
+    sized = None if sized is None else dataclasses.replace(sized, of_floats=True)
     directions.check_choice("noise", noise, get_args(Noise))
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
     mean_over_2 = float(np.float32(0.5 / num_queries))
 
     def init(params: PyTree) -> State:
+        state = initial_state(key, num_queries)
+        if sized is not None:
+            return sized.begin(state, _floats(params))
         _check_reach(radius, params)
-        return initial_state(key, num_queries)
+        return state
 
     def update(
         updates: Any,
@@ -100,14 +131,19 @@ def spsa(
             raise ValueError(
                 f"{missing} must be given: tx.update(None, state, params, value_fn=f)."
             )
-        own_key = step_key(state)
-        noise_of = Directions(own_key, num_queries, noise)
-        mu = value_at(radius, state.count)
+        noise_of = Directions(query_keys(state), num_queries, noise)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
+        if sized is None:
+            mu = value_at(radius, state.count)
+        else:
+            typical = floats.typical([x if is_float_array(x) else None for x in leaves])
+
+        def reach(query: Array | int, index: int) -> Array:
+            return mu if sized is None else state.sizes.probed[query] * typical[index]
 
         def displaced(query: Array | int, index: int, side: Array) -> Array:
-            leaf = leaves[index]
-            return leaf + (side * mu).astype(leaf.dtype) * noise_of.draw(query, index, leaf)
+            leaf, far = leaves[index], side * reach(query, index)
+            return leaf + far.astype(leaf.dtype) * noise_of.draw(query, index, leaf)
 
         def query_losses(query: Array | int) -> tuple[Array, Array]:
             def loss(side: Array) -> Array:
@@ -134,21 +170,48 @@ def spsa(
         pairs, stuck = stepping.over_queries(query_losses, num_queries, query_batch)
         if axis_name is not None:
             pairs = jax.lax.pmean(pairs, axis_name)
-        state = record(state, pairs, stuck)
+        after = record(state, pairs, stuck)
+        if sized is not None:
+            loss = functools.partial(queries.loss_if, value_fn=value_fn, axis_name=axis_name)
+            after, moves, pending = sized.ask(
+                step_key(state), state, after, functools.partial(loss, params=params)
+            )
 
-        def gradient(index: int) -> Array:
-            total = noise_of.total(state.info.loss_differences, index, leaves[index])
-            dtype = leaves[index].dtype
-            largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
-            return jnp.clip(total * (mean_over_2 / mu), -largest, largest).astype(dtype)
+        def update_of(index: int) -> Array:
+            leaf = leaves[index]
+            if sized is None:
+                total = noise_of.total(after.info.loss_differences, index, leaf)
+                total = total * (mean_over_2 / mu)
+            else:
+                times, sizes = after.info.record.T
+                total = noise_of.total(times * jnp.abs(sizes), index, leaf) * -typical[index]
+            largest = min(float(jnp.finfo(leaf.dtype).max), float(jnp.finfo(jnp.float32).max))
+            return jnp.clip(total, -largest, largest).astype(leaf.dtype)
 
-        gradients = [
-            gradient(index) if is_float_array(leaf) else no_update(leaf)
-            for index, leaf in enumerate(leaves)
-        ]
-        return treedef.unflatten(gradients), state
+        made = treedef.unflatten(
+            [
+                update_of(index) if is_float_array(leaf) else no_update(leaf)
+                for index, leaf in enumerate(leaves)
+            ]
+        )
+        if sized is not None:
+            loss = functools.partial(loss, params=apply_updates(params, made))
+            after = sized.close(state, after, _floats(params), moves, pending, loss)
+        return made, after
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _floats(params: PyTree) -> list[Array]:
+    """The leaves that are trained.
+
+    Raises:
+        ValueError: there are none.
+    """
+    leaves = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_float_array(x)]
+    if not leaves:
+        raise ValueError("params must have an array of floats: there is nothing to train.")
+    return leaves
 
 
 def _check_reach(radius: Schedule, params: PyTree) -> None:

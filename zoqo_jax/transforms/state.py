@@ -20,9 +20,9 @@ __all__ = [
     "State",
     "as_logged",
     "initial_state",
+    "query_keys",
     "record",
     "record_votes",
-    "query_keys",
     "replayed",
     "step_key",
 ]
