@@ -51,10 +51,11 @@ Weights = Literal["signs", "whole", "real"]
 Auto = Literal["auto"]
 
 _FIRST = 2.0**-8
+_FEWEST = 4.0  # entries of a direction
 _DENSEST = 1 / 16  # share of coordinates; larger sizes have longer entries
 _LARGEST = 2.0**-3
 _SHORTEST, _LONGEST = 2.0**-30, 2.0**10  # of steps along directions that the user chose
-_LONGER = 1.5
+_LONGER = 1.65
 _LEAST_SLOPE = 0.6  # in standard deviations of slopes: of smaller ones a step costs what it brings
 _QUERIES = 64  # how many queries, at least, a mean of squared slopes goes over,
 _STEPS = 16  # and how many steps
@@ -187,8 +188,10 @@ class Sizing:
         """The size of a direction for a step of a size."""
         if self.is_given:
             return jnp.ones_like(size)
-        if self.has_density or self.of_floats:
+        if self.of_floats:
             return size
+        if self.has_density:
+            return jnp.maximum(size, 4 * self._least(arrays))
         return jnp.maximum(size, self._density**0.5 / min(map(_codes, arrays)))
 
     @property
@@ -220,12 +223,13 @@ class Sizing:
         )
 
     def _least(self, arrays: Sequence[Any]) -> float:
-        """The size of a direction that has one entry."""
+        """The least size: a quarter of that of a direction of `_FEWEST` entries."""
         if self.of_floats:
             return max([_SHORTEST, *(float(jnp.finfo(array.dtype).eps) for array in arrays)])
         if self.is_given:
             return _SHORTEST
-        return max(sum(array.size * _codes(array) ** 2 for array in arrays), 1) ** -0.5
+        entries = sum(array.size * _codes(array) ** 2 for array in arrays)
+        return (_FEWEST / max(entries, _FEWEST)) ** 0.5 / 4
 
     def moves(self, sizes: Sizes, key: Array, count: Array, differences: Array) -> Moves:
         """What a step does, and what its slopes teach.
@@ -261,10 +265,13 @@ class Sizing:
 
         # The mean of two slopes deviates less than one, the less the more of them is noise.
         both = (scores + earlier) / jnp.sqrt(2 * (1 + true))
-        weights = _weigh(jnp.where(twice, both, scores), self.weights)
+        scores = jnp.where(twice, both, scores)
+        shorter = sizes.size / sizes.probed
+        if self.has_density:  # directions of a few entries: shorter steps go along fewer of them
+            weights = _weigh(scores * jnp.where(sizes.again, 1.0, shorter), self.weights)
+        else:
+            weights = _weigh(scores, self.weights) * shorter
         weights = jnp.where(waits | ~is_heard, 0.0, weights)
-        if not self.has_density:
-            weights = weights * (sizes.size / sizes.probed)
         weights = weights if self.is_whole else queries.rounded(weights)
         record = jnp.stack([weights, jnp.where(sizes.again, -1.0, 1.0) * sizes.probed], axis=-1)
         now = now._replace(again=waits, slopes=slopes)
