@@ -53,9 +53,12 @@ Auto = Literal["auto"]
 _FIRST = 2.0**-8
 _FEWEST = 4.0  # entries of a direction
 _DENSEST = 1 / 16  # share of coordinates; larger sizes have longer entries
-_LARGEST = 2.0**-3
+_LARGEST = 2.0**-5  # longer directions went nowhere: they lower a loss that is chaos to them
 _SHORTEST, _LONGEST = 2.0**-30, 2.0**10  # of steps along directions that the user chose
-_LONGER = 1.65
+_LONGER, _LENGTHS = 1.5, (2.0**-5, 2.0)  # at first, and the least and the most
+_FAST_MEAN, _SLOW_MEAN = 20, 100  # steps that means of losses go over
+_FALLS = 0.5  # standard deviations that a falling loss is below what it was
+_PATIENCE = 1.01  # what steps grow or shrink by in one step when it is, or is not
 _LEAST_SLOPE = 0.6  # in standard deviations of slopes: of smaller ones a step costs what it brings
 _QUERIES = 64  # how many queries, at least, a mean of squared slopes goes over,
 _STEPS = 16  # and how many steps
@@ -89,6 +92,9 @@ class Sizes(NamedTuple):
         curvatures: likewise, of what a step of size one costs beyond what slopes promised.
         bends: likewise, in standard deviations of slopes as they then were.
         agreement: likewise, of products of the two slopes along a direction, over squared ones.
+        losses: fast and slow running means of the losses of queries, and their squared deviations
+            from the fast one.
+        longer: how much longer steps are than what is best for one step.
         is_alarmed: whether the next step is to be looked at, whatever its turn.
     """
 
@@ -101,6 +107,8 @@ class Sizes(NamedTuple):
     curvatures: Float32[Array, "2"]
     bends: Float32[Array, "2"]
     agreement: Float32[Array, "2"]
+    losses: Float32[Array, "3"]
+    longer: Float32[Array, ""]
     is_alarmed: Bool[Array, ""]
 
     @property
@@ -219,6 +227,8 @@ class Sizing:
             curvatures=jnp.copy(mean),
             bends=jnp.copy(mean),
             agreement=jnp.copy(mean),
+            losses=jnp.full(3, jnp.nan, jnp.float32),
+            longer=jnp.float32(_LONGER),
             is_alarmed=jnp.bool_(False),
         )
 
@@ -309,6 +319,7 @@ class Sizing:
         """The state after a step, with the size of the next; `loss` is that of its parameters."""
         losses = jnp.stack([pending.loss, loss(pending.looks)])
         is_finite = jnp.isfinite(after.info.losses).all()
+        moves = moves._replace(sizes=_judge(moves.sizes, after.info.losses.mean()))
         sizes = self.learn(before.sizes, moves, arrays, pending.looks, losses, is_finite)
         evaluations = after.info.evaluations + 2 * pending.looks
         return after._replace(sizes=sizes, info=after.info._replace(evaluations=evaluations))
@@ -359,7 +370,7 @@ class Sizing:
         # where slopes grow, curvature does, but that is known later.
         of_now = now.deviation / jnp.maximum(now.curvatures[0], _TINY)
         of_then = 1.0 / jnp.maximum(now.bends[0], _TINY)
-        best = _LONGER * now.true_share * now.gains[0] / 2 * jnp.minimum(of_now, of_then)
+        best = now.longer * now.true_share * now.gains[0] / 2 * jnp.minimum(of_now, of_then)
         best = jnp.where(now.gains[1] > 0, best, size)
         drowned = now.deviation * size < _ROUNDING * jnp.abs(losses[0])
         best = jnp.where(looked & drowned, 2 * size, best)
@@ -370,6 +381,21 @@ class Sizing:
         best = jnp.clip(best, self._least(arrays), _LONGEST if self.is_given else _LARGEST)
         probed = jnp.where(now.again, before.probed, self.probed(best, arrays))
         return now._replace(size=best, probed=probed, is_alarmed=is_bad)
+
+
+def _judge(sizes: Sizes, loss: Array) -> Sizes:
+    """Longer steps while the loss falls, shorter ones when it does not any more."""
+    loss = jnp.where(jnp.isfinite(loss), loss, sizes.losses[1])
+    known = jnp.where(jnp.isnan(sizes.losses), jnp.array([1.0, 1.0, 0.0]) * loss, sizes.losses)
+    fast = known[0] + (loss - known[0]) / _FAST_MEAN
+    slow = known[1] + (loss - known[1]) / _SLOW_MEAN
+    squares = known[2] + ((loss - known[0]) ** 2 - known[2]) / _FAST_MEAN
+    # The two means of losses that do not change are so far apart, in their standard deviations.
+    apart = math.sqrt(0.5 / _FAST_MEAN + 0.5 / _SLOW_MEAN) * jnp.sqrt(squares)
+    falls = (slow - fast) / jnp.maximum(apart, _TINY)
+    change = jnp.where(falls > _FALLS, _PATIENCE, jnp.where(falls < 0, 1 / _PATIENCE, 1.0))
+    longer = jnp.clip(sizes.longer * change, *_LENGTHS)
+    return sizes._replace(losses=jnp.stack([fast, slow, squares]), longer=longer)
 
 
 def choose(
