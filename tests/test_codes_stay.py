@@ -126,8 +126,8 @@ FEW = (
     "zoqo, majority; rank_one; mask",
     "zoqo, dithered; dense; clamp",
     "caq_zo, error feedback; dense; reflect",
-    "quzo, several; sparse 1/64; clamp",
-    "qes; sparse; reflect",
+    "quzo; sparse 1/64; clamp",
+    "qes, kept; sparse; reflect",
 )
 
 

@@ -584,8 +584,9 @@ def test_vmap_runs_over_a_stack_of_arrays():
     arrays = jax.jit(jax.vmap(zq.nf4(block=8)))(stack)
     assert arrays.codes.shape == (5, 4, 20) and arrays.scale.shape == (5, 4, 3)
     values = jax.vmap(lambda array: array.materialise())(arrays)
+    alone = jax.jit(lambda x: zq.nf4(block=8)(x).materialise())
     for one, value in zip(stack, values, strict=True):
-        np.testing.assert_array_equal(value, zq.nf4(block=8)(one).materialise())
+        np.testing.assert_array_equal(value, alone(one))
 
 
 def test_donated_codes_are_updated_in_place(params):
@@ -640,7 +641,7 @@ def test_every_step_from_every_code_survives_apply_updates(bits):
             return optax.apply_updates(array, dataclasses.replace(zeros, packed=delta))
 
         target = np.clip(n + step, low, high)
-        for apply in (move, jax.jit(move)):
+        for apply in (move, jax.jit(move)) if bits == 4 else (jax.jit(move),):
             moved = apply(start, jnp.asarray(step, jnp.int32))
             assert moved.packed.dtype == jnp.uint8
             np.testing.assert_array_equal(ints(moved.codes), target)
