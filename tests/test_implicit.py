@@ -12,6 +12,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import by_turns
 from flax import linen as nn
 from flax import nnx
 
@@ -493,18 +494,9 @@ CODEBOOKS = {
 CAQ_QUERIES = [("clamp", "dense", 1.0), ("mask", "rank_one", 1.0), ("reflect", "sparse", 0.5)]
 
 
-@pytest.mark.parametrize(
-    ("codebook", "boundary", "structure", "density"),
-    [
-        pytest.param(codebook, *query, marks=() if i == j % 3 else pytest.mark.slow)
-        for j, codebook in enumerate(CODEBOOKS)
-        for i, query in enumerate(CAQ_QUERIES)
-    ],
-)
-def test_rounding_a_caq_zo_query_to_the_codebook_changes_no_code(
-    codebook, boundary, structure, density
-):
-    quantizer = CODEBOOKS[codebook]
+@pytest.mark.parametrize(("codebook", "query"), by_turns(CODEBOOKS, CAQ_QUERIES))
+def test_rounding_a_caq_zo_query_to_the_codebook_changes_no_code(codebook, query):
+    quantizer, (boundary, structure, density) = CODEBOOKS[codebook], query
     params = {"w": quantizer(0.3 * normal(15, 16, 32))}
     tx = zq.caq_zo(
         1.0, key=jax.random.key(4), boundary=boundary, structure=structure, density=density
@@ -513,11 +505,17 @@ def test_rounding_a_caq_zo_query_to_the_codebook_changes_no_code(
     @jax.jit
     def rounded(params):
         probes = tx.probes(tx.init(params), params)
-        points = [queries.endpoints(params, probes, side)["w"] for side in (1, -1)]
-        return [(point, quantizer(point.materialise())) for point in points]
+
+        def at(side):
+            point = queries.endpoints(params, probes, side)["w"]
+            return point, quantizer(point.materialise())
+
+        return jax.lax.map(at, jnp.array([1, -1], jnp.int8))
 
     start = params["w"].codes.astype(jnp.int32)
-    for point, again in rounded(params):
+    both = rounded(params)
+    for i in range(2):
+        point, again = jax.tree.map(lambda leaf, i=i: leaf[i], both)
         np.testing.assert_array_equal(again.codes, point.codes)
         np.testing.assert_array_equal(again.materialise(), point.materialise())
         moved = point.codes.astype(jnp.int32) - start
