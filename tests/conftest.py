@@ -4,6 +4,7 @@ Programs are compiled in a hurry (`compiling.py`), unless XLA_NORMALLY=1 is in t
 it is for the slow tests.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -27,6 +28,10 @@ import pytest
 hypothesis.settings.register_profile("default", deadline=None)  # the first example compiles
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # what is imported stays: the collector need not look at it again and again
 
 
 def pytest_unconfigure(config):

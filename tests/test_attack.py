@@ -28,13 +28,20 @@ _METHODS = {
     "sign_hunter": {"method": "sign_hunter"},
     "square": {"method": "square"},
 }
-every_method = pytest.mark.parametrize("settings", _METHODS.values(), ids=_METHODS.keys())
+
+
+def each_method(*fast):
+    """Settings of each method; those of the others than `fast` are for the slow tests."""
+    return [
+        pytest.param(settings, id=name, marks=() if name in fast else pytest.mark.slow)
+        for name, settings in _METHODS.items()
+    ]
 
 
 @pytest.fixture(scope="module")
 def digits():
     """The network and the first 50 digits that it reads correctly."""
-    logits_fn = models.load_classifier("mnist")
+    logits_fn = jax.jit(models.load_classifier("mnist"))
     images, labels = data.load("mnist")
     right = np.asarray(logits_fn(jnp.asarray(images[:60])).argmax(-1)) == labels[:60]
     chosen = np.flatnonzero(right)[:50]
@@ -70,9 +77,12 @@ def recorder(model):
 # --- what every method promises -------------------------------------------------------------------
 
 
-@every_method
+@pytest.mark.parametrize(
+    "settings",
+    each_method("coarse to fine", "rank-one", "zo_sign_sgd", "sign_hunter", "square"),
+)
 def test_what_is_found_is_misread_in_the_ball_and_on_the_grid(digits, settings):
-    logits_fn, images, labels = digits
+    logits_fn, images, labels = (x if callable(x) else x[:16] for x in digits)
     config = Config(budget=300, epsilon=0.25, **settings)
     outcome = attack(logits_fn, images, labels, config)
     assert outcome.success.mean() > 0.3
@@ -88,17 +98,27 @@ def test_what_is_found_is_misread_in_the_ball_and_on_the_grid(digits, settings):
         np.testing.assert_allclose(codes, np.round(codes), atol=1e-3)
 
 
+_COUNTED = [
+    ("coarse to fine", False),
+    ("dense", False),
+    ("zo_sign_sgd", False),
+    ("sign_hunter", False),
+    ("square", True),
+]
+
+
 @pytest.mark.parametrize(
     ("settings", "targeted"),
     [
-        *(pytest.param(settings, False, id=name) for name, settings in _METHODS.items()),
-        pytest.param(_METHODS["square"], True, id="square, targeted"),
-        # What a target changes is no part of a method.
-        *(
-            pytest.param(settings, True, id=f"{name}, targeted", marks=pytest.mark.slow)
-            for name, settings in _METHODS.items()
-            if name != "square"
-        ),
+        # What a target changes is no part of a method, nor are zoqo's four structures what counts.
+        pytest.param(
+            settings,
+            targeted,
+            id=f"{name}{', targeted' * targeted}",
+            marks=() if (name, targeted) in _COUNTED else pytest.mark.slow,
+        )
+        for targeted in (False, True)
+        for name, settings in _METHODS.items()
     ],
 )
 def test_every_evaluation_is_counted_and_both_paths_agree(digits, settings, targeted):
@@ -116,7 +136,7 @@ def test_every_evaluation_is_counted_and_both_paths_agree(digits, settings, targ
     assert pixels.max() <= 1.0
 
 
-@every_method
+@pytest.mark.parametrize("settings", each_method("zo_sign_sgd"))
 def test_outcomes_depend_on_the_image_alone(digits, settings):
     logits_fn, images, labels = (x if callable(x) else x[:12] for x in digits)
     config = Config(budget=66, epsilon=0.15, **settings)  # a program of the test above
@@ -128,13 +148,7 @@ def test_outcomes_depend_on_the_image_alone(digits, settings):
         np.testing.assert_array_equal(one[order], few)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [  # of zoqo's four structures one
-        pytest.param(settings, id=name, marks=pytest.mark.slow if "structure" in settings else ())
-        for name, settings in _METHODS.items()
-    ],
-)
+@pytest.mark.parametrize("settings", each_method("coarse to fine"))
 def test_a_targeted_attack_reaches_its_class(digits, settings):
     logits_fn, images, labels = digits
     targets = ((labels + 1) % 10).astype(np.int32)
@@ -148,31 +162,31 @@ def test_a_targeted_attack_reaches_its_class(digits, settings):
 
 def test_cross_entropy_is_a_loss_too(digits):
     config = Config(budget=200, loss="cross_entropy")
-    assert attack(*digits, config).success.mean() > 0.9
+    some = (x if callable(x) else x[:16] for x in digits)
+    assert attack(*some, config).success.mean() > 0.9
 
 
 def test_another_seed_asks_otherwise(digits):
-    config = Config(budget=200, epsilon=0.15, structure="dense")
+    logits_fn, images, labels = (x if callable(x) else x[:12] for x in digits)
+    config = Config(budget=66, epsilon=0.15, structure="dense")  # a program of a test above
     first, second = (
-        attack(*digits, dataclasses.replace(config, seed=seed)).perturbation for seed in (0, 1)
+        attack(logits_fn, images, labels, dataclasses.replace(config, seed=seed)).perturbation
+        for seed in (0, 1)
     )
     assert (first != second).any()
 
 
-def test_a_model_that_answers_nan_is_never_fooled():
+@pytest.mark.parametrize("settings", each_method("coarse to fine", "sign_hunter"))
+def test_a_model_that_answers_nan_is_never_fooled(settings):
     def logits_fn(images):
         return jnp.full((len(images), 2), jnp.nan) + images.sum()
 
     images = np.full((3, 4, 4, 1), 0.5, np.float32)
-    for settings in _METHODS.values():
-        config = Config(budget=40, **settings)
-        outcome = attack(logits_fn, images, np.zeros(3, int), config)
-        assert not outcome.success.any()
-        assert (outcome.queries == 40 // config_asks(config) * config_asks(config)).all()
-
-
-def config_asks(config):
-    return methods.make(config, (4, 4, 1)).asks
+    config = Config(budget=40, **settings)
+    outcome = attack(logits_fn, images, np.zeros(3, int), config)
+    assert not outcome.success.any()
+    asks = methods.make(config, (4, 4, 1)).asks
+    assert (outcome.queries == 40 // asks * asks).all()
 
 
 # --- one method at a time -------------------------------------------------------------------------
@@ -228,7 +242,7 @@ def test_sign_hunter_begins_anew_round_the_point_it_reached():
     np.testing.assert_array_equal(offsets[8], np.clip(reached + 0.25, -0.25, 0.25))
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_square_attack_changes_one_square_at_a_time(channels):
     shape = (10, 10, channels)
     weights = np.random.default_rng(0).normal(size=shape)
@@ -240,14 +254,15 @@ def test_square_attack_changes_one_square_at_a_time(channels):
     assert set(np.unique(signs)) == {-1.0, 1.0}
     assert (signs[0] == signs[0][:1]).all()  # vertical stripes
     losses = (signs * weights).sum((1, 2, 3))
+    steps = jnp.arange(len(signs) - 1)
+    sides = jax.vmap(lambda i: side(i, config.density, shape, config.budget))(steps).tolist()
     best = 0
     for i in range(1, len(signs)):
         changed = signs[i] != signs[best]
         rows, columns, _ = np.nonzero(changed)
         assert changed.any()
-        longest = int(side(jnp.int32(i - 1), config.density, shape, config.budget))
-        assert np.ptp(rows) < longest
-        assert np.ptp(columns) < longest
+        assert np.ptp(rows) < sides[i - 1]
+        assert np.ptp(columns) < sides[i - 1]
         for channel in range(channels):
             assert len(np.unique(signs[i][..., channel][changed[..., channel]])) <= 1
         best = i if losses[i] < losses[best] else best
@@ -278,11 +293,11 @@ def test_zo_sign_sgd_steps_by_its_learning_rate():
 def test_zoqo_asks_for_both_ends_of_its_directions(digits):
     config = Config(structure="dense", num_queries=3, noise="uniform")
     method = methods.make(config, (28, 28, 1))
-    state = method.init(jax.random.key(0), jnp.asarray(digits[1][0]))
-    asked = method.ask(state)
+    state = jax.jit(method.init)(jax.random.key(0), jnp.asarray(digits[1][0]))
+    asked = jax.jit(method.ask)(state)
     assert asked.shape == (6, 28, 28, 1)
     np.testing.assert_allclose(asked[0::2], -asked[1::2], atol=1e-7)
-    after = method.tell(state, jnp.array([1.0, 0.0, 2.0, 0.0, 0.0, 1.0]))
+    after = jax.jit(method.tell)(state, jnp.array([1.0, 0.0, 2.0, 0.0, 0.0, 1.0]))
     assert after.perturbation.codes.dtype == jnp.uint8
     assert after.step.count == 1
 
@@ -410,10 +425,12 @@ def test_idle_places_are_not_asked_about():
     assert looks == [4] * 40  # 20 steps of six questions, in a batch of 16 places
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 100])
+@pytest.mark.parametrize(
+    "batch_size", [1, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (5, 100))]
+)
 def test_any_batch_size_comes_to_an_end(batch_size):
     images = np.full((7, 4, 4, 1), 0.5, np.float32)
-    config = Config(budget=40, batch_size=batch_size, model_batch=2)
+    config = Config(method="square", budget=40, batch_size=batch_size, model_batch=2)
     outcome = attack(linear(np.ones(16), lead=99.0), images, np.zeros(7, int), config)
     assert (outcome.queries == 40).all()
 
@@ -433,7 +450,7 @@ def _command(*flags):
 
 
 def test_command_writes_a_table_and_a_figure(tmp_path):
-    flags = ("--num_images=4", "--budget=300", "--bits=8", "--nobaseline")
+    flags = ("--num_images=4", "--budget=60", "--bits=8", "--nobaseline")
     result = _command(*flags, "--structures=dense", f"--output={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert "| ZOQO, 8 bit" in result.stdout
@@ -451,7 +468,7 @@ def test_command_names_what_is_wrong(flag):
 
 
 def test_table_survives_a_run_without_successes():
-    metrics = run(Config(num_images=2, budget=2, epsilon=0.001))
+    metrics = run(Config(method="square", num_images=2, budget=2, epsilon=0.001))
     assert metrics.failure_rate == 1.0
     assert "nan" not in report.table([metrics])
 

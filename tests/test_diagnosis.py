@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import by_turns
 from compiling import NORMALLY
 
 import zoqo_jax as zq
@@ -85,8 +86,7 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("radius", [0.004, 0.0613, 0.21, 1.7])
+@pytest.mark.parametrize(("name", "radius"), by_turns(GRIDS, [0.004, 0.0613, 0.21, 1.7]))
 def test_counts_are_those_of_brute_force(name, radius):
     array = GRIDS[name](normal(0, 6, 24))
     for unit in ("values", "half_range"):
@@ -111,9 +111,11 @@ def test_leaves_of_every_shape(shape):
 
 
 @pytest.mark.parametrize(
-    "name", ["nf4, blocks", "nf4, blocks across rows, cut short", "fp4, channels"]
+    ("name", "piece"),
+    by_turns(
+        ["nf4, blocks", "nf4, blocks across rows, cut short", "fp4, channels"], [24, 100, 240]
+    ),
 )
-@pytest.mark.parametrize("piece", [24, 100, 240])
 def test_large_leaves_are_counted_piece_by_piece(name, piece, monkeypatch):
     array = GRIDS[name](normal(2, 7, 24))  # of 1, 4 and 7 rows
     few = functools.partial(implicit.sum_over_rows, most=piece)

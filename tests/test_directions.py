@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import by_turns
 from hypothesis import strategies as st
 from scipy import stats
 from statistical import (
@@ -58,8 +59,7 @@ def law(name, m, width):
     return k, weight / weight.sum()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize(("name", "bits"), by_turns(LAWS, [8, 4]))
 def test_entries_have_the_laws_frequencies(name, bits):
     """Chi-square against p(k), for reaches from one code to the width of the grid."""
     array = centred((400, 500), bits)
@@ -207,8 +207,7 @@ def test_random_words_of_a_direction(bits, choices, words, monkeypatch):
     assert random_words(drawn, KEY, monkeypatch=monkeypatch, rounds=digits) == words
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("name", ["uniform", "rademacher"])
+@pytest.mark.parametrize(("name", "bits"), by_turns(["uniform", "rademacher"], [8, 4, 2]))
 def test_a_rank_one_direction_is_a_row_times_signs(name, bits):
     drawn = jax.jit(functools.partial(sample, distribution=name, structure="rank_one"))
     u = np.asarray(drawn(centred((30, 20), bits), KEY, 9.0))

@@ -1,5 +1,6 @@
 """Fine-tuning from a file to a file: what changes, what is logged, and going on after a kill."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,15 +81,33 @@ def assert_log_rebuilds(outcome, chosen):
         np.testing.assert_array_equal(one, other)
 
 
-def test_codes_are_trained_in_place_and_rebuilt_from_the_log(files, tmp_path):
-    chosen = config(files, tmp_path, targets=("q", "down"), eval_every=1)
-    outcome = run(chosen)
-    assert {name.split(".")[2] for name in changed_by(tmp_path, files)} == {"attn_q", "ffn_down"}
+CODES = {"method": "zoqo", "targets": ("q", "down"), "eval_every": 1}
+ADAPTERS = {"train": "lora", "method": "zoqo", "structure": "rank_one", "rank": 2, "steps": 5}
+
+
+@pytest.fixture(scope="module")
+def codes_run(files, tmp_path_factory):
+    """The settings and the outcome of a run that trained codes; tests only read its folder."""
+    chosen = config(files, tmp_path_factory.mktemp("codes"), **CODES)
+    return chosen, run(chosen)
+
+
+@pytest.fixture(scope="module")
+def adapters_run(files, tmp_path_factory):
+    """The same of a run that trained adapters of 8 bits."""
+    chosen = config(files, tmp_path_factory.mktemp("adapters"), **ADAPTERS)
+    return chosen, run(chosen)
+
+
+def test_codes_are_trained_in_place_and_rebuilt_from_the_log(files, codes_run):
+    chosen, outcome = codes_run
+    folder = Path(chosen.output)
+    assert {name.split(".")[2] for name in changed_by(folder, files)} == {"attn_q", "ffn_down"}
     best = max(outcome.history, key=lambda line: (line["dev_accuracy"], -line["dev_loss"]))
     assert outcome.best_step == best["step"]
     assert_log_rebuilds(outcome, chosen)
-    assert "ZOQO, codes in place" in (tmp_path / "report.md").read_text()
-    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert "ZOQO, codes in place" in (folder / "report.md").read_text()
+    assert (folder / "curves.png").stat().st_size > 1000
 
 
 def test_without_steps_a_run_only_reads(files, tmp_path):
@@ -132,18 +151,20 @@ def test_codes_of_a_folder_are_trained_in_place(files, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "zoqo"},
+        CODES,
+        slow({"method": "zoqo"}),
         slow({"method": "caq_zo", "train": "lora", "bits": 4, "structure": "dense"}),
         slow({"method": "adam", "train": "lora"}),
         slow({"method": "mezo", "train": "lora", "num_queries": 2}),
     ],
-    ids=lambda changes: changes["method"],
+    ids=["two modules", "zoqo", "caq_zo", "adam", "mezo"],
 )
-def test_an_interrupted_run_goes_on_bit_for_bit(files, tmp_path, monkeypatch, changes):
-    whole = run(config(files, tmp_path / "whole", **changes))
+def test_an_interrupted_run_goes_on_bit_for_bit(files, codes_run, tmp_path, monkeypatch, changes):
+    is_made = changes is CODES
+    whole = codes_run[1] if is_made else run(config(files, tmp_path / "whole", **changes))
     chosen = config(files, tmp_path / "parts", **changes)
     advance = training._Run._advance
-    for stop in (7,) if changes == {"method": "zoqo"} else (2, 7):
+    for stop in (7,) if is_made else (2, 7):
 
         def interrupted(self, now, *rest, stop=stop):
             if now.step == stop:
@@ -231,31 +252,32 @@ def test_a_run_that_is_killed_three_times_goes_on_bit_for_bit(files, tmp_path):
     np.testing.assert_array_equal(*logs)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"method": "zo_signsgd"}, {"method": "zoqo", "bits": 8, "structure": "rank_one"}],
-    ids=lambda changes: changes["method"],
-)
-def test_adapters_are_written_as_peft_reads_them(files, tmp_path, changes):
+@pytest.mark.parametrize("method", ["zoqo", slow("zo_signsgd")])
+def test_adapters_are_written_as_peft_reads_them(files, adapters_run, tmp_path, method):
     from safetensors.numpy import load_file
 
-    outcome = run(config(files, tmp_path, train="lora", rank=2, steps=5, **changes))
-    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    if method == "zoqo":
+        chosen, outcome = adapters_run
+    else:
+        chosen = config(files, tmp_path, train="lora", rank=2, steps=5, method=method)
+        outcome = run(chosen)
+    found = load_file(Path(chosen.output) / "adapter" / "adapter_model.safetensors")
     assert len(found) == 2 * 2 * tiny_model.DEPTH  # A and B of q and v
     v = outcome.params["layers"]["v"]["weight"]
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     np.testing.assert_array_equal(found[name], zq.dequantize(v.b)[1])
 
 
-@pytest.mark.parametrize("train", ["codes", "lora"])
-def test_the_log_makes_the_same_file_again(files, tmp_path, train):
-    chosen = config(files, tmp_path / "run", train=train, layers=1, steps=2, eval_every=2)
-    outcome = run(chosen)
-    assert outcome.best_step == 2
-    log, again = tmp_path / "run" / "replay.npz", tmp_path / "again"
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [("codes_run", "model.gguf"), ("adapters_run", "adapter/adapter_model.safetensors")],
+)
+def test_the_log_makes_the_same_file_again(files, tmp_path, request, made, name):
+    folder = Path(request.getfixturevalue(made)[0].output)
+    log, again = tmp_path / "replay.npz", tmp_path / "again"
+    shutil.copy(folder / "replay.npz", log)
     replay.main(replay.Places(str(log), files[0], str(again)))
-    name = "model.gguf" if train == "codes" else "adapter/adapter_model.safetensors"
-    assert (again / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    assert (again / name).read_bytes() == (folder / name).read_bytes()
     other = tiny_model.write_model(tmp_path / "other.gguf", seed=1)
     with pytest.raises(ValueError, match=r"output: .* holds other things"):
         replay.main(replay.Places(str(log), files[0], str(again)))
@@ -268,10 +290,9 @@ def test_the_log_makes_the_same_file_again(files, tmp_path, train):
     assert not again.exists()
 
 
-def test_a_folder_of_another_run_is_left_alone(files, tmp_path):
-    run(config(files, tmp_path, steps=1))
-    with pytest.raises(ValueError, match=r"another steps, 1 instead of 2"):
-        run(config(files, tmp_path, steps=2))
+def test_a_folder_of_another_run_is_left_alone(files, codes_run):
+    with pytest.raises(ValueError, match=r"another steps, 10 instead of 2"):
+        run(config(files, codes_run[0].output, **CODES, steps=2))
 
 
 def test_a_choice_of_two_tokens_is_refused(files):
@@ -360,7 +381,7 @@ def test_without_llama_cpp_its_package_is_named(files, monkeypatch, capsys):
         llama_cpp.main(llama_cpp.Asked(files[0], data=files[1]))
 
 
-def test_only_the_best_step_and_the_last_are_left_on_disk(files, tmp_path):
-    outcome = run(config(files, tmp_path, eval_every=1))
-    steps = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+def test_only_the_best_step_and_the_last_are_left_on_disk(codes_run):
+    chosen, outcome = codes_run
+    steps = {path.name for path in (Path(chosen.output) / "checkpoints").iterdir()}
     assert steps == {str(outcome.best_step), "10"}

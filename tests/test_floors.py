@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from choosing import by_turns
 from compiling import NORMALLY
 
 import zoqo_jax as zq
@@ -71,9 +72,9 @@ def _zoqo(bits, steps, density, coarse):
     )
 
 
-@pytest.mark.parametrize("condition", [1.0, 10.0])
-@pytest.mark.parametrize(("bits", "coarse"), [(4, 2.0), (8, 16.0)])
-def test_zoqo_reaches_twice_the_floor(bits, coarse, condition):
+@pytest.mark.parametrize(("step", "condition"), by_turns([(4, 2.0), (8, 16.0)], [1.0, 10.0]))
+def test_zoqo_reaches_twice_the_floor(step, condition):
+    bits, coarse = step
     steps = 16_000
     tx = _zoqo(bits, steps, 1 / (2 * _DIMENSION), coarse)
     best = _losses_over_floor(tx, bits, condition, steps).min(axis=1)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import by_turns
 
 import zoqo_jax as zq
 from zoqo_jax import directions
@@ -96,8 +97,9 @@ def check_rank_one(name, boundary, dtype=jnp.float32, transposed=False):
     assert_close(out, expected(x, array, a, b, m, boundary, transposed), dtype)
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("name", ["uniform8", "uniform4", "nf4", "uniform2"])
+@pytest.mark.parametrize(
+    ("name", "boundary"), by_turns(["uniform8", "uniform4", "nf4", "uniform2"], BOUNDARIES)
+)
 def test_both_sides_at_every_edge(name, boundary):
     check_rank_one(name, boundary)
 

@@ -249,7 +249,13 @@ def test_scores_are_those_of_the_softmax():
 SLOPES = ("caq_zo", "off_grid", "quzo", "qzo", "mezo")
 
 
-@pytest.mark.parametrize("name", SLOPES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("caq_zo", "qzo") else pytest.param(name, marks=pytest.mark.slow)
+        for name in SLOPES
+    ],
+)
 def test_a_rate_along_slopes_means_the_same_to_all_methods(name):
     """On a linear loss, E[move . slope] is -rate / d |slope|^2, in values."""
     rng = np.random.default_rng(5)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import by_turns
 
 import zoqo_jax as zq
 from zoqo_jax.implicit.lora import is_factor, is_lora, merge
@@ -43,8 +44,7 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("base", "product"), by_turns(BASES, PRODUCTS))
 def test_products_are_those_of_the_merged_weights(base, product):
     fn, _ = PRODUCTS[product]
     tree = adapted(BASES[base](normal(6, 16)))
@@ -54,7 +54,7 @@ def test_products_are_those_of_the_merged_weights(base, product):
         zq.dequantize(tree["w"].b) @ zq.dequantize(tree["w"].a)
     )
     np.testing.assert_allclose(merged, expected, atol=1e-5)
-    found = zq.quaxify(lambda tree: fn(tree["w"], x, y))(tree)
+    found = jax.jit(zq.quaxify(lambda tree: fn(tree["w"], x, y)))(tree)
     np.testing.assert_allclose(found, fn(expected, x, y), rtol=1e-4, atol=1e-4)
 
 
@@ -65,7 +65,7 @@ def test_stacked_layers_are_scanned():
     def run(w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.T), None), x, w)[0]
 
-    found = zq.quaxify(lambda tree: run(tree["w"]))(tree)
+    found = jax.jit(zq.quaxify(lambda tree: run(tree["w"])))(tree)
     np.testing.assert_allclose(found, run(merge(tree)["w"]), atol=1e-4)
 
 
@@ -104,11 +104,14 @@ def test_losses_are_those_at_the_displaced_factors():
     def value_fn(tree):
         return jnp.square(x @ tree["w"].T).mean()
 
-    _, after = tx.update(None, state, tree, value_fn=value_fn)
-    probes = tx.probes(state, tree)
-    for side, loss in zip((1, -1), after.info.losses[0], strict=True):
-        expected = value_fn(merge(zq.queries.endpoints(tree, probes, side)))
-        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    @jax.jit
+    def both(tree, state):
+        _, after = tx.update(None, state, tree, value_fn=value_fn)
+        probes = tx.probes(state, tree)
+        ends = [merge(zq.queries.endpoints(tree, probes, side)) for side in (1, -1)]
+        return after.info.losses[0], jnp.stack([value_fn(end) for end in ends])
+
+    np.testing.assert_allclose(*both(tree, state), rtol=1e-5)
 
 
 def test_float_factors_are_trained_by_a_gradient():
@@ -120,7 +123,7 @@ def test_float_factors_are_trained_by_a_gradient():
         tree = eqx.combine(trained, rest)
         return jnp.square(zq.quaxify(lambda tree: x @ tree["w"].T)(tree)).mean()
 
-    gradient = jax.grad(loss)(trained)
+    gradient = jax.jit(jax.grad(loss))(trained)
     assert len(jax.tree.leaves(gradient)) == 2
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
@@ -132,8 +135,11 @@ def test_a_fresh_adapter_changes_nothing():
     assert is_lora(tree["w"])
 
 
-@pytest.mark.parametrize("grid", [zq.companders.identity(), zq.companders.nf4()], ids=str)
-@pytest.mark.parametrize("range", [0.1, 0.4])
+@pytest.mark.parametrize(
+    ("grid", "range"),
+    by_turns([zq.companders.identity(), zq.companders.nf4()], [0.1, 0.4]),
+    ids=str,
+)
 def test_a_grid_coarser_than_the_start_of_an_adapter_does_not_lose_it(grid, range):
     def factor(quantizer):
         settings = {"key": jax.random.key(0), "where": is_weight, "quantizer": quantizer}

@@ -93,7 +93,7 @@ def compiled(model, layers, storage, structure, num_queries=1):
     ("model", "storage", "structure", "num_queries"),
     [
         (Stacked, "int8", "rank_one", 1),
-        (Stacked, "nf4", "dense", 1),
+        slow(Stacked, "nf4", "dense", 1),
         slow(Unrolled, "int8", "rank_one", 1),
         slow(Unrolled, "int8", "dense", 1),
         slow(Stacked, "nf4", "sparse", 1),

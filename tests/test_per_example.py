@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import by_turns
 
 import zoqo_jax as zq
 from zoqo_jax import directions
@@ -44,8 +45,7 @@ def of_each(direction, array):
     return jnp.concatenate(parts, axis=-1)
 
 
-@pytest.mark.parametrize("boundary", ["clamp", "mask", "reflect"])
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("grid", "boundary"), by_turns(GRIDS, ["clamp", "mask", "reflect"]))
 def test_each_loss_is_that_of_a_model_of_its_own(grid, boundary):
     """Left and right of the vectors, with several vectors for each example, merged or not."""
     array = GRIDS[grid](normal(0, 12, 8))

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import test_reference as runs
+from choosing import by_turns
 from compiling import NORMALLY
 from statistical import mean_and_error
 
@@ -75,8 +76,10 @@ def test_qzo_is_its_formula(noise, num_queries, clip):
     assert distance(params.materialise()) < distance(start.materialise())
 
 
-@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
-@pytest.mark.parametrize("scale_dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("scale_dtype", "noise"),
+    by_turns([jnp.float32, jnp.float16, jnp.bfloat16], ["gaussian", "rademacher"]),
+)
 def test_qzo_moves_against_the_gradient_on_average_in_any_dtype(scale_dtype, noise):
     """Within four standard errors, though each step is a small part of a 16-bit scale's spacing."""
     params, eta = blocks(scale_dtype), 2e-7

@@ -263,7 +263,10 @@ def test_zoqo_is_algorithm_1(queries, law, boundary, model):
         (MODELS[1], "mean", "uniform", "clamp", "sparse", 0.375),
         # A single matrix product adds up the queries of these:
         (PACKED, "mean", "rademacher", "clamp", "rank_one", 1.0),
-        (MODELS[1], "majority", "rademacher", "reflect", "rank_one", 1.0),
+        pytest.param(
+            *(MODELS[1], "majority", "rademacher", "reflect", "rank_one", 1.0),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *(MODELS[0], "mean", "rademacher", "mask", "rank_one", 1.0), marks=pytest.mark.slow
         ),
@@ -303,8 +306,8 @@ def words_of_moves(model, num_queries):
 @pytest.mark.parametrize(
     ("model", "num_queries", "boundary"),
     [
-        (MODELS[0], 1, "reflect"),
         (PACKED, 3, "mask"),
+        pytest.param(MODELS[0], 1, "reflect", marks=pytest.mark.slow),
         pytest.param(MODELS[1], 3, "clamp", marks=pytest.mark.slow),
     ],
 )
@@ -386,8 +389,10 @@ def test_caq_zo_is_its_formula(rounding, boundary, num_queries, model):
 @pytest.mark.parametrize(
     ("rounding", "boundary", "num_queries", "model", "structure"),
     [
-        ("stochastic", "mask", 3, PACKED, {"structure": "rank_one"}),
         ("error_feedback", "reflect", 1, PACKED, {"structure": "sparse", "density": 0.25}),
+        pytest.param(
+            *("stochastic", "mask", 3, PACKED, {"structure": "rank_one"}), marks=pytest.mark.slow
+        ),
         pytest.param(
             *("error_feedback", "clamp", 3, MODELS[0], {"structure": "rank_one"}),
             marks=pytest.mark.slow,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from choosing import by_turns
 
 import zoqo_jax as zq
 
@@ -18,8 +19,7 @@ def quadratic(x):
     return 0.5 * x @ A @ x + B @ x
 
 
-@pytest.mark.parametrize("num_queries", [1, 4])
-@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+@pytest.mark.parametrize(("noise", "num_queries"), by_turns(["rademacher", "gaussian"], [1, 4]))
 def test_estimates_are_unbiased_on_a_quadratic(noise, num_queries):
     draws = 10_000
     tx = zq.spsa(0.25, key=KEY, noise=noise, num_queries=num_queries)
@@ -112,8 +112,9 @@ def test_radius_may_be_a_schedule():
 # Leaves of every kind
 
 
-@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "noise"), by_turns([jnp.bfloat16, jnp.float16], ["rademacher", "gaussian"])
+)
 def test_gradients_have_the_dtype_of_their_leaf(dtype, noise):
     params = {"half": jnp.ones((4, 3), dtype), "full": jnp.ones(2)}
     tx = zq.spsa(0.125, key=KEY, noise=noise)

@@ -226,7 +226,7 @@ def test_examples_of_two_splits_are_told_on_the_screen_and_in_the_report(tmp_pat
     assert data.remarks(data.load_all(source)) == expected
     model = tiny_model.write_model(tmp_path / "a.gguf")
     config = Config(
-        str(model), str(tmp_path / "run"), data=source, steps=1, batch_size=2, density=0.1
+        str(model), str(tmp_path / "run"), data=source, steps=0, batch_size=2, density=0.1
     )
     outcome = training.train(loading.load(model), config, progress=False)
     outputs.write(config, outcome, 1.0)

@@ -84,7 +84,13 @@ def test_a_run_is_the_same_under_every_flag(name):
                 assert bool((found["w"].packed == expected["w"].packed).all()), flag
 
 
-@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize(
+    "flag",
+    [
+        flag if flag in ("x64", "ranks") else pytest.param(flag, marks=pytest.mark.slow)
+        for flag in FLAGS
+    ],
+)
 def test_the_tools_work_under_every_flag(flag):
     with jax.numpy_dtype_promotion("standard"), FLAGS[flag]():
         params = {"w": zq.Quantizer(bits=4)(jnp.asarray(W)), "b": jnp.zeros(16, jnp.float32)}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choosing import by_turns
 
 from experiments.attack.attack import attack
 from experiments.attack.config import Config
@@ -29,8 +30,7 @@ def never_fooled(images):
     return jnp.stack([score + 1e6, score], axis=1)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "shape"), by_turns(CONFIGS, SHAPES), ids=str)
 def test_images_of_any_shape_are_attacked(name, shape):
     images, labels = np.full((2, *shape), 0.5, np.float32), np.zeros(2, int)
     outcome = attack(never_fooled, images, labels, CONFIGS[name])
@@ -39,10 +39,11 @@ def test_images_of_any_shape_are_attacked(name, shape):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 9, 1), (9, 1, 3), (5, 6, 1), (8, 8, 31), (12, 7, 70)], ids=str
+    ("side", "shape"),
+    by_turns([1, 2, 4], [(1, 9, 1), (9, 1, 3), (5, 6, 1), (8, 8, 31), (12, 7, 70)]),
+    ids=str,
 )
-@pytest.mark.parametrize("side", [1, 2, 4])
-def test_squares_reach_every_pixel_and_always_change_something(shape, side):
+def test_squares_reach_every_pixel_and_always_change_something(side, shape):
     signs = jnp.ones(shape, jnp.int8)
     draw = jax.jit(jax.vmap(lambda key: square.changed(signs, key, jnp.int32(side)) != signs))
     changes = np.asarray(draw(jax.random.split(jax.random.key(0), 1000)))
@@ -53,13 +54,17 @@ def test_squares_reach_every_pixel_and_always_change_something(shape, side):
 @pytest.mark.parametrize("shape", [(1, 7, 1), (7, 1, 1), (5, 3, 1), (28, 28, 1)], ids=str)
 def test_the_blocks_of_all_rounds_reach_every_pixel(shape):
     steps = jnp.arange(coarse_to_fine.count_of_blocks(shape))
-    flips = jax.vmap(lambda step: coarse_to_fine.blocks(step, jax.random.key(0), shape))(steps)
+    block = jax.vmap(lambda step: coarse_to_fine.blocks(step, jax.random.key(0), shape))
+    flips = jax.jit(block)(steps)
     singles = np.asarray(flips)[np.asarray(flips).sum(axis=(1, 2)) == 1]
     assert singles.any(axis=0).all()
 
 
-@pytest.mark.parametrize("name", ["square", "coarse to fine"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 1), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    by_turns(["square", "coarse to fine"], [(1, 1, 1), (1, 3, 1), (2, 2, 1)]),
+    ids=str,
+)
 def test_no_corner_of_a_small_image_is_asked_about_twice(name, shape):
     seen = []
 
