@@ -15,6 +15,8 @@ from zoqo_jax.analysis.diagnosis import Diagnosis as Diagnosis
 from zoqo_jax.analysis.diagnosis import diagnose as diagnose
 from zoqo_jax.analysis.explanation import Explanation as Explanation
 from zoqo_jax.analysis.explanation import explain as explain
+from zoqo_jax.analysis.health import Health as Health
+from zoqo_jax.analysis.health import health as health
 from zoqo_jax.analysis.observation import Observation as Observation
 from zoqo_jax.analysis.observation import observe as observe
 from zoqo_jax.grids import companders as companders
@@ -53,6 +55,7 @@ __all__ = [
     "Diagnosis",
     "Explanation",
     "Grid",
+    "Health",
     "Info",
     "LoraArray",
     "Observation",
@@ -69,6 +72,7 @@ __all__ = [
     "directions",
     "explain",
     "freeze",
+    "health",
     "is_matrix",
     "is_quantized",
     "lora",

