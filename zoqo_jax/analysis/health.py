@@ -24,7 +24,7 @@ class Health:
     Attributes:
         findings: what is wrong, a sentence each.
         steps: how many there were.
-        loss: mean of the losses of queries in the first steps, and lately.
+        loss: mean of the losses of queries in the first step, and lately.
         codes_moved: in a step, lately.
         share_at_edges: of the codes, now.
         relative_difference: of the losses at the two sides of a query, as a share of them, lately.
@@ -91,7 +91,7 @@ def health(history: Any) -> Health:
     losses = np.where(np.isfinite(infos.losses), infos.losses, np.nan).astype(np.float64)
     of_step = np.array([np.nanmean(x) if np.isfinite(x).any() else np.nan for x in losses])
     few = max(min(_LATELY, steps // 4), 1)
-    first, last = of_step[:few], of_step[-few:]
+    last = of_step[-few:]
     apart = np.abs(losses[..., 0] - losses[..., 1])[lately]
     size_of_loss = np.nanmean(np.abs(losses[lately])) if np.isfinite(losses[lately]).any() else 0.0
     relative = np.nanmean(apart) / max(size_of_loss, 1e-38) if np.isfinite(apart).any() else np.nan
@@ -99,24 +99,24 @@ def health(history: Any) -> Health:
     found = Health(
         findings=(),
         steps=steps,
-        loss=(_mean(first), _mean(last)),
+        loss=(float(of_step[0]), _mean(last)),
         codes_moved=moved,
         share_at_edges=float(infos.share_at_edges[-1]),
         relative_difference=float(relative),
         size=float(infos.size[-1]),
         true_share=float(infos.true_share[-1]),
     )
-    return dataclasses.replace(found, findings=tuple(_findings(found, infos, lately, first, last)))
+    return dataclasses.replace(
+        found, findings=tuple(_findings(found, infos, lately, _spread(last)))
+    )
 
 
-def _findings(
-    found: Health, infos: Info, lately: slice, first: np.ndarray, last: np.ndarray
-) -> list[str]:
+def _findings(found: Health, infos: Info, lately: slice, spread: float) -> list[str]:
     count = len(infos.codes_moved[lately])
-    has_losses = np.isfinite(infos.losses).any(axis=-1).any()
     heard = infos.loss_differences[lately] != 0
     said = []
-    if has_losses and not np.isfinite(infos.losses[lately]).all(axis=-1).any():
+    # Comparisons leave no losses, but differences.
+    if not heard.any() and not np.isfinite(infos.losses[lately]).all(axis=-1).any():
         said.append(
             f"every query of the last {count} steps had a loss that is NaN or inf: none moved "
             "anything."
@@ -126,12 +126,11 @@ def _findings(
             f"both sides of every query of the last {count} steps had the same loss: nothing that "
             "is probed reaches the loss, or it is rounded too coarsely to tell (float16, accuracy)."
         )
-    elif not infos.codes_moved[lately].any() and has_losses:
+    elif not infos.codes_moved[lately].any():
         said.append(
             f"nothing has moved in the last {count} steps: the learning rate is too small for "
             'whole codes; leave it out and steps size themselves, or use rounding="stochastic".'
         )
-    spread = np.hypot(_error(first), _error(last))
     if found.steps > 1 and found.loss[1] > found.loss[0] + 2 * spread:
         said.append(
             f"the loss is above its start, {found.loss[1]:.4g} after {found.loss[0]:.4g}: steps "
@@ -160,10 +159,10 @@ def _mean(x: np.ndarray) -> float:
     return float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")
 
 
-def _error(x: np.ndarray) -> float:
-    """The standard error of a mean."""
+def _spread(x: np.ndarray) -> float:
+    """The standard deviation of what is known."""
     known = x[np.isfinite(x)]
-    return float(known.std() / max(len(known), 1) ** 0.5) if len(known) else 0.0
+    return float(known.std()) if len(known) else 0.0
 
 
 def _stacked(history: Any) -> Info:

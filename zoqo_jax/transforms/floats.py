@@ -69,6 +69,6 @@ def typical(leaves: Sequence[Array | None]) -> list[Float32[Array, ""] | None]:
     """The root mean square of each array; of one of zeros, that of all, or 1."""
     means = [None if x is None else jnp.mean(jnp.square(x.astype(jnp.float32))) for x in leaves]
     known = jnp.stack([mean for mean in means if mean is not None])
-    of_all = known.sum() / jnp.maximum((known > 0).sum(), 1)
+    of_all = known.sum() / jnp.maximum((known > 0).sum(dtype=jnp.float32), 1.0)
     of_all = jnp.where(of_all > 0, of_all, 1.0)
     return [None if x is None else jnp.sqrt(jnp.where(x > 0, x, of_all)) for x in means]

@@ -1,7 +1,8 @@
 """Replay: a trained model from the base model and a log of a few bytes a step.
 
-A step is determined by the run's key, its count and the differences of its losses; everything else
-is drawn again. No forward pass is made.
+A step is determined by the run's key, its count and the differences of its losses, or where steps
+size themselves, by how far each query's direction was gone along; everything else is drawn again.
+No forward pass is made.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def replay(
 
     Args:
         params: the quantized tree that the run began with.
-        log: `state.info.loss_differences` of each of its steps, in order.
+        log: `state.info.log` of each of its steps, in order.
         tx: a transformation made with the run's arguments and key.
         extra: what else each step was given, as `guides`.
 
@@ -34,7 +35,8 @@ def replay(
         The tree that the run ended with.
 
     Raises:
-        ValueError: `log` has not two axes (or three, with examples), or not the queries of `tx`.
+        ValueError: `log` has not the axes that `info.log` has and one for steps, or not the queries
+            of `tx`.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -44,14 +46,17 @@ def replay(
         >>> for _ in range(5):
         ...     updates, state = tx.update(None, state, params, value_fn=lambda p: p["w"].sum())
         ...     params = optax.apply_updates(params, updates)
-        ...     log.append(state.info.loss_differences)
+        ...     log.append(state.info.log)
         >>> again = zq.replay(start, jnp.stack(log), tx)
         >>> bool((again["w"].codes == params["w"].codes).all())
         True
     """
-    heard = optax.tree.get(tx.init(params), "loss_differences")
-    if jnp.ndim(log) != 1 + heard.ndim:
-        raise ValueError(f"log must have shape (steps, queries), got {jnp.shape(log)}.")
+    first = tx.init(params)
+    differences, record = (optax.tree.get(first, name) for name in ("loss_differences", "record"))
+    shape = jnp.shape(record) or jnp.shape(differences)
+    if jnp.ndim(log) != 1 + len(shape):
+        names = ("steps", "queries", "2" if jnp.shape(record) else "examples")[: 1 + len(shape)]
+        raise ValueError(f"log must have shape ({', '.join(names)}), got {jnp.shape(log)}.")
 
     def step(
         carry: tuple[PyTree, PyTree], differences: Array

@@ -42,14 +42,15 @@ from zoqo_jax import directions
 from zoqo_jax.directions import Structure
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.transforms import queries
-from zoqo_jax.transforms.schedules import Schedule, check_positive
+from zoqo_jax.transforms.schedules import Schedule, check_positive, is_traced
 
 __all__ = ["Auto", "Moves", "Sizes", "Sizing", "Weights", "choose", "of_floats"]
 
 Weights = Literal["signs", "whole", "real"]
 """What a query's slope becomes: a sign or nothing, a whole number, or a real one."""
 
-Auto = Literal["auto"]
+Auto = str
+"""The word "auto"; others are refused by name."""
 
 _FIRST = 2.0**-8
 _FEWEST = 4.0  # entries of a direction
@@ -265,7 +266,8 @@ class Sizing:
 
         twice = sizes.again & is_heard & (sizes.slopes != 0)
         earlier = sizes.slopes / (now.deviation * sizes.probed)
-        products, number = jnp.where(twice, scores * earlier, 0.0).sum(), twice.sum()
+        products = jnp.where(twice, scores * earlier, 0.0).sum()
+        number = twice.sum(dtype=jnp.float32)
         agreement = _more(now.agreement, products, number, (1 - 1 / _REPEATS) ** number)
         now = now._replace(agreement=agreement)
         true = now.true_share
@@ -325,7 +327,7 @@ class Sizing:
         is_finite = jnp.isfinite(after.info.losses).all()
         moves = moves._replace(sizes=_judge(moves.sizes, after.info.losses.mean()))
         sizes = self.learn(before.sizes, moves, arrays, pending.looks, losses, is_finite)
-        evaluations = after.info.evaluations + 2 * pending.looks
+        evaluations = after.info.evaluations + 2 * pending.looks.astype(jnp.int32)
         return after._replace(sizes=sizes, info=after.info._replace(evaluations=evaluations))
 
     def looks(self, count: Array, moves: Moves) -> Bool[Array, ""]:
@@ -443,32 +445,23 @@ def choose(
     Raises:
         ValueError: a number that is not positive, or a word that is not "auto".
     """
-    for name, value in (
-        ("learning_rate", learning_rate),
-        ("radius", radius),
-        ("density", density),
-    ):
+    given = {"learning_rate": learning_rate, "radius": radius, "density": density}
+    for name, value in given.items():
         if isinstance(value, str) and value != "auto":
             raise ValueError(f"{name} must be a number, a schedule or 'auto', got {value!r}.")
-        if name != "density" and value != "auto":
+        if name != "density" and not isinstance(value, str):
             check_positive(name, value)
-    is_free = learning_rate == "auto" and radius == "auto" and density == "auto"
-    if structure == "auto":
-        structure = "sparse" if is_free else "dense"
-    if learning_rate != "auto":
+    sizes_itself, looks, is_free = (isinstance(value, str) for value in given.values())
+    if isinstance(structure, str) and structure == "auto":
+        structure = "sparse" if sizes_itself and looks and is_free else "dense"
+    number = 1.0 if is_free else density
+    if not sizes_itself:
         usual = learning_rate if usual_radius is None else usual_radius
-        radius = usual if radius == "auto" else radius
-        return None, learning_rate, radius, 1.0 if density == "auto" else density, structure
-    if callable(density):
-        raise ValueError("density must be a number or 'auto' with learning_rate='auto'.")
-    sizing = Sizing(weights, structure, density, radius != "auto")
-    return (
-        sizing,
-        1.0,
-        1.0 if radius == "auto" else radius,
-        (1.0 if density == "auto" else density),
-        structure,
-    )
+        return None, learning_rate, usual if looks else radius, number, structure
+    if callable(density) or is_traced(density):
+        raise ValueError("density must be a number or 'auto' where learning_rate is 'auto'.")
+    sizing = Sizing(weights, structure, density, is_given=not looks)
+    return sizing, 1.0, 1.0 if looks else radius, number, structure
 
 
 def _codes(array: QuantizedArray) -> int:

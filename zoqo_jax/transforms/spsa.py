@@ -102,7 +102,7 @@ def spsa(
     """
     if learning_rate not in (None, "auto"):
         raise ValueError(f"learning_rate must be None or 'auto', got {learning_rate!r}.")
-    if learning_rate == "auto" and radius != "auto":
+    if learning_rate == "auto" and not isinstance(radius, str):
         raise ValueError(f"radius must be 'auto' where learning_rate is, got {radius!r}.")
     sized = sizing.of_floats(radius)
     directions.check_choice("noise", noise, get_args(Noise))

@@ -81,7 +81,7 @@ class Info(NamedTuple):
     @property
     def log(self) -> Float32[Array, "queries ..."]:
         """What `replay` needs of the step: its `record`, or the `loss_differences`."""
-        return self.record if isinstance(self.record, jax.Array) else self.loss_differences
+        return self.loss_differences if isinstance(self.record, tuple) else self.record
 
     @property
     def relative_difference(self) -> Float32[Array, ""]:

@@ -1,0 +1,193 @@
+"""Steps that size themselves: they train, whatever the units, and a run is replayed exactly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import zoqo_jax as zq
+
+METHODS = {
+    "zoqo": zq.zoqo,
+    "caq_zo": zq.caq_zo,
+    "caq_zo, error feedback": functools.partial(zq.caq_zo, rounding="error_feedback"),
+    "quzo": zq.quzo,
+    "qes": functools.partial(zq.qes, window=5),
+    "zoqo, rank-one": functools.partial(zq.zoqo, structure="rank_one"),
+    "zoqo, a density given": functools.partial(zq.zoqo, density=0.125, structure="sparse"),
+    "zoqo, a radius given": functools.partial(zq.zoqo, radius=0.2),
+}
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (512, 8))
+TRUE = jax.random.normal(jax.random.key(2), (8, 4))
+Y = (X @ TRUE).argmax(axis=1)
+START = {"w": jax.random.normal(jax.random.key(3), (8, 4)) * 0.5}
+
+
+def cross_entropy(params, batch=slice(None), scale=1.0):
+    """A logistic regression, whose loss and weights may be in any unit."""
+    logits = X[batch] @ params["w"]
+    return scale * optax.softmax_cross_entropy_with_integer_labels(logits, Y[batch]).mean()
+
+
+def run(tx, params, loss, steps=300):
+    """The parameters and what each step told, compiled as a scan; `loss(params, step)`."""
+
+    def step(carry, t):
+        params, state = carry
+        updates, state = tx.update(None, state, params, value_fn=lambda p: loss(p, t))
+        return (optax.apply_updates(params, updates), state), state.info
+
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(steps)))
+    (params, _), told = scan((params, tx.init(params)))
+    return params, told
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_method_trains_without_a_number(name, bits):
+    """From its key alone, or from what else is given, a method halves the loss."""
+    if bits == 4 and name == "zoqo, rank-one":
+        pytest.skip("of few bits, rank-one directions of one code at least are too long to train")
+    start = zq.quantize(START, zq.Quantizer(bits=bits))
+    tx = METHODS[name](key=KEY, num_queries=4)
+    trained, told = run(tx, start, lambda p, t: cross_entropy(p))
+    before, after = (cross_entropy(zq.dequantize(p)) for p in (start, trained))
+    assert after < before / 2
+    assert told.losses.shape == (300, 4, 2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_is_replayed_bit_for_bit_from_its_log(name):
+    """`info.log` holds all that steps follow from, second looks of the step before too."""
+    start = zq.quantize(START, zq.Quantizer(bits=8))
+    tx = METHODS[name](key=KEY, num_queries=3)
+    batch = lambda t: (jnp.arange(32) + 32 * t) % 512  # noqa: E731
+    trained, told = run(tx, start, lambda p, t: cross_entropy(p, batch(t)), steps=40)
+    assert told.log.shape == (40, 3, 2)
+    assert (told.record[..., 1] < 0).any(), "no direction was looked along twice"
+    again = zq.replay(start, told.log, tx)
+    np.testing.assert_array_equal(again["w"].codes, trained["w"].codes)
+
+
+@pytest.mark.parametrize("scale", [2.0**-20, 2.0**20])
+def test_the_unit_of_the_loss_changes_nothing(scale):
+    """Codes are the same bit for bit for a loss that is a power of two as large."""
+    start = zq.quantize(START, zq.Quantizer(bits=4))
+    codes = [
+        run(
+            zq.zoqo(key=KEY, num_queries=4),
+            start,
+            lambda p, t, unit=unit: cross_entropy(p, scale=unit),
+        )[0]
+        for unit in (1.0, scale)
+    ]
+    np.testing.assert_array_equal(codes[0]["w"].codes, codes[1]["w"].codes)
+
+
+@pytest.mark.parametrize("scale", [2.0**-10, 2.0**10])
+def test_the_unit_of_the_weights_changes_nothing(scale):
+    """Likewise for weights in another unit, of codes and of floats."""
+    in_unit = lambda unit: jax.tree.map(lambda w: w * unit, START)  # noqa: E731
+    loss = lambda unit: lambda p, t: cross_entropy(jax.tree.map(lambda w: w / unit, p))  # noqa: E731
+    for tx, form in (
+        (zq.zoqo(key=KEY, num_queries=4), lambda p: zq.quantize(p, zq.Quantizer(bits=4))),
+        (zq.spsa(key=KEY, num_queries=4), lambda p: p),
+    ):
+        one, other = (run(tx, form(in_unit(u)), loss(u), steps=100)[0] for u in (1.0, scale))
+        one, other = (zq.dequantize(p)["w"] for p in (one, other))
+        np.testing.assert_array_equal(one * scale, other)
+
+
+def test_floats_train_without_a_number():
+    """`spsa` with a key alone makes steps, not gradients."""
+    trained, _ = run(zq.spsa(key=KEY, num_queries=4), START, lambda p, t: cross_entropy(p))
+    assert cross_entropy(trained) < cross_entropy(START) / 2
+
+
+def test_a_jump_of_the_data_does_not_end_a_run():
+    """Labels change their meaning half way: the loss falls once more."""
+    other = (Y + 1) % 4
+
+    def loss(params, t):
+        labels = jnp.where(t < 300, Y, other)
+        logits = X @ params["w"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    start = zq.quantize(START, zq.Quantizer(bits=8))
+    trained, told = run(zq.zoqo(key=KEY, num_queries=8), start, loss, steps=900)
+    after_jump = float(told.losses[300:310].mean())
+    assert float(loss(zq.dequantize(trained), 900)) < after_jump / 3
+
+
+def test_a_loss_that_is_no_number_is_survived():
+    """Where every query is NaN nothing moves; the run goes on when losses are numbers again."""
+    start = zq.quantize(START, zq.Quantizer(bits=4))
+    loss = lambda p, t: jnp.where((t > 20) & (t < 60), jnp.nan, cross_entropy(p))  # noqa: E731
+    trained, told = run(zq.zoqo(key=KEY, num_queries=2), start, loss)
+    assert not told.codes_moved[21:60].any()
+    assert int(told.skipped[-1]) == 2 * 39
+    assert cross_entropy(zq.dequantize(trained)) < cross_entropy(zq.dequantize(start)) / 2
+
+
+def test_problems_vmapped_are_the_problems_one_by_one():
+    """Under vmap each problem has sizes of its own."""
+    starts = [zq.quantize(START, zq.Quantizer(bits=4)) for _ in range(2)]
+    tx = zq.zoqo(key=KEY, num_queries=2)
+    keys = jax.random.split(KEY, 2)
+
+    def trained(params, key):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(None, state, params, value_fn=cross_entropy)
+            return (optax.apply_updates(params, updates), state), None
+
+        state = tx.init(params)._replace(key=key)
+        return jax.lax.scan(step, (params, state), length=30)[0][0]["w"].codes
+
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *starts)
+    together = jax.jit(jax.vmap(trained))(stacked, keys)
+    for problem, (start, key) in enumerate(zip(starts, keys, strict=True)):
+        np.testing.assert_array_equal(together[problem], jax.jit(trained)(start, key))
+
+
+def test_a_step_costs_a_twentieth_more_than_its_queries_at_most():
+    """Looks at the curvature take two evaluations, as seldom as that."""
+    start = zq.quantize(START, zq.Quantizer(bits=4))
+    for queries in (1, 8):
+        _, told = run(zq.zoqo(key=KEY, num_queries=queries), start, lambda p, t: cross_entropy(p))
+        assert int(told.evaluations[-1] - told.evaluations[99]) <= 1.05 * 200 * 2 * queries
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: zq.zoqo("fast", key=KEY), "learning_rate must be a number, a schedule or 'auto'"),
+        (lambda: zq.zoqo(radius="far", key=KEY), "radius must be a number, a schedule or 'auto'"),
+        (lambda: zq.quzo(density="low", key=KEY), "density must be a number, a schedule or 'auto'"),
+        (lambda: zq.spsa("far", key=KEY), "radius must be one of"),
+        (lambda: zq.spsa(1e-3, key=KEY, learning_rate="auto"), "radius must be 'auto'"),
+        (lambda: zq.caq_zo(key=KEY, rounding="significant"), "learning_rate must be a number"),
+        (lambda: zq.zoqo(-1.0, key=KEY), "learning_rate must be positive"),
+    ],
+)
+def test_what_cannot_size_itself_is_refused(make, words):
+    """Errors name the argument."""
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_comparisons_need_a_given_step():
+    """Which side is better does not say how far to go."""
+    params = zq.Quantizer(bits=4)(jnp.ones((4, 4)))
+    tx = zq.zoqo(key=KEY)
+    with pytest.raises(ValueError, match="learning_rate must be a number or a schedule with"):
+        tx.update(
+            None, tx.init(params), params, compare_fn=lambda a, b: jnp.sign(a.sum() - b.sum())
+        )
+    tx = zq.caq_zo(key=KEY, structure="per_example")
+    with pytest.raises(ValueError, match="where directions are of examples"):
+        tx.init(params)
