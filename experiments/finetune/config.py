@@ -14,6 +14,7 @@ Rounding = Literal["stochastic", "nearest", "error_feedback", "threshold", "sign
 Method = Literal["zoqo", "caq_zo", "quzo", "qes", "qzo", "mezo", "zo_signsgd", "adam"]
 Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
+_SIZED = ("zoqo", "caq_zo", "quzo", "qes")
 _NAMES = {
     "zoqo": "ZOQO", "caq_zo": "CAQ-ZO", "quzo": "QuZO", "qes": "QES", "qzo": "QZO", "mezo": "MeZO",
     "zo_signsgd": "ZO-SignSGD", "adam": "Adam",
@@ -37,6 +38,8 @@ class Config:
       steps: of the optimizer; with 0 the test examples are read, and nothing is trained.
       batch_size: examples a step.
       max_tokens: longer training examples are left out; at most the model's context.
+      sized: whether steps size themselves, of zoqo, caq_zo, quzo and qes: learning_rate, radius,
+        density, decay and structure are not used then.
       learning_rate: eta; value units (zoqo, zo_signsgd, mezo, adam), code units (caq_zo, quzo,
         qes; all layers in place bear about 0.05 / density) or scale units (qzo); 0: the method's
         default.
@@ -86,6 +89,7 @@ class Config:
     steps: int = 200
     batch_size: int = 32
     max_tokens: int = 48
+    sized: bool = False
     learning_rate: float = 0.0
     radius: float = 0.0
     decay: float = 0.125
@@ -131,6 +135,8 @@ class Config:
             raise ValueError(f"method={self.method!r} moves codes, not scales: use 'qzo'.")
         if moved is not None and self.train != moved:
             raise ValueError(f"method={self.method!r} needs train={moved!r}, got {self.train!r}.")
+        if self.sized and self.method not in _SIZED:
+            raise ValueError(f"sized is for methods of {_SIZED}, got method={self.method!r}.")
         if self.grid == "nf4" and self.bits != 4:
             raise ValueError(f"bits must be 4 with grid='nf4', got {self.bits}.")
         bad = [name for name in self.targets if name not in _MATRICES]
@@ -154,13 +160,16 @@ class Config:
         if self.structure == "auto":
             found["structure"] = "sparse" if self.is_sparse else "dense"
         drops = {
-            "radius": radius is None,
-            "density": not self.is_sparse,
-            "structure": not moves_codes,
+            "sized": not self.sized,
+            "learning_rate": self.sized,
+            "decay": self.sized,
+            "radius": radius is None or self.sized,
+            "density": not self.is_sparse or self.sized,
+            "structure": not moves_codes or self.sized,
             "query": self.method != "caq_zo",
             "rounding": self.method != "caq_zo",
-            "noise": self.method != "zoqo",
-            "step_rule": self.method != "zoqo",
+            "noise": self.method != "zoqo" or self.sized,
+            "step_rule": self.method != "zoqo" or self.sized,
             "num_queries": self.method == "adam",
             "query_batch": self.method == "adam",
             **dict.fromkeys(("bits", "grid", "range"), not adapters or floats),

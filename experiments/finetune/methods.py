@@ -20,10 +20,13 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
         return optax.exponential_decay(start, max(config.steps, 1), config.decay)
 
     used, sparse = config.used, config.is_sparse
+    queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
+    if config.sized:
+        asked = {"rounding": config.rounding} if config.method == "caq_zo" else {}
+        return getattr(zq, config.method)(**asked, **queries)
     # Of sparse directions the density falls.
     rate = used["learning_rate"] if sparse else falling(used["learning_rate"])
     radius = used.get("radius")
-    queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
     density = {"density": falling(config.probed)} if sparse else {}
     shape = {"structure": used.get("structure"), **density, **queries}
     if config.method == "zoqo":

@@ -165,7 +165,7 @@ class _Run:
             dev_before=self.dev_before,
             examples=self.counts,
             history=now.history,
-            forward_passes=self.forward_passes(now.step),
+            forward_passes=self.forward_passes(now),
             test=self.test_texts,
             remarks=self.remarks,
         )
@@ -198,9 +198,16 @@ class _Run:
         if self.progress:
             say(text)
 
-    def forward_passes(self, steps: int) -> int:
-        """Evaluations of the loss on a batch; a backward pass counts as two."""
-        return steps * (3 if self.config.method == "adam" else 2 * self.config.num_queries)
+    @property
+    def passes_a_step(self) -> int:
+        """Evaluations of the loss, looks at its size aside; a backward pass counts as two."""
+        return 3 if self.config.method == "adam" else 2 * self.config.num_queries
+
+    def forward_passes(self, now: Progress) -> int:
+        """Evaluations of the loss on a batch so far."""
+        if self.config.sized:
+            return int(now.state.info.evaluations)
+        return now.step * self.passes_a_step
 
     def _step(
         self, trained: Any, state: Any, rest: Any, batch: objective.Batch
@@ -217,7 +224,7 @@ class _Run:
                 self.parts.split(params)[0],
                 state,
                 state.info.losses.mean(),
-                state.info.loss_differences,
+                state.info.log,
             )
 
         def of_trained(trained: Any) -> jax.Array:
@@ -238,7 +245,8 @@ class _Run:
         params, self.params = self.params, None
         trained, _ = self.parts.split(params)
         state = self.tx.init(trained if self.config.moves_floats else params)
-        log = np.zeros((self.config.steps, self.config.num_queries), np.float32)
+        each = (self.config.num_queries, 2) if self.config.sized else (self.config.num_queries,)
+        log = np.zeros((self.config.steps, *each), np.float32)
         fresh = [jnp.array(x) for x in trained]  # copies, that steps may write over
         return Progress(0, fresh, state, log, [], {})
 
@@ -255,7 +263,7 @@ class _Run:
         board.add_scalar("loss", float(seen), now.step)
         bar.update()
         bar.set_postfix_str(
-            f"{self.forward_passes(1) / seconds:.1f} forward passes/s, loss {float(seen):.3f}, "
+            f"{self.passes_a_step / seconds:.1f} forward passes/s, loss {float(seen):.3f}, "
             f"{self._dev_words(now)}, {footprint.peak():.0f} MiB",
             refresh=False,
         )
@@ -275,7 +283,7 @@ class _Run:
             "loss": now.last["loss"],
             "dev_loss": scores.loss,
             "dev_accuracy": scores.accuracy,
-            "forward_passes": self.forward_passes(now.step),
+            "forward_passes": self.forward_passes(now),
             "seconds_a_step": now.last["seconds_a_step"],
             "resident_mib": footprint.peak(),
         }
