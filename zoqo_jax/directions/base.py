@@ -169,6 +169,7 @@ class Direction(eqx.Module):
         array: QuantizedArray,
         columns: int,
         at: Callable[[Array], Array] = lambda per_code: per_code,
+        kept: bool = False,
     ) -> Int16[Array, "*rows columns"]:
         """Independent draws of the distribution.
 
@@ -176,11 +177,12 @@ class Direction(eqx.Module):
             array: with a code to a byte.
             columns: how many for each row.
             at: from what broadcasts with the codes to what broadcasts with the draws.
+            kept: whether to keep random words in memory.
         """
         width, m = (
             at(array.broadcast_scales(x)) for x in (self.width(array), self.radius_in_codes(array))
         )
-        draw = entries.from_rows(self.rows, columns)
+        draw = entries.from_rows(self.rows, columns, kept)
         u = entries.of(draw, m, width, self.distribution, self.rounding)
         chance = self.probability(array)
         if chance is None:

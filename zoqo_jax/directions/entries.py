@@ -49,9 +49,10 @@ def of(
     return jnp.where(bits & 1, -magnitude, magnitude)  # a fair sign: exactly symmetric
 
 
-def from_rows(rows: Rows, columns: int) -> Callable[[str, int], Array]:
-    """What `of` draws with: so many random signs or words for each row."""
-    by_kind = {"signs": random_bits.signs, "words": random_bits.words}
+def from_rows(rows: Rows, columns: int, kept: bool = False) -> Callable[[str, int], Array]:
+    """What `of` draws with: so many random signs or words for each row, words kept in memory."""
+    words = random_bits.kept_words if kept else random_bits.words
+    by_kind = {"signs": random_bits.signs, "words": words}
     return lambda kind, stream: by_kind[kind](rows, columns, stream)
 
 

@@ -21,6 +21,7 @@ from zoqo_jax.xla import compiler, random_bits
 __all__ = ["Sparse"]
 
 _LONGEST_CELL = 2**16
+_LONG_CELL = 8  # from here on random words, a few for each cell, are kept in memory
 _CELLS_FILLED = 0.75  # about this share of cells is in a support
 
 
@@ -82,7 +83,8 @@ class Sparse(Direction):
         return share if wide_enough is None else wide_enough * share
 
     def _support(self, chance: Array, columns: int) -> Bool[Array, "*rows columns"]:
-        return random_bits.bernoulli(self.rows, chance, columns, entries.SUPPORT, self.digits)
+        kept = self.cell >= _LONG_CELL
+        return random_bits.bernoulli(self.rows, chance, columns, entries.SUPPORT, self.digits, kept)
 
     def entries(self, array: QuantizedArray) -> Int16[Array, "*rows columns"]:
         """The entries for the + side, before the boundary, of an array with a code to a byte.
@@ -93,10 +95,10 @@ class Sparse(Direction):
             return super().entries(array)
         rows, cell = self.rows, self.cell
         columns = array.shape[-1] if array.ndim else 1
-        cells = -(-columns // cell)
+        cells, kept = -(-columns // cell), cell >= _LONG_CELL
 
         def entry_and_place() -> Array:
-            place = random_bits.below(rows, cell, cells, entries.PLACE)
+            place = random_bits.below(rows, cell, cells, entries.PLACE, kept)
             first = cell * jnp.arange(cells, dtype=jnp.int32)
             first = first.reshape((1,) * (place.ndim - 1) + (cells,))
             column = jnp.minimum(place + first, columns - 1)
@@ -107,7 +109,7 @@ class Sparse(Direction):
                 whole = jnp.broadcast_to(per_code, (*column.shape[:-1], columns))
                 return jnp.take_along_axis(whole, column, axis=-1)
 
-            u = self._independent(array, cells, at_places)
+            u = self._independent(array, cells, at_places, kept)
             return u.astype(jnp.int32) * 2 * _LONGEST_CELL + place
 
         drawn = compiler.materialized(entry_and_place, rows.key0)[..., None]

@@ -160,12 +160,16 @@ def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
         >>> sorted(set(signs(rows(jax.random.key(0), ()), 100, 0).tolist()))
         [-1, 1]
     """
-    packed = _kept_words(of, -(-count // 32), stream)
+    packed = kept_words(of, -(-count // 32), stream)
     return (2 * _unpack(packed, count).astype(jnp.int8) - 1).astype(jnp.int8)
 
 
-def _kept_words(of: Rows, count: int, stream: int) -> UInt32[Array, "*rows count"]:
-    """Random words, kept in memory; those of a large array are written piece by piece in place."""
+def kept_words(of: Rows, count: int, stream: int) -> UInt32[Array, "*rows count"]:
+    """Random words, kept in memory; those of a large array are written piece by piece in place.
+
+    Where few words serve many entries this is faster: fused with what uses them, each would be half
+    of a pair that is computed for it alone.
+    """
     shape = (*of.index.shape, count)
     rows, few = shape[0], max(_MANY_WORDS // max(math.prod(shape[1:]), 1), 1)
     like = jax.ShapeDtypeStruct(shape, jnp.uint32)
@@ -179,14 +183,23 @@ def _kept_words(of: Rows, count: int, stream: int) -> UInt32[Array, "*rows count
     return in_chunks(piece, rows, few, compiler.blank(of.key0, like))
 
 
-def below(of: Rows, bound: int, count: int, stream: int) -> Int32[Array, "*rows count"]:
+def below(
+    of: Rows, bound: int, count: int, stream: int, kept: bool = False
+) -> Int32[Array, "*rows count"]:
     """Whole numbers uniform on 0 .. bound - 1, to within bound / 2^32; bound at most 2^16.
+
+    Args:
+        of: the rows.
+        bound: what they are below.
+        count: numbers for each row.
+        stream: which of 64 independent streams.
+        kept: whether to keep their random words in memory.
 
     Examples:
         >>> sorted(set(below(rows(jax.random.key(0), ()), 3, 100, 0).tolist()))
         [0, 1, 2]
     """
-    random = words(of, count, stream)
+    random = (kept_words if kept else words)(of, count, stream)
     high, low = random >> 16, random & 0xFFFF  # random * bound / 2^32 without a 64-bit product
     return ((high * bound + ((low * bound) >> 16)) >> 16).astype(jnp.int32)
 
@@ -197,6 +210,7 @@ def bernoulli(
     count: int,
     stream: int,
     digits: int = RESOLUTION,
+    kept: bool = False,
 ) -> Bool[Array, "*rows count"]:
     """Independent draws that are true with a given probability.
 
@@ -211,6 +225,7 @@ def bernoulli(
         count: draws for each row.
         stream: which of 64 independent streams.
         digits: binary digits, at most 24.
+        kept: whether to keep in memory the words that make one draw each.
 
     Examples:
         >>> draws = bernoulli(rows(jax.random.key(0), ()), 0.25, 100_000, 0)
@@ -220,7 +235,8 @@ def bernoulli(
     p = jnp.asarray(probability, jnp.float32)
     p = p if p.ndim else p[None]
     if count < 32 or p.shape[-1] != 1:
-        return (words(of, count, stream) >> 8).astype(jnp.float32) * 2.0**-24 < p
+        word = (kept_words if kept else words)(of, count, stream)
+        return (word >> 8).astype(jnp.float32) * 2.0**-24 < p
     whole = jnp.round(p * 2.0**digits).astype(jnp.uint32)
     length = -(-count // 32)
 
