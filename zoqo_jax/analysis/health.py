@@ -28,8 +28,8 @@ class Health:
         codes_moved: in a step, lately.
         share_at_edges: of the codes, now.
         relative_difference: of the losses at the two sides of a query, as a share of them, lately.
-        size: of steps, where they size themselves (see `zoqo_jax.Info`); else NaN.
-        true_share: of squared slopes, found again in other data; else NaN.
+        size: of steps, where they size themselves (see `zoqo_jax.Info`); else 0.
+        true_share: of squared slopes, found again in other data; else 1.
     """
 
     findings: tuple[str, ...]
@@ -51,7 +51,7 @@ class Health:
             f"{self.codes_moved:.4g} codes moved a step, {self.share_at_edges:.1%} at an edge",
             f"the sides of a query differ by {self.relative_difference:.2g} of the loss",
         ]
-        if np.isfinite(self.size):
+        if self.size:
             told.append(f"size {self.size:.2g}, {self.true_share:.0%} of squared slopes are true")
         return "\n".join(["; ".join(told) + ".", *(f"- {finding}" for finding in self.findings)])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -45,10 +44,10 @@ class Info(NamedTuple):
         evaluations: of the objective so far; a comparison counts as two.
         size: of the step that was made, where steps size themselves: the root mean square of the
             entries of a direction as a share of the number of codes of its grid (see `sizing`).
-            With 4 bits, (16 size)^2 of the codes are probed by one code, if that is below 1/16. NaN
+            With 4 bits, (16 size)^2 of the codes are probed by one code, if that is below 1/16. 0
             where the user says how long steps are.
         true_share: then, of the squared slopes the share that is found again in other data; the
-            rest is noise, which more examples or queries lessen. Else NaN.
+            rest is noise, which more examples or queries lessen. Else 1.
         record: what `replay` needs of such a step: for each query how often the step went along its
             direction, and the size of that, negative for one of the step before.
 
@@ -74,8 +73,8 @@ class Info(NamedTuple):
     share_at_edges: Float32[Array, ""]
     skipped: Int32[Array, ""]
     evaluations: Int32[Array, ""]
-    size: Float32[Array, ""] | float = math.nan
-    true_share: Float32[Array, ""] | float = math.nan
+    size: Float32[Array, ""] | float = 0.0
+    true_share: Float32[Array, ""] | float = 1.0
     record: Float32[Array, "queries 2"] | tuple[()] = ()
 
     @property
@@ -169,8 +168,8 @@ def initial_state(key: PRNGKeyArray, num_queries: int, examples: int = 0) -> Sta
             share_at_edges=jnp.zeros((), jnp.float32),
             skipped=jnp.copy(nothing),
             evaluations=jnp.copy(nothing),
-            size=jnp.full((), jnp.nan, jnp.float32),
-            true_share=jnp.full((), jnp.nan, jnp.float32),
+            size=jnp.zeros((), jnp.float32),
+            true_share=jnp.ones((), jnp.float32),
         ),
     )
 

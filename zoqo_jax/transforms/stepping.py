@@ -237,9 +237,7 @@ class Steps:
     def _examples(self, array: QuantizedArray) -> int:
         """Of how many examples the objective returns losses, or 0 for one loss."""
         size = None if self.method.sizing is None else jnp.float32(1.0)
-        describe = functools.partial(
-            self.method.direction, array=array, count=jnp.int32(0), size=size
-        )
+        describe = functools.partial(self.direction, 0, array=array, count=jnp.int32(0), size=size)
         return jax.eval_shape(describe, random_bits.threefry(jax.random.key(0))).examples
 
     def probes(self, state: State, params: PyTree, query: Array | int = 0) -> list[Direction]:
@@ -274,7 +272,8 @@ class Steps:
         size: Array | None = None,
     ) -> Direction:
         """The direction of a leaf, guided where there is a guide for it."""
-        direction = self.method.direction(key, array, count, size)
+        sized = {} if size is None else {"size": size}
+        direction = self.method.direction(key, array, count, **sized)
         guide = self.guides[leaf] if self.guides else None
         return direction if guide is None else direction.guided(guide, array)
 
