@@ -35,6 +35,7 @@ class Sparse(Direction):
         cell: neighbours in a row of whom at most one is in the support; 1 for no limit.
 
     Examples:
+        >>> import jax
         >>> from zoqo_jax import Quantizer
         >>> array = Quantizer()(jnp.ones((10, 1000)))
         >>> direction = Sparse.describe(jax.random.key(0), array, 3.0, density=1 / 4)
