@@ -8,4 +8,6 @@ measure on are two packages that do not import each other:
   theory (residual, floors, rates);
 - `networks`: small networks on real data, of which nothing is known (noise, bits, memory, audited,
   judge, budgets).
+
+`untuned` measures on both, and `untuned_problems` says what.
 """

@@ -41,6 +41,7 @@ _CLAIMS = {
     "audited": "RC-ZOQO's protocol on MNIST: audits that stop a run",
     "judge": "training by comparisons alone, by a judge who errs",
     "budgets": "all methods at the same number of queries, on three tasks",
+    "untuned": "steps that size themselves against the best setting of a long search",
 }
 
 

@@ -1,8 +1,9 @@
 """Small networks: what they answer, and where their training starts.
 
-The perceptron and the transformer are matrices and nothing else (where a bias is wanted, a one is
-appended to what the matrix reads), so that every number of them may lie on a grid. The dense
-network has its biases beside its matrices, as networks commonly do; they stay floats.
+The perceptron, the convolutional network and the transformer are matrices and nothing else (where a
+bias is wanted, a one is appended to what the matrix reads), so that every number of them may lie on
+a grid. The dense network has its biases beside its matrices, as networks commonly do; they stay
+floats.
 """
 
 import itertools
@@ -12,7 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Init", "Params", "dense", "layers", "matrices", "perceptron", "transformer"]
+__all__ = [
+    "Init",
+    "Params",
+    "convolutional",
+    "dense",
+    "kernels",
+    "layers",
+    "matrices",
+    "perceptron",
+    "transformer",
+]
 
 Params = list[Any]
 """A network's matrices, in floats or quantized, or its layers of "kernel" and "bias"."""
@@ -56,6 +67,31 @@ def dense(params: Params, inputs: jax.Array) -> jax.Array:
     return inputs @ params[-1]["kernel"] + params[-1]["bias"]
 
 
+def convolutional(params: Params, inputs: jax.Array) -> jax.Array:
+    """Logits of convolutions, each of which halves a picture's sides, and a dense layer."""
+    *filters, last = params
+    for kernel in filters:
+        inputs = jax.nn.relu(
+            jax.lax.conv_general_dilated(
+                inputs, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )
+    return _with_one(inputs.reshape(len(inputs), -1)) @ last
+
+
+def kernels(channels: Sequence[int], last: tuple[int, int]) -> Init:
+    """A start of 3 x 3 convolutions between so many channels and a matrix, likewise."""
+    rows = [9 * one for one in channels[:-1]]
+    flat = matrices([*zip(rows, channels[1:], strict=True), last])
+
+    def init(key: jax.Array) -> Params:
+        *filters, matrix = flat(key)
+        pairs = zip(filters, itertools.pairwise(channels), strict=True)
+        return [*(one.reshape(3, 3, *pair) for one, pair in pairs), matrix]
+
+    return init
+
+
 def matrices(shapes: Sequence[tuple[int, int]]) -> Init:
     """A start of Gaussian matrices, of He's standard deviation sqrt(2 / rows)."""
 
@@ -71,10 +107,10 @@ def matrices(shapes: Sequence[tuple[int, int]]) -> Init:
 
 def layers(sizes: Sequence[int]) -> Init:
     """A start of dense layers between so many units: such matrices, and biases that are zero."""
-    kernels = matrices(list(itertools.pairwise(sizes)))
+    flat = matrices(list(itertools.pairwise(sizes)))
 
     def init(key: jax.Array) -> Params:
-        return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in kernels(key)]
+        return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in flat(key)]
 
     return init
 

@@ -21,7 +21,17 @@ from experiments.laboratory.networks import models
 from experiments.laboratory.networks.models import Init
 from experiments.laboratory.networks.vectors import bags, numbers, vectors
 
-__all__ = ["Examples", "Task", "digits", "mnist", "pictures", "sentences", "words"]
+__all__ = [
+    "Examples",
+    "Task",
+    "convolved",
+    "digits",
+    "mnist",
+    "pictures",
+    "sentences",
+    "small_digits",
+    "words",
+]
 
 _LONGEST = 16  # words of a sentence that the transformer reads
 _PICTURES = {"train": 9_000, "test": 4_000}  # how many are looked at; they cost a forward pass each
@@ -101,6 +111,35 @@ def digits(source: str, hidden: int = 32) -> Task:
         train, test = _halved(source, "train"), _halved(source, "test")
     sizes = (train.inputs.shape[1], hidden, images.NUM_CLASSES)
     return _perceptron(sizes, *_cut(train, _VALIDATION), test)
+
+
+@functools.cache
+def convolved(source: str, channels: tuple[int, ...] = (1, 8, 16)) -> Task:
+    """`digits`, for convolutions between so many channels."""
+    flat = digits(source)
+    splits = [flat.train, flat.validation, flat.test]
+    pictures = [x._replace(inputs=x.inputs.reshape(-1, 14, 14, 1)) for x in splits]
+    side = -(-14 // 2 ** (len(channels) - 1))
+    init = models.kernels(channels, (side * side * channels[-1] + 1, images.NUM_CLASSES))
+    return Task(models.convolutional, init, *pictures)
+
+
+@functools.cache
+def small_digits(*, transposed: bool = False, hidden: int = 64) -> Task:
+    """scikit-learn's digits of 8 x 8 pixels, for a perceptron: 1,100 to learn from, 397 for tests.
+
+    Args:
+      transposed: whether rows are columns, for a network that is to have something to learn.
+      hidden: units of its one hidden layer.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = (pixels / 16).astype(np.float32)
+    if transposed:
+        pixels = pixels.reshape(-1, 8, 8).swapaxes(1, 2).reshape(-1, 64)
+    rest, test = _cut(Examples(pixels, labels.astype(np.int32)), 397)
+    return _perceptron((64, hidden, images.NUM_CLASSES), *_cut(rest, 300), test)
 
 
 @functools.cache
