@@ -54,7 +54,7 @@ Auto = str
 
 _FIRST = 2.0**-8
 _FEWEST = 4.0  # entries of a direction
-_DENSEST = 1 / 32  # share of coordinates; larger sizes have longer entries, and draws are fewer
+_DENSEST = 1 / 16  # share of coordinates; larger sizes have longer entries
 _LARGEST = 2.0**-5  # longer directions went nowhere: they lower a loss that is chaos to them
 _SHORTEST, _LONGEST = 2.0**-30, 2.0**10  # of steps along directions that the user chose
 _LONGER, _LENGTHS = 1.5, (2.0**-5, 2.0)  # at first, and the least and the most
