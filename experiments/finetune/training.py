@@ -127,6 +127,7 @@ class _Run:
         self.test = functools.partial(evaluate, tokens=tokens["test"])
         self.step = programs(self._step, donate=(0, 1))
         self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
+        self.told: list[zq.Info] = []
 
     def outcome(self) -> Outcome:
         """Train, and read the test examples before and after."""
@@ -167,7 +168,7 @@ class _Run:
             history=now.history,
             forward_passes=self.forward_passes(now),
             test=self.test_texts,
-            remarks=self.remarks,
+            remarks=[*self.remarks, *self._trouble()],
         )
 
     def _steps(self, now: Progress, checkpoints: Any, bar: Any, board: SummaryWriter) -> Progress:
@@ -197,6 +198,13 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.progress:
             say(text)
+
+    def _trouble(self) -> list[str]:
+        """What is wrong with the steps that were just made."""
+        found = [f"Of this run: {x}" for x in zq.health(self.told).findings] if self.told else []
+        for finding in found:
+            say(finding)
+        return found
 
     @property
     def passes_a_step(self) -> int:
@@ -257,6 +265,9 @@ class _Run:
             now.trained, now.state, self.rest, self._batch(now.step)
         )
         now.log[now.step] = np.asarray(differences)
+        if self.config.method != "adam":
+            info = state[0].info if self.config.moves_floats else state.info
+            self.told.append(jax.device_get(info))
         seconds = time.perf_counter() - began
         last = {"loss": float(seen), "seconds_a_step": seconds}
         now = now._replace(step=now.step + 1, trained=trained, state=state, last=last)

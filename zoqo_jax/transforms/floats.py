@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key
 
+from zoqo_jax.transforms.state import State
 from zoqo_jax.xla import compiler, random_bits
 
-__all__ = ["Directions", "Noise", "both_sides", "typical"]
+__all__ = ["Directions", "Noise", "both_sides", "count_moved", "typical"]
 
 Noise = Literal["rademacher", "gaussian"]
 
@@ -63,6 +64,12 @@ class Directions(NamedTuple):
 def both_sides(loss: Callable[[Array], Array]) -> Float32[Array, "2"]:
     """The losses at the + side and at the - side, one copy of what is probed at a time."""
     return jax.lax.map(loss, jnp.array([1.0, -1.0], jnp.float32))
+
+
+def count_moved(state: State, updates: Sequence[Array]) -> State:
+    """The state that says how many numbers the updates change."""
+    counts = [jnp.sum(x != 0, dtype=jnp.float32) for x in updates]
+    return state._replace(info=state.info._replace(codes_moved=sum(counts, jnp.float32(0.0))))
 
 
 def typical(leaves: Sequence[Array | None]) -> list[Float32[Array, ""] | None]:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, UInt32
 from zoqo_jax import directions
 from zoqo_jax.grids.arrays import is_quantized, is_trained, no_update, trained_leaves
 from zoqo_jax.implicit.rules import quaxify
-from zoqo_jax.transforms import queries, stepping
+from zoqo_jax.transforms import floats, queries, stepping
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, inverse_at, value_at
 from zoqo_jax.transforms.state import State, initial_state, record, replayed, step_key
@@ -166,7 +166,9 @@ def qzo(
             delta = (moved.astype(jnp.float32) - scale).astype(moved.dtype)
             return dataclasses.replace(zeros, scale=delta)
 
-        return treedef.unflatten([change(i) for i in range(len(leaves))]), after
+        changes = [change(i) for i in range(len(leaves))]
+        after = floats.count_moved(after, [x.scale for x in changes if is_trained(x)])
+        return treedef.unflatten(changes), after
 
     return optax.GradientTransformationExtraArgs(init, update)
 

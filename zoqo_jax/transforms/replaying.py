@@ -52,11 +52,11 @@ def replay(
         True
     """
     first = tx.init(params)
-    differences, record = (optax.tree.get(first, name) for name in ("loss_differences", "record"))
-    shape = jnp.shape(record) or jnp.shape(differences)
-    if jnp.ndim(log) != 1 + len(shape):
-        names = ("steps", "queries", "2" if jnp.shape(record) else "examples")[: 1 + len(shape)]
-        raise ValueError(f"log must have shape ({', '.join(names)}), got {jnp.shape(log)}.")
+    is_sized = not isinstance(optax.tree.get(first, "record"), tuple)
+    expected = optax.tree.get(first, "record" if is_sized else "loss_differences").shape
+    if jnp.ndim(log) != 1 + len(expected):
+        axes = ("steps", "queries", "2" if is_sized else "examples")[: 1 + len(expected)]
+        raise ValueError(f"log must have shape ({', '.join(axes)}), got {jnp.shape(log)}.")
 
     def step(
         carry: tuple[PyTree, PyTree], differences: Array

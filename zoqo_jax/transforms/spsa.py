@@ -190,12 +190,12 @@ def spsa(
             largest = min(float(jnp.finfo(leaf.dtype).max), float(jnp.finfo(jnp.float32).max))
             return jnp.clip(total, -largest, largest).astype(leaf.dtype)
 
-        made = treedef.unflatten(
-            [
-                update_of(index) if is_float_array(leaf) else no_update(leaf)
-                for index, leaf in enumerate(leaves)
-            ]
-        )
+        changes = [
+            update_of(index) if is_float_array(leaf) else no_update(leaf)
+            for index, leaf in enumerate(leaves)
+        ]
+        after = floats.count_moved(after, [x for x in changes if is_float_array(x)])
+        made = treedef.unflatten(changes)
         if sized is not None:
             loss = functools.partial(loss, params=apply_updates(params, made))
             after = sized.close(state, after, _floats(params), moves, pending, loss)

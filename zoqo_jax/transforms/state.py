@@ -37,7 +37,8 @@ class Info(NamedTuple):
         loss_differences: l+ - l-, 16 significant bits of the largest, 0 where a loss was not
             finite; or the votes of comparisons, -1, 0 or 1. These, `state.key` and `state.count`
             determine the step: keep them, and `replay` can rebuild the run.
-        codes_moved: how many codes the step moved, a float (counts may pass 2^31).
+        codes_moved: how many codes the step moved, or numbers where those are trained; a float
+            (counts may pass 2^31).
         share_at_edges: of the trained codes, those at the least or greatest legal code.
         skipped: query pairs so far with a NaN or inf loss, or a NaN among their comparisons, or
             (spsa) whose radius was too short to displace anything; they move nothing.
