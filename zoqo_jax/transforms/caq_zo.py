@@ -71,7 +71,7 @@ def caq_zo(
 
     Args:
         learning_rate: eta, codes for each unit of d loss / d code; a positive number or an optax
-            schedule.
+            schedule; or "auto" for steps that size themselves (see `zoqo_jax.transforms.sizing`).
         key: all of the run's randomness.
         num_queries: query pairs a step, q.
         query: "aligned", one grid step long, or "off_grid": mu long in values, its end points
@@ -79,9 +79,11 @@ def caq_zo(
             average.
         radius: mu of off-grid queries, as a fraction of the largest magnitude that a block can hold
             (NF4's absmax); a positive number or an optax schedule.
-        structure: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`).
+        structure: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`); "auto" is
+            sparse where nothing about lengths is given, else dense.
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
-            1]; or an optax schedule of it that never exceeds its first value.
+            1]; or an optax schedule of it that never exceeds its first value; "auto" follows the
+            loss where steps do, and else is 1.
         rounding: Proj. "stochastic" is unbiased; "nearest" freezes when steps are below half a
             code; "error_feedback" adds what was not applied to the next step, for 4 bytes a code of
             state (`qes` does without); "threshold" moves one code where the step is at least

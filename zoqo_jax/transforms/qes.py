@@ -64,8 +64,9 @@ def qes(
 
     Args:
         learning_rate: eta, codes for each unit of d loss / d code; a positive number or an optax
-            schedule.
-        radius: mu, codes; a positive number or an optax schedule.
+            schedule; or "auto" for steps that size themselves (see `zoqo_jax.transforms.sizing`).
+        radius: mu, codes; a positive number or an optax schedule; "auto" follows the loss where
+            steps do, and else is 1.
         key: all of the run's randomness.
         window: how many steps back the residual is made from, starting at zero: the state holds
             their differences, and an update draws that many steps' directions more. None keeps the
@@ -75,9 +76,11 @@ def qes(
             small.
         num_queries: query pairs a step, q.
         noise: distribution of an entry of u: standard "gaussian" or "rademacher".
-        structure: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`).
+        structure: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`); "auto" is
+            sparse where nothing about lengths is given, else dense.
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
-            1]; or an optax schedule of it that never exceeds its first value.
+            1]; or an optax schedule of it that never exceeds its first value; "auto" follows the
+            loss where steps do, and else is 1.
         boundary: "clamp", "mask" or "reflect".
         query_batch: query pairs evaluated at once, None for all; more is faster and takes more
             memory.

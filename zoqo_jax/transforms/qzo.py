@@ -21,18 +21,28 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, UInt32
 from zoqo_jax import directions
 from zoqo_jax.grids.arrays import is_quantized, is_trained, no_update, trained_leaves
 from zoqo_jax.implicit.rules import quaxify
-from zoqo_jax.transforms import floats, queries, stepping
+from zoqo_jax.transforms import floats, queries, sizing, stepping
+from zoqo_jax.transforms.applying import apply_updates
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, inverse_at, value_at
-from zoqo_jax.transforms.state import State, initial_state, record, replayed, step_key
+from zoqo_jax.transforms.sizing import Auto
+from zoqo_jax.transforms.state import (
+    State,
+    as_logged,
+    initial_state,
+    query_keys,
+    record,
+    replayed,
+    step_key,
+)
 from zoqo_jax.xla import compiler, random_bits
 
 __all__ = ["qzo"]
 
 
 def qzo(
-    learning_rate: Schedule,
-    radius: Schedule,
+    learning_rate: Schedule | Auto = "auto",
+    radius: Schedule | Auto = "auto",
     *,
     key: PRNGKeyArray,
     clip: float | Array | None = 100.0,
@@ -56,11 +66,13 @@ def qzo(
     stay.
 
     Args:
-        learning_rate: eta, scale units; a positive number or an optax schedule.
+        learning_rate: eta, scale units; a positive number or an optax schedule; or "auto", with
+            the radius, for steps that size themselves (see `zoqo_jax.transforms.sizing`).
         radius: mu, scale units (values for each unit of a level); a positive number or an optax
-            schedule.
+            schedule; or "auto", which is a share of the root mean square of a leaf's scales.
         key: all of the run's randomness.
-        clip: C, the largest derivative along a direction that is believed, or None for any.
+        clip: C, the largest derivative along a direction that is believed, or None for any; steps
+            that size themselves go along none more than three times.
         num_queries: query pairs a step, q.
         noise: distribution of an entry of z: standard "gaussian" or "rademacher".
         query_batch: query pairs evaluated at once, None for all.
@@ -91,8 +103,12 @@ def qzo(
         >>> bool((trained["w"].codes == params["w"].codes).all())
         True
     """
-    check_positive("learning_rate", learning_rate)
-    check_positive("radius", radius)
+    if isinstance(learning_rate, str) != isinstance(radius, str):
+        raise ValueError(
+            "learning_rate and radius must both be numbers or both be 'auto', got "
+            f"{learning_rate!r} and {radius!r}."
+        )
+    sized = sizing.of_floats(radius, "learning_rate", learning_rate)
     if clip is not None:
         check_positive("clip", clip)
     directions.check_choice("noise", noise, get_args(Noise))
@@ -100,8 +116,9 @@ def qzo(
     mean = float(np.float32(1 / num_queries))
 
     def init(params: PyTree) -> State:
-        trained_leaves(params)
-        return initial_state(key, num_queries)
+        scales = [leaf.scale for leaf in trained_leaves(params).values()]
+        state = initial_state(key, num_queries)
+        return state if sized is None else sized.begin(state, scales)
 
     def update(
         updates: Any,
@@ -109,16 +126,23 @@ def qzo(
         params: PyTree | None = None,
         *,
         value_fn: queries.Objective | None = None,
-        differences: Float[Array, " queries"] | None = None,
+        differences: Float[Array, "queries ..."] | None = None,
         **extra: Any,
     ) -> tuple[PyTree, State]:
         del updates, extra
         trained_leaves(params)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
         own_key = step_key(state)
-        noise_of = Directions(own_key, num_queries, noise)
-        mu, eta = value_at(radius, state.count), value_at(learning_rate, state.count)
+        noise_of = Directions(query_keys(state), num_queries, noise)
         scales = [leaf.scale.astype(jnp.float32) if is_trained(leaf) else None for leaf in leaves]
+
+        if sized is None:
+            mu, eta = value_at(radius, state.count), value_at(learning_rate, state.count)
+        else:
+            typical = floats.typical(scales)
+
+        def reach(query: Array | int, i: int) -> Array:
+            return mu if sized is None else state.sizes.probed[query] * typical[i]
 
         def query_losses(objective: queries.Objective, query: Array | int) -> Array:
             def loss(side: Array) -> Array:
@@ -126,7 +150,7 @@ def qzo(
                     leaf
                     if scale is None
                     else dataclasses.replace(
-                        leaf, scale=scale + side * mu * noise_of.draw(query, i, scale)
+                        leaf, scale=scale + side * reach(query, i) * noise_of.draw(query, i, scale)
                     )
                     for i, (leaf, scale) in enumerate(zip(leaves, scales, strict=True))
                 ]
@@ -141,14 +165,23 @@ def qzo(
             pairs = stepping.over_queries(losses, num_queries, query_batch)
             pairs = pairs if axis_name is None else jax.lax.pmean(pairs, axis_name)
             after = record(state, pairs)
+            if sized is not None:
+                loss = functools.partial(queries.loss_if, value_fn=value_fn, axis_name=axis_name)
+                before = functools.partial(loss, params=params)
+                after, moves, pending = sized.ask(own_key, state, after, before)
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 
-        derivatives = after.info.loss_differences * (
-            np.float32(0.5) * inverse_at(radius, state.count)
-        )
-        if clip is not None:
-            derivatives = jnp.clip(derivatives, -clip, clip)
+        if sized is None:
+            derivatives = after.info.loss_differences * (
+                np.float32(0.5) * inverse_at(radius, state.count)
+            )
+            if clip is not None:
+                derivatives = jnp.clip(derivatives, -clip, clip)
+        else:  # what a replayed step looked along is known from its record
+            noise_of = noise_of._replace(key=query_keys(as_logged(state, after.info.log)))
+            times, sizes = after.info.record.T
+            derivatives = times * jnp.abs(sizes)
         move_key = jax.random.fold_in(own_key, num_queries)
 
         def change(i: int) -> Any:
@@ -156,7 +189,8 @@ def qzo(
             scale = scales[i]
             if scale is None:
                 return zeros
-            moved = scale - compiler.unfused(eta * mean * noise_of.total(derivatives, i, scale))
+            rate = eta * mean if sized is None else typical[i]
+            moved = scale - compiler.unfused(rate * noise_of.total(derivatives, i, scale))
             moved = jnp.where(moved * jnp.sign(scale) < 0.0, 0.0, moved)
             rows = random_bits.rows(jax.random.fold_in(move_key, i), scale.shape[:-1])
             words = random_bits.words(rows, scale.shape[-1] if scale.ndim else 1, 0).reshape(
@@ -168,7 +202,12 @@ def qzo(
 
         changes = [change(i) for i in range(len(leaves))]
         after = floats.count_moved(after, [x.scale for x in changes if is_trained(x)])
-        return treedef.unflatten(changes), after
+        made = treedef.unflatten(changes)
+        if sized is not None and differences is None:
+            loss = functools.partial(loss, params=apply_updates(params, made))
+            arrays = [scale for scale in scales if scale is not None]
+            after = sized.close(state, after, arrays, moves, pending, loss)
+        return made, after
 
     return optax.GradientTransformationExtraArgs(init, update)
 

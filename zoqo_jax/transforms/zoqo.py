@@ -60,15 +60,20 @@ def zoqo(
     On a companded grid, s is the mean distance between levels.
 
     Args:
-        learning_rate: eta, value units; a positive number or an optax schedule.
-        radius: mu, value units; a positive number or an optax schedule.
+        learning_rate: eta, value units; a positive number or an optax schedule; or "auto" for steps
+            that size themselves (see `zoqo_jax.transforms.sizing`), each along the signs of queries
+            that lower the loss enough.
+        radius: mu, value units; a positive number or an optax schedule; "auto" follows the loss
+            where steps do, and else is eta.
         key: all of the run's randomness.
         num_queries: query pairs a step, q.
         noise: distribution of an entry of u: "uniform" or "gaussian" on {-m .. m}, "rademacher" on
-            {-m, m}.
-        structure: of u: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`).
+            {-m, m}; "auto" is the last where steps size themselves, else the first.
+        structure: of u: "dense", "rank_one", "sparse" or another (see `zoqo_jax.directions`);
+            "auto" is sparse where nothing about lengths is given, else dense.
         density: expected fraction of coordinates that a sparse direction probes and moves, in (0,
-            1]; or an optax schedule of it that never exceeds its first value. It is the step size
+            1]; or an optax schedule of it that never exceeds its first value; "auto" follows the
+            loss where steps do, and else is 1. It is the step size
             of few-bit codes.
         vote: for q > 1, g is the sign of the mean of (l+ - l-) u ("mean") or of the sum of the
             single queries' signs ("majority").
