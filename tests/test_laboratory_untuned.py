@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
-from experiments.laboratory import untuned, untuned_problems
+from experiments.laboratory import untuned, untuned_problems, untuned_settings
 from experiments.laboratory.claim import check
 from experiments.laboratory.networks import models, tasks
 
@@ -41,9 +41,8 @@ def test_a_tiny_run_is_stopped_and_goes_on(tmp_path):
 
 
 def test_the_settings_are_many_and_each_has_a_name_of_its_own():
-    problem = untuned_problems.quadratic(30.0)
-    for grid, number in (("2 bits", 42), ("8 bits", 54), (untuned.FLOATS, 27)):
-        found = untuned._settings(problem, grid, "searched")
+    for grid, number in (("2 bits", 42), ("8 bits", 54), (untuned_problems.FLOATS, 27)):
+        found = untuned_settings.searched(10.0, grid, "searched")
         assert len(found) == len(set(map(str, found))) == number
 
 
