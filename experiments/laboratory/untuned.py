@@ -109,7 +109,7 @@ def _measure(config: Config, cell: Cell) -> dict[str, Any]:
         ranks = [(sign * _known(one["score"]), _known(one["loss"])) for one in heard]
         chosen = tried[ranks.index(min(ranks))]
     runs = [_run(config, name, grid, chosen, seed, steps) for seed in range(config.seeds)]
-    scores = [[str(one), found["score"]] for one, found in zip(tried, heard, strict=True)]
+    scores = [[str(one), found["score"]] for one, found in zip(tried, heard, strict=False)]
     return {**_joined(runs), "steps": steps, "setting": str(chosen), "tried": scores}
 
 
