@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
-from experiments.laboratory import untuned, untuned_problems
+from experiments.laboratory import untuned, untuned_problems, untuned_settings
 from experiments.laboratory.claim import check
 from experiments.laboratory.networks import models, tasks
 
@@ -41,9 +41,8 @@ def test_a_tiny_run_is_stopped_and_goes_on(tmp_path):
 
 
 def test_the_settings_are_many_and_each_has_a_name_of_its_own():
-    problem = untuned_problems.quadratic(30.0)
-    for grid, number in (("2 bits", 42), ("8 bits", 54), (untuned.FLOATS, 27)):
-        found = untuned._settings(problem, grid, "searched")
+    for grid, number in (("2 bits", 42), ("8 bits", 54), (untuned_problems.FLOATS, 27)):
+        found = untuned_settings.searched(10.0, grid, "searched")
         assert len(found) == len(set(map(str, found))) == number
 
 
@@ -71,7 +70,7 @@ def test_rows_are_met_within_two_points_or_a_tenth(problem, mine, best, is_met, 
 def test_the_noise_is_in_the_gradient_and_not_in_the_score():
     problem, clean = (untuned_problems.quadratic(30.0, noise) for noise in (10.0, 0.0))
     data = problem.data(0)
-    x = [zq.Quantizer(8, range=1.0)(jax.random.uniform(jax.random.key(1), (200,)) - 0.5)]
+    x = [zq.Quantizer(8, range=1.0)(jax.random.uniform(jax.random.key(99), (200,)) - 0.5)]
     losses = [problem.loss(data, x, jax.random.key(i)) for i in range(40)]
     assert problem.score(data, x, False)[1] == clean.loss(data, x, jax.random.key(0))
     apart = np.std(np.array(losses)) / (10 * np.linalg.norm(zq.dequantize(x)[0]))

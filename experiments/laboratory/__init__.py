@@ -9,5 +9,5 @@ measure on are two packages that do not import each other:
 - `networks`: small networks on real data, of which nothing is known (noise, bits, memory, audited,
   judge, budgets).
 
-`untuned` measures on both, and `untuned_problems` says what.
+`untuned` measures on both; `untuned_problems` says what, and `untuned_settings` how.
 """

@@ -9,7 +9,6 @@ may choose by: a development split, or another seed's quadratic. Beside them sta
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import zoqo_jax as zq
 from experiments import drawing, markdown, settings
 from experiments.laboratory import untuned_problems as problems
 from experiments.laboratory.claim import Cell, Claim, Measurement
-from experiments.laboratory.networks import methods, tasks
+from experiments.laboratory.networks import tasks
 from experiments.laboratory.pages import grouped
 from experiments.laboratory.untuned_problems import FLOATS, GRIDS, Problem
+from experiments.laboratory.untuned_settings import MAKERS, UNTUNED, Setting, searched
 
 __all__ = ["CLAIM", "Config"]
 
@@ -38,10 +37,6 @@ _PROBLEMS = {
     "convolutions": ("4 bits", "8 bits", FLOATS),
     "transformer": ("4 bits", "8 bits", FLOATS),
 }
-_UNTUNED = ("zoqo", "caq_zo", "spsa")
-_TINY = 1e-9  # in values: one code
-_OCTAVES = 6.0  # by how many a falling setting falls in a run
-_SPARSE = 1 / 16  # density of CAQ-ZO's sparse directions
 _NOISE = 10.0  # deviation of an entry of the gradient; at 0 its root mean square is about 5
 _POINTS, _EXCESS = 0.02, 1.1
 
@@ -89,27 +84,6 @@ class Config:
             raise ValueError(f"problems must be of {tuple(_PROBLEMS)}, got {self.problems}.")
 
 
-class Setting(NamedTuple):
-    """What a search tries.
-
-    Attributes:
-      method: of `_MAKERS`.
-      value: a density, radius in codes or rate, at first.
-      octaves: by how many it falls during the run.
-      radius: of queries in floats.
-    """
-
-    method: str
-    value: float = 0.0
-    octaves: float = 0.0
-    radius: float = 0.0
-
-    def __str__(self) -> str:
-        falls = ", falling" if self.octaves else ""
-        radius = f", radius {self.radius:.0e}" if self.radius else ""
-        return f"{self.method} {self.value:.2g}{radius}{falls}"
-
-
 def _cells(config: Config) -> list[Cell]:
     return [
         {"problem": name, "grid": grid, "way": way}
@@ -123,11 +97,11 @@ def _cells(config: Config) -> list[Cell]:
 
 def _measure(config: Config, cell: Cell) -> dict[str, Any]:
     name, grid, way = cell["problem"], cell["grid"], cell["way"]
-    if way in _UNTUNED:
+    if way in UNTUNED:
         return _untuned(config, name, grid, way)
     evaluations = _untuned(config, name, grid, "spsa" if grid == FLOATS else "zoqo")["evaluations"]
     steps = config.steps if way == "adam" else round(evaluations / (2 * config.num_queries))
-    tried = _settings(_problem(config, name), grid, way)[:: config.every]
+    tried = searched(_problem(config, name).rate, grid, way)[:: config.every]
     chosen, heard = tried[0], []
     if len(tried) > 1:
         heard = [_run(config, name, grid, one, config.seeds, steps) for one in tried]
@@ -135,7 +109,7 @@ def _measure(config: Config, cell: Cell) -> dict[str, Any]:
         ranks = [(sign * _known(one["score"]), _known(one["loss"])) for one in heard]
         chosen = tried[ranks.index(min(ranks))]
     runs = [_run(config, name, grid, chosen, seed, steps) for seed in range(config.seeds)]
-    scores = [[str(one), found["score"]] for one, found in zip(tried, heard, strict=True)]
+    scores = [[str(one), found["score"]] for one, found in zip(tried, heard, strict=False)]
     return {**_joined(runs), "steps": steps, "setting": str(chosen), "tried": scores}
 
 
@@ -156,25 +130,6 @@ def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def _steps(config: Config, name: str) -> int:
     is_costly = name in ("convolutions", "transformer")
     return config.costly_steps if is_costly else config.steps
-
-
-def _settings(problem: Problem, grid: str, way: str) -> list[Setting]:
-    if way == "adam":
-        return [Setting("adam", rate) for rate in (1e-3, 1e-2, 1e-1)]
-    if grid == FLOATS:
-        return [
-            Setting("mezo", problem.rate * 10 ** (k / 2), radius=radius)
-            for radius in (1e-2, 1e-3, 1e-4)
-            for k in range(-4, 5)
-        ]
-    falls = (0.0, _OCTAVES)
-    found = [Setting("zoqo sparse", 2.0**-k, fall) for k in range(3, 12) for fall in falls]
-    for method in ("caq_zo dense", "caq_zo sparse"):
-        rates = [problem.rate * 10 ** (k - 2.5) for k in range(6)]
-        found += [Setting(method, rate, fall) for rate in rates for fall in falls]
-    if grid.startswith("8"):
-        found += [Setting("zoqo dense", 2.0**k, fall) for k in range(6) for fall in falls]
-    return found
 
 
 @functools.cache
@@ -209,7 +164,7 @@ def _run(
     params, state = train(data, params, jax.random.key(100 + seed), values, steps)
     end, loss = score(data, params, choosing)
     found = {"start": _plain(start), "score": _plain(end), "loss": _plain(loss)}
-    if setting.method in _UNTUNED:
+    if setting.method in UNTUNED:
         found["evaluations"] = int(state.info.evaluations)
         found |= {"size": float(state.info.size), "true_share": float(state.sizes.true_share)}
     return found
@@ -217,7 +172,7 @@ def _run(
 
 @functools.lru_cache(maxsize=8)
 def _programs(problem: Problem, method: str, num_queries: int) -> tuple[Any, Any]:
-    make = functools.partial(_MAKERS[method], num_queries=num_queries)
+    make = functools.partial(MAKERS[method], num_queries=num_queries)
 
     @jax.jit
     def train(data: Any, params: Any, key: jax.Array, values: jax.Array, steps: int) -> Any:
@@ -240,53 +195,6 @@ def _programs(problem: Problem, method: str, num_queries: int) -> tuple[Any, Any
         return jax.lax.fori_loop(0, steps, step, (params, at(0, params).init(params)))
 
     return train, jax.jit(problem.score, static_argnums=2)
-
-
-def _own(method: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda params, value, radius, **given: method(**given)
-
-
-def _zoqo_sparse(params: Any, value: Any, radius: Any, **given: Any) -> Any:
-    given |= {"structure": "sparse", "density": value, "noise": "rademacher"}
-    return zq.zoqo(_TINY, _TINY, **given)
-
-
-def _zoqo_dense(params: Any, value: Any, radius: Any, **given: Any) -> Any:
-    # A little more than so many codes, lest the floor be one less.
-    reach = methods.units(params).step * value * 1.001
-    return zq.zoqo(lambda count: reach, lambda count: reach, **given)
-
-
-def _caq_zo(density: float) -> Callable[..., Any]:
-    def make(params: Any, value: Any, radius: Any, **given: Any) -> Any:
-        unit = methods.units(params)
-        eta = value / (density * unit.codes * unit.step**2)
-        if density < 1:
-            given |= {"structure": "sparse", "density": density}
-        return zq.caq_zo(lambda count: eta, boundary="clamp", **given)
-
-    return make
-
-
-def _mezo(params: Any, value: Any, radius: Any, **given: Any) -> Any:
-    size = sum(x.size for x in jax.tree.leaves(params))
-    probe = zq.spsa(lambda count: radius, noise="gaussian", **given)
-    return optax.chain(probe, optax.sgd(value / size))
-
-
-def _adam(params: Any, value: Any, radius: Any, **given: Any) -> Any:
-    return optax.adam(value)
-
-
-_MAKERS = {
-    **{name: _own(getattr(zq, name)) for name in _UNTUNED},
-    "zoqo sparse": _zoqo_sparse,
-    "zoqo dense": _zoqo_dense,
-    "caq_zo dense": _caq_zo(1.0),
-    "caq_zo sparse": _caq_zo(_SPARSE),
-    "mezo": _mezo,
-    "adam": _adam,
-}
 
 
 def _plain(value: jax.Array) -> float | None:
@@ -330,8 +238,8 @@ class Row(NamedTuple):
 def _rows(found: list[Measurement]) -> list[Row]:
     rows = []
     for ways in grouped(found, "problem", "grid").values():
-        searched = [x for x in ways if x["way"] == "searched"]
-        rows += [Row(x, searched[0]) for x in ways if x["way"] in _UNTUNED and searched]
+        best = [x for x in ways if x["way"] == "searched"]
+        rows += [Row(x, best[0]) for x in ways if x["way"] in UNTUNED and best]
     return rows
 
 
@@ -372,7 +280,7 @@ def _draw(found: list[Measurement], fig: Any) -> None:
     axes = fig.subplots(1, 2)
     for axis, is_accuracy in zip(axes, (True, False), strict=True):
         rows = [row for row in _rows(found) if row.is_accuracy == is_accuracy]
-        for number, method in enumerate(_UNTUNED):
+        for number, method in enumerate(UNTUNED):
             mine = np.array([row.scores for row in rows if row.one["way"] == method])
             if len(mine):
                 style = drawing.style(number) | {"linestyle": "", "label": method}
