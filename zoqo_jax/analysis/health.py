@@ -30,6 +30,16 @@ class Health:
         relative_difference: of the losses at the two sides of a query, as a share of them, lately.
         size: of steps, where they size themselves (see `zoqo_jax.Info`); else 0.
         true_share: of squared slopes, found again in other data; else 1.
+
+    Examples:
+        >>> import jax.numpy as jnp, zoqo_jax as zq
+        >>> params = zq.Quantizer(range=1.0)(jnp.zeros(4))
+        >>> tx = zq.zoqo(key=jax.random.key(0))
+        >>> loss = lambda w: jnp.sum((w - 0.5) ** 2)
+        >>> _, state = tx.update(None, tx.init(params), params, value_fn=loss)
+        >>> found = zq.health(state)
+        >>> bool(found), found.steps, found.loss[0] == state.info.losses.mean().item()
+        (True, 1, True)
     """
 
     findings: tuple[str, ...]
@@ -126,7 +136,7 @@ def _findings(found: Health, infos: Info, lately: slice, spread: float) -> list[
             f"both sides of every query of the last {count} steps had the same loss: nothing that "
             "is probed reaches the loss, or it is rounded too coarsely to tell (float16, accuracy)."
         )
-    elif not infos.codes_moved[lately].any():
+    elif found.steps > 1 and not infos.codes_moved[lately].any():
         said.append(
             f"nothing has moved in the last {count} steps: the learning rate is too small for "
             'whole codes; leave it out and steps size themselves, or use rounding="stochastic".'
