@@ -188,11 +188,12 @@ class Sizing:
 
     def describe(self, size: Array, array: QuantizedArray) -> dict[str, Any]:
         """What `directions.describe` is to know of an array's direction of a size."""
-        dense = _DENSEST if self.has_density else self._density
+        few = min(2 * _FEWEST / max(array.size, 1), 1.0)  # or most directions would be empty
+        dense = max(_DENSEST, few) if self.has_density else self._density
         width = size * _codes(array)
         radius = jnp.maximum(jnp.round(width * np.float32(dense**-0.5)), 1.0)
         density = jnp.minimum((width / radius) ** 2, 1.0) if self.has_density else dense
-        densest = {"densest": 2 * _DENSEST} if self.has_density else {}
+        densest = {"densest": min(2 * dense, 1.0)} if self.has_density else {}
         return {"radius": radius, "density": density, **densest}
 
     def probed(self, size: Array, arrays: Sequence[Any]) -> Array:
