@@ -188,7 +188,7 @@ class Sizing:
 
     def describe(self, size: Array, array: QuantizedArray) -> dict[str, Any]:
         """What `directions.describe` is to know of an array's direction of a size."""
-        few = min(2 * _FEWEST / max(array.size, 1), 1.0)  # or most directions would be empty
+        few = min(_FEWEST / max(array.size, 1), 1.0)  # or most directions would be empty
         dense = max(_DENSEST, few) if self.has_density else self._density
         width = size * _codes(array)
         radius = jnp.maximum(jnp.round(width * np.float32(dense**-0.5)), 1.0)
