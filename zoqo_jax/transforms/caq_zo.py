@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from zoqo_jax import directions
 from zoqo_jax.directions import Boundary, Direction, Structure
@@ -198,21 +198,26 @@ class _CaqZo(Method):
             sizes, per_unit = queries.whole(step.info.loss_differences)
             votes = -direction_sum * per_unit
             return projection.significant(votes, sizes, self.threshold), residual
-        if self.sizing is not None and self.rounding == "stochastic":
-            return self.sized_step(rows, direction_sum), residual
-        mean_slope = np.float32(0.5 / self.num_queries)
-        if self.radius is not None:
-            codes = np.float32(array.grid.largest / array.grid.spacing)  # of a radius of one
-            mean_slope = mean_slope / codes * inverse_at(self.radius, step.count)
-        slope = 1.0 if self.sizing else value_at(self.learning_rate, step.count) * mean_slope
-        length = -slope * direction_sum
+        length = self._length(step, array, direction_sum)
         if self.rounding == "stochastic":
-            return stepping.rounded_at_random(rows, length), residual
+            return self.rounded(rows, length), residual
         if self.rounding == "nearest":
             return projection.nearest(length), residual
         if self.rounding == "threshold":
             return projection.threshold(length, self.threshold), residual
         return projection.error_feedback(length, residual)
+
+    def _length(
+        self, step: State, array: QuantizedArray, direction_sum: Array
+    ) -> Float[Array, "..."]:
+        """-eta g_z in codes."""
+        if self.sizing is not None:
+            return -direction_sum
+        mean_slope = np.float32(0.5 / self.num_queries)
+        if self.radius is not None:
+            codes = np.float32(array.grid.largest / array.grid.spacing)  # of a radius of one
+            mean_slope = mean_slope / codes * inverse_at(self.radius, step.count)
+        return -(value_at(self.learning_rate, step.count) * mean_slope) * direction_sum
 
     def init_residual(self, array: QuantizedArray) -> Array | None:
         """See `Method`."""

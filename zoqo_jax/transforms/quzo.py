@@ -16,7 +16,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from zoqo_jax.directions import Boundary, Direction, Structure
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.transforms import sizing, stepping
+from zoqo_jax.transforms import sizing
 from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule
@@ -113,6 +113,4 @@ class _Quzo(RoundedDescent):
         self, rows: Rows, array: QuantizedArray, direction_sum: Array, step: State, residual: Any
     ) -> tuple[Array, Any]:
         """See `Method`."""
-        if self.sizing is not None:
-            return self.sized_step(rows, direction_sum), residual
-        return stepping.rounded_at_random(rows, self.length(step, direction_sum)), residual
+        return self.rounded(rows, self.length(step, direction_sum)), residual

@@ -4,7 +4,7 @@ A *size* is the root mean square of a direction's entries, as a share of the num
 grid: the same for 2 bits and for 8, whatever the weights' scale and the loss's. Where it is below a
 code, few coordinates are probed (density); where it is above, entries are of several codes
 (radius). A step goes as far as its queries looked: query i moves :math:`w_i` times along its
-direction, :math:`w_i` a whole number that depends on its slope b_i among others' (`_WEIGHTS`).
+direction, :math:`w_i` a whole number that depends on its slope b_i among others' (`Weights`).
 
 With a the gain that the slopes promise for a size of one, k what the loss is curved, and kappa the
 share of the squared slopes that is true of data the batch did not show, a step of size s lowers the

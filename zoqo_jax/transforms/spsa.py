@@ -56,8 +56,7 @@ def spsa(
         radius: mu, value units; a positive number or an optax schedule, or "auto" for the steps
             that size themselves; then mu is a share of each leaf's root mean square. A number must
             be at least about half the distance between neighbouring numbers of a leaf's dtype (4e-3
-            in bfloat16 and
-            5e-4 in float16 at values near 1), or it moves nothing there.
+            in bfloat16 and 5e-4 in float16 at values near 1), or it moves nothing there.
         key: all of the run's randomness.
         learning_rate: None; or "auto" to say that the radius is to be.
         num_queries: query pairs a step, q.

@@ -220,8 +220,7 @@ def replayed(state: State, loss_differences: Any) -> State:
     if shape != expected:
         raise ValueError(f"differences must have shape {expected}, got {shape}.")
     known = jnp.asarray(loss_differences, jnp.float32)
-    name = "record" if state.sizes else "loss_differences"
-    return state._replace(count=state.count + 1, info=state.info._replace(**{name: known}))
+    return as_logged(state._replace(count=state.count + 1), known)
 
 
 def as_logged(state: State, log: Float32[Array, "queries ..."], info: Info | None = None) -> State:

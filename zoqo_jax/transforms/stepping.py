@@ -104,11 +104,11 @@ class Method:
             return {**given, **directions.scheduled(density, count)}
         return self.sizing.describe(size, array)
 
-    def sized_step(self, rows: Rows, direction_sum: Array) -> Int32[Array, "..."]:
-        """The codes to move where steps size themselves."""
+    def rounded(self, rows: Rows, length: Float[Array, "..."]) -> Int32[Array, "..."]:
+        """A step in codes, rounded at random where it is not whole by itself."""
         if self.sizing is not None and self.sizing.is_whole:
-            return -direction_sum.astype(jnp.int32)
-        return rounded_at_random(rows, -direction_sum)
+            return length.astype(jnp.int32)
+        return rounded_at_random(rows, length)
 
     def update_direction(self, probed: Direction) -> Direction:
         """The direction used in the update, if it differs from the one probed."""

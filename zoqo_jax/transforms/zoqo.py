@@ -179,7 +179,7 @@ class _Zoqo(Method):
     ) -> tuple[Array, Any]:
         """See `Method`."""
         if self.sizing is not None:
-            return self.sized_step(rows, direction_sum), residual
+            return self.rounded(rows, -direction_sum), residual
         eta, s = value_at(self.learning_rate, step.count), array.step
         g = jnp.sign(direction_sum).astype(jnp.int16)
         if self.is_dithered:
