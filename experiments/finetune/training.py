@@ -199,6 +199,10 @@ class _Run:
         if self.progress:
             say(text)
 
+    def _info(self, state: Any) -> zq.Info:
+        """What the last step told; floats have an optimizer behind it."""
+        return state[0].info if self.config.moves_floats else state.info
+
     def _trouble(self) -> list[str]:
         """What is wrong with the steps that were just made."""
         found = [f"Of this run: {x}" for x in zq.health(self.told).findings] if self.told else []
@@ -245,7 +249,8 @@ class _Run:
             differences = jnp.zeros(config.num_queries)
         else:
             updates, state = self.tx.update(None, state, trained, value_fn=of_trained)
-            seen, differences = state[0].info.losses.mean(), state[0].info.loss_differences
+            info = self._info(state)
+            seen, differences = info.losses.mean(), info.log
         return optax.apply_updates(trained, updates), state, seen, differences
 
     def _start(self) -> Progress:
@@ -266,8 +271,7 @@ class _Run:
         )
         now.log[now.step] = np.asarray(differences)
         if self.config.method != "adam":
-            info = state[0].info if self.config.moves_floats else state.info
-            self.told.append(jax.device_get(info))
+            self.told.append(jax.device_get(self._info(state)))
         seconds = time.perf_counter() - began
         last = {"loss": float(seen), "seconds_a_step": seconds}
         now = now._replace(step=now.step + 1, trained=trained, state=state, last=last)

@@ -51,11 +51,10 @@ def replay(
         >>> bool((again["w"].codes == params["w"].codes).all())
         True
     """
-    first = tx.init(params)
-    is_sized = not isinstance(optax.tree.get(first, "record"), tuple)
-    expected = optax.tree.get(first, "record" if is_sized else "loss_differences").shape
-    if jnp.ndim(log) != 1 + len(expected):
-        axes = ("steps", "queries", "2" if is_sized else "examples")[: 1 + len(expected)]
+    info = optax.tree.get(tx.init(params), "info")
+    if jnp.ndim(log) != 1 + info.log.ndim:
+        is_sized = info.log is info.record
+        axes = ("steps", "queries", "2" if is_sized else "examples")[: 1 + info.log.ndim]
         raise ValueError(f"log must have shape ({', '.join(axes)}), got {jnp.shape(log)}.")
 
     def step(
