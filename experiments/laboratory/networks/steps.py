@@ -54,7 +54,7 @@ def counted(method: Method, width: int, batch_size: int) -> dict[str, int]:
 
       Back-propagation keeps what each layer put out, 3 B w floats, and a gradient of each weight;
       Adam two moments and a count. Rounded weights are as many floats as weights, kept for the
-      backward pass. ZOQO keeps codes and a scale for each layer, no gradient, and 40 bytes of
+      backward pass. ZOQO keeps codes and a scale for each layer, no gradient, and 48 bytes of
       state; one matrix at a time is in floats (of 4-bit codes, half of one), and what goes into a
       layer and comes out of it, for the two sides of a query. A direction is remade where it is
       needed: a row and a column of bytes, or a byte for each weight of a layer.
@@ -73,7 +73,7 @@ def counted(method: Method, width: int, batch_size: int) -> dict[str, int]:
     return {
         "weights": weights * method.bits // 8 + 4 * _LAYERS,
         "gradients": 0,
-        "state": 40,
+        "state": 48,
         "working": 4 * layer * method.bits // 8 + direction,
         "activations": 2 * 2 * kept,
     }
