@@ -213,7 +213,7 @@ def scalar(value: Any, source: str = "value_fn") -> Float32[Array, ""]:
 
 
 def loss_if(
-    wanted: Array, value_fn: Objective, params: PyTree, axis_name: str | None = None
+    value_fn: Objective, axis_name: str | None, params: PyTree, wanted: Array
 ) -> Float32[Array, ""]:
     """The loss at the parameters as they are, averaged over an axis of devices; 0 if not wanted."""
 

@@ -166,9 +166,8 @@ def qzo(
             pairs = pairs if axis_name is None else jax.lax.pmean(pairs, axis_name)
             after = record(state, pairs)
             if sized is not None:
-                loss = functools.partial(queries.loss_if, value_fn=value_fn, axis_name=axis_name)
-                before = functools.partial(loss, params=params)
-                after, moves, pending = sized.ask(own_key, state, after, before)
+                loss = functools.partial(queries.loss_if, value_fn, axis_name)
+                after, pending = sized.ask(own_key, state, after, loss, params)
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")
 
@@ -204,9 +203,9 @@ def qzo(
         after = floats.count_moved(after, [x.scale for x in changes if is_trained(x)])
         made = treedef.unflatten(changes)
         if sized is not None and differences is None:
-            loss = functools.partial(loss, params=apply_updates(params, made))
+            moved = apply_updates(params, made)
             arrays = [scale for scale in scales if scale is not None]
-            after = sized.close(state, after, arrays, moves, pending, loss)
+            after = sized.close(state, after, arrays, pending, loss, moved)
         return made, after
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,8 +7,7 @@ code, few coordinates are probed (density); where it is above, entries are of se
 direction, :math:`w_i` a whole number that depends on its slope b_i among others' (`Weights`).
 
 With a the gain that the slopes promise for a size of one, k what the loss is curved, and kappa the
-share of the squared slopes that is true of data the batch did not show, a step of size s lowers the
-loss by
+share of what slopes promise that comes true on other data, a step of size s lowers the loss by
 
 .. math:: \kappa a s - k s^2, \quad \text{most at}\quad s^* = \kappa a / 2 k
 
@@ -17,13 +16,15 @@ loss by
   what the slopes promised, less what came. It holds the curvature between directions too, which
   that of single directions leaves out: by those alone, runs of 8 queries a step stayed at a loss
   of 0.6 where these came to 0.28;
-- kappa from looking along some directions again on the next batch: the mean of b b' over that of
-  b^2. They move the codes after the second look, by the mean of both slopes, so little is lost
-  where noise is all, and where it is not, few look twice.
+- kappa from two things. The losses of the run fall by less than slopes promise (`Trend`). And some
+  directions are looked along again on the next batch: kappa is the mean of b b' over that of b^2,
+  of the two slopes b and b'. They move the codes after the second look, by the mean of both, so
+  little is lost where noise is all, and where it is not, few look twice.
 
-The best size of one step is short for a run, whose later steps go on from where this one ends. So
-steps are longer while the loss falls, up to twice, and shorter when it does not: at twice the best
-size a step brings nothing. Slopes that grow all at once are looked at at once.
+The best size of one step is short for a run, whose later steps go on from where this one ends: of a
+steep direction a longer step undoes what the last one did, along a flat one it gets further. But at
+twice the best size a step brings nothing, and noise, which stays, wants short steps. So steps are
+1 + kappa / 2 times as long. Slopes that grow all at once are looked at at once.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ from zoqo_jax.directions import Structure
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.transforms import queries
 from zoqo_jax.transforms.schedules import Schedule, check_positive, is_traced
+from zoqo_jax.transforms.sizes import Sizes, more
 
-__all__ = ["Auto", "Moves", "Sizes", "Sizing", "Weights", "choose", "of_floats"]
+__all__ = ["Auto", "Sizing", "Weights", "choose", "of_floats"]
 
 Weights = Literal["signs", "whole", "real"]
 """What a query's slope becomes: a sign or nothing, a whole number, or a real one."""
@@ -53,80 +55,30 @@ Weights = Literal["signs", "whole", "real"]
 Auto = str
 """The word "auto"; others are refused by name."""
 
+Look = Callable[[Any, Array], Array]
+"""The loss of parameters as they are, if it is wanted, as the other argument says; else 0."""
+
 _FIRST = 2.0**-8
 _FEWEST = 4.0  # entries of a direction
 _DENSEST = 1 / 16  # share of coordinates; larger sizes have longer entries
 _LARGEST = 2.0**-5  # longer directions went nowhere: they lower a loss that is chaos to them
 _SHORTEST, _LONGEST = 2.0**-30, 2.0**10  # of steps along directions that the user chose
-_LONGER, _LENGTHS = 1.5, (2.0**-5, 2.0)  # at first, and the least and the most
-_FAST_MEAN, _SLOW_MEAN = 20, 100  # steps that means of losses go over
-_FALLS = 0.5  # standard deviations that a falling loss is below what it was
-_PATIENCE = 1.01  # what steps grow or shrink by in one step when it is, or is not
 _LEAST_SLOPE = 0.6  # in standard deviations of slopes: of smaller ones a step costs what it brings
 _QUERIES = 64  # how many queries, at least, a mean of squared slopes goes over,
 _STEPS = 16  # and how many steps
 _LOOKS = 10  # how many looks at the curvature are averaged
 _REPEATS = 400  # how many second looks along directions are averaged
-_BELIEF = 4.0  # second looks that agree, taken for granted before there are any
 _LOOK_AGAIN = 0.05  # of the directions, at least, two batches are asked; of the first steps'
 _LOOK_AGAIN_FIRST = 0.4
 _EVALUATIONS = 40  # query pairs for each look at the curvature, which takes two evaluations
 _FIRST_STEPS = 16  # look at the curvature every time
-_WORST = 8.0  # a step's cost over its promise, and the least is one over that
+_WORST = 8.0  # a step's cost over its promise, at most, and what was true of that over its cost
 _STEEP = (1.6, 1.5)  # deviations of a step's slopes that are alarming, and over sqrt(queries)
 _TINY = 1e-37
 _HEAVIEST = 3.0  # times that a step goes along a direction, at most
 _ROUNDING = 2.0**-21  # of the loss: slopes below it are what float32 rounds off
 _FASTEST = 2.0**0.5  # what sizes grow or fall by in a step, with a look at the curvature
 _FAST = 2.0**0.125  # and without
-
-
-class Sizes(NamedTuple):
-    """What a run that sizes its own steps knows.
-
-    Attributes:
-        size: of the next step.
-        probed: the sizes of the directions of its queries.
-        again: which of them look along a direction of the last step once more.
-        slopes: (l+ - l-) / 2 of the last step's queries.
-        squares: of squared slopes for a size of one, their sum and weight; this and the following
-            forget what is long past.
-        gains: likewise, of what slopes promised for a size of one, in their standard deviations.
-        curvatures: likewise, of what a step of size one costs beyond what slopes promised.
-        bends: likewise, in standard deviations of slopes as they then were.
-        agreement: likewise, of products of the two slopes along a direction, over squared ones.
-        losses: fast and slow running means of the losses of queries, and their squared deviations
-            from the fast one.
-        longer: how much longer steps are than what is best for one step.
-        is_alarmed: whether the next step is to be looked at, whatever its turn.
-    """
-
-    size: Float32[Array, ""]
-    probed: Float32[Array, " queries"]
-    again: Bool[Array, " queries"]
-    slopes: Float32[Array, " queries"]
-    squares: Float32[Array, "2"]
-    gains: Float32[Array, "2"]
-    curvatures: Float32[Array, "2"]
-    bends: Float32[Array, "2"]
-    agreement: Float32[Array, "2"]
-    losses: Float32[Array, "3"]
-    longer: Float32[Array, ""]
-    is_alarmed: Bool[Array, ""]
-
-    @property
-    def true_share(self) -> Float32[Array, ""]:
-        """kappa: of the squared slopes, the share that is true of other data too."""
-        total, weight = self.agreement
-        known = weight + _BELIEF
-        # No less than its standard error: what is too small to be known is not to stop a run.
-        return jnp.clip((total + _BELIEF) / known, known**-0.5, 1.0)
-
-    @property
-    def deviation(self) -> Float32[Array, ""]:
-        """Standard deviation of slopes for a size of one; 1 before any was heard."""
-        total, weight = self.squares
-        return jnp.where(total > 0, jnp.sqrt(total / jnp.maximum(weight, 1e-9)), 1.0)
 
 
 class Moves(NamedTuple):
@@ -145,13 +97,15 @@ class Moves(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What is evaluated of a step before it is made.
+    """What is known of a step before it is made.
 
     Attributes:
+        promised: by how much its slopes say that it lowers the loss of the batch.
         looks: whether the loss is evaluated before and after it.
         loss: the one before, or 0.
     """
 
+    promised: Float32[Array, ""]
     looks: Bool[Array, ""]
     loss: Float32[Array, ""]
 
@@ -219,22 +173,8 @@ class Sizing:
 
     def first(self, arrays: Sequence[Any], num_queries: int) -> Sizes:
         """What is known before the first step."""
-        none, mean = jnp.zeros(num_queries, jnp.float32), jnp.zeros(2, jnp.float32)
         size = jnp.float32(0.25 if self.is_given else max(_FIRST, self._least(arrays)))
-        return Sizes(
-            size=size,
-            probed=none + self.probed(size, arrays),
-            again=none > 0,
-            slopes=jnp.copy(none),
-            squares=mean,
-            gains=jnp.copy(mean),
-            curvatures=jnp.copy(mean),
-            bends=jnp.copy(mean),
-            agreement=jnp.copy(mean),
-            losses=jnp.full(3, jnp.nan, jnp.float32),
-            longer=jnp.float32(_LONGER),
-            is_alarmed=jnp.bool_(False),
-        )
+        return Sizes.new(size, jnp.zeros(num_queries, jnp.float32) + self.probed(size, arrays))
 
     def _least(self, arrays: Sequence[Any]) -> float:
         """The least size: a quarter of that of a direction of `_FEWEST` entries."""
@@ -259,7 +199,7 @@ class Sizing:
         slopes, is_heard = differences / 2, differences != 0
         keep = 1.0 - 1.0 / max(_STEPS, _QUERIES / q)
         squares = jnp.where(is_heard, (slopes / sizes.probed) ** 2, 0.0)
-        squares = _more(sizes.squares, squares.sum(), is_heard.sum(), keep)
+        squares = more(sizes.squares, squares.sum(), is_heard.sum(), keep)
         now = sizes._replace(squares=squares)
         scores = slopes / (now.deviation * sizes.probed)
         # Slopes that grow all at once: a run that diverges did so in ten steps, between two looks.
@@ -270,7 +210,7 @@ class Sizing:
         earlier = sizes.slopes / (now.deviation * sizes.probed)
         products = jnp.where(twice, scores * earlier, 0.0).sum()
         number = twice.sum(dtype=jnp.float32)
-        agreement = _more(now.agreement, products, number, (1 - 1 / _REPEATS) ** number)
+        agreement = more(now.agreement, products, number, (1 - 1 / _REPEATS) ** number)
         now = now._replace(agreement=agreement)
         true = now.true_share
 
@@ -293,19 +233,18 @@ class Sizing:
         now = now._replace(again=waits, slopes=slopes)
         return Moves(record, (weights * slopes).sum(), now)
 
-    def ask(
-        self, key: Array, before: Any, after: Any, loss: Callable[[Array], Array]
-    ) -> tuple[Any, Moves, Pending]:
+    def ask(self, key: Array, before: Any, after: Any, loss: Look, params: Any) -> Any:
         """What the losses of a step's queries make of it.
 
         Args:
             key: of the step.
             before: the `State` before it.
             after: the one after its losses came in.
-            loss: the loss where the parameters are, where its argument says that it is wanted.
+            loss: that of the batch.
+            params: where they are before the step.
 
         Returns:
-            The state that knows what moves, the moves, and what `close` needs.
+            The state that knows what moves, and what `close` needs.
         """
         moves = self.moves(before.sizes, key, before.count, after.info.loss_differences)
         looks = self.looks(before.count, moves)
@@ -313,22 +252,21 @@ class Sizing:
             size=before.sizes.size, true_share=moves.sizes.true_share, record=moves.record
         )
         after = after._replace(info=info, sizes=moves.sizes)
-        return after, moves, Pending(looks, loss(looks))
+        return after, Pending(moves.promised, looks, loss(params, looks))
 
     def close(
         self,
         before: Any,
         after: Any,
         arrays: Sequence[Any],
-        moves: Moves,
         pending: Pending,
-        loss: Callable[[Array], Array],
+        loss: Look,
+        params: Any,
     ) -> Any:
-        """The state after a step, with the size of the next; `loss` is that of its parameters."""
-        losses = jnp.stack([pending.loss, loss(pending.looks)])
-        is_finite = jnp.isfinite(after.info.losses).all()
-        moves = moves._replace(sizes=_judge(moves.sizes, after.info.losses.mean()))
-        sizes = self.learn(before.sizes, moves, arrays, pending.looks, losses, is_finite)
+        """The state after a step, with the size of the next; `params` are where it led."""
+        later = loss(params, pending.looks)
+        heard = after.info.losses.mean()
+        sizes = self.learn(before.sizes, after.sizes, arrays, pending, later, heard)
         evaluations = after.info.evaluations + 2 * pending.looks.astype(jnp.int32)
         return after._replace(sizes=sizes, info=after.info._replace(evaluations=evaluations))
 
@@ -342,46 +280,52 @@ class Sizing:
     def learn(
         self,
         before: Sizes,
-        moves: Moves,
+        now: Sizes,
         arrays: Sequence[Any],
-        looked: Bool[Array, ""],
-        losses: Float32[Array, "2"],
-        is_finite: Bool[Array, ""],
+        pending: Pending,
+        later: Float32[Array, ""],
+        heard: Float32[Array, ""],
     ) -> Sizes:
         """What is known after a step, the size of the next one above all.
 
         Args:
             before: what was known before the step.
-            moves: what it did.
+            now: what its slopes taught.
             arrays: the trained leaves.
-            looked: whether the losses before and after it are known.
-            losses: those two.
-            is_finite: whether the losses of its queries are.
+            pending: what it promised, and whether the losses before and after it are known.
+            later: the one after it.
+            heard: the mean of the losses of its queries.
         """
-        now, size, promised = moves.sizes, before.size, moves.promised
-        drop = losses[0] - losses[1]
-        # A step to where the loss is no number was much too long; and none is free.
+        promised, looked, loss = pending
+        size, is_finite = before.size, jnp.isfinite(heard)
+        drop = loss - later
+        # A step to where the loss is no number was much too long.
         cost = jnp.where(jnp.isfinite(drop), promised - drop, _WORST * promised)
-        cost = jnp.clip(cost, promised / _WORST, _WORST * promised)
+        cost = jnp.clip(cost, now.true_share * promised / _WORST, _WORST * promised)
         is_bad = looked & (cost > 2 * promised)
         unit, keep = now.deviation * size, 1.0 - 1.0 / _LOOKS
-        gains = _more(now.gains, promised / unit, 1.0, keep)
-        curvatures = _more(now.curvatures, cost / size**2, 1.0, keep)
-        bends = _more(now.bends, cost / (unit * size), 1.0, keep)
+        gains = more(now.gains, promised / unit, 1.0, keep)
+        curvatures = more(now.curvatures, cost / size**2, 1.0, keep)
+        bends = more(now.bends, cost / (unit * size), 1.0, keep)
         seen = jax.tree.map(
             lambda new, old: jnp.where(looked, new, old),
             (gains, curvatures, bends),
             (now.gains, now.curvatures, now.bends),
         )
         now = now._replace(gains=seen[0], curvatures=seen[1], bends=seen[2])
+        usual = now.curvatures[0] / jnp.maximum(now.curvatures[1], 1e-9) * size**2
+        trend = now.trend.after(heard, promised, jnp.where(promised > 0, usual, 0.0))
+        now = now._replace(trend=trend)
 
         # By the slopes as they are, and by those of when the curvature was looked at. The shorter:
         # where slopes grow, curvature does, but that is known later.
         of_now = now.deviation / jnp.maximum(now.curvatures[0], _TINY)
         of_then = 1.0 / jnp.maximum(now.bends[0], _TINY)
-        best = now.longer * now.true_share * now.gains[0] / 2 * jnp.minimum(of_now, of_then)
+        true = now.true_share
+        longer = 1 + true / 2
+        best = longer * true * now.gains[0] / 2 * jnp.minimum(of_now, of_then)
         best = jnp.where(now.gains[1] > 0, best, size)
-        drowned = now.deviation * size < _ROUNDING * jnp.abs(losses[0])
+        drowned = now.deviation * size < _ROUNDING * jnp.abs(loss)
         best = jnp.where(looked & drowned, 2 * size, best)
         best = jnp.where((now.slopes == 0).all(), jnp.where(is_finite, 2.0, 0.5) * size, best)
         most = jnp.where(looked | ~is_finite, _FASTEST, _FAST)
@@ -390,22 +334,6 @@ class Sizing:
         best = jnp.clip(best, self._least(arrays), _LONGEST if self.is_given else _LARGEST)
         probed = jnp.where(now.again, before.probed, self.probed(best, arrays))
         return now._replace(size=best, probed=probed, is_alarmed=is_bad)
-
-
-@jax.jit
-def _judge(sizes: Sizes, loss: Array) -> Sizes:
-    """Longer steps while the loss falls, shorter ones when it does not any more."""
-    loss = jnp.where(jnp.isfinite(loss), loss, sizes.losses[1])
-    known = jnp.where(jnp.isnan(sizes.losses), jnp.array([1.0, 1.0, 0.0]) * loss, sizes.losses)
-    fast = known[0] + (loss - known[0]) / _FAST_MEAN
-    slow = known[1] + (loss - known[1]) / _SLOW_MEAN
-    squares = known[2] + ((loss - known[0]) ** 2 - known[2]) / _FAST_MEAN
-    # The two means of losses that do not change are so far apart, in their standard deviations.
-    apart = math.sqrt(0.5 / _FAST_MEAN + 0.5 / _SLOW_MEAN) * jnp.sqrt(squares)
-    falls = (slow - fast) / jnp.maximum(apart, _TINY)
-    change = jnp.where(falls > _FALLS, _PATIENCE, jnp.where(falls < 0, 1 / _PATIENCE, 1.0))
-    longer = jnp.clip(sizes.longer * change, *_LENGTHS)
-    return sizes._replace(losses=jnp.stack([fast, slow, squares]), longer=longer)
 
 
 def of_floats(radius: Schedule | Auto, *named: Any) -> Sizing | None:
@@ -482,8 +410,3 @@ def _weigh(scores: Array, how: Weights) -> Array:
         return jnp.where(jnp.abs(scores) > _LEAST_SLOPE, jnp.sign(scores), 0.0)
     real = jnp.clip(scores * (0.5 / _LEAST_SLOPE), -_HEAVIEST, _HEAVIEST)
     return jnp.round(real) if how == "whole" else real
-
-
-def _more(mean: Array, total: Array, weight: Any, keep: Any) -> Array:
-    """A mean, as sum and weight, that forgot a little and learnt more."""
-    return mean * keep + jnp.stack([total, jnp.asarray(weight, jnp.float32)])

@@ -173,10 +173,8 @@ def spsa(
             pairs = jax.lax.pmean(pairs, axis_name)
         after = record(state, pairs, stuck)
         if sized is not None:
-            loss = functools.partial(queries.loss_if, value_fn=value_fn, axis_name=axis_name)
-            after, moves, pending = sized.ask(
-                step_key(state), state, after, functools.partial(loss, params=params)
-            )
+            loss = functools.partial(queries.loss_if, value_fn, axis_name)
+            after, pending = sized.ask(step_key(state), state, after, loss, params)
 
         def update_of(index: int) -> Array:
             leaf = leaves[index]
@@ -196,8 +194,8 @@ def spsa(
         after = floats.count_moved(after, [x for x in changes if is_float_array(x)])
         made = treedef.unflatten(changes)
         if sized is not None:
-            loss = functools.partial(loss, params=apply_updates(params, made))
-            after = sized.close(state, after, _floats(params), moves, pending, loss)
+            moved = apply_updates(params, made)
+            after = sized.close(state, after, _floats(params), pending, loss, moved)
         return made, after
 
     return optax.GradientTransformationExtraArgs(init, update)

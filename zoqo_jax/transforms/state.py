@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, Key, PRNGKeyArray
 
 from zoqo_jax.transforms import queries
-from zoqo_jax.transforms.sizing import Sizes
+from zoqo_jax.transforms.sizes import Sizes
 from zoqo_jax.xla import random_bits
 
 __all__ = [

@@ -474,14 +474,14 @@ class Steps:
         if compare_fn is not None and not self.method.takes_comparisons:
             raise ValueError("compare_fn serves zoqo alone: this method needs losses, by value_fn.")
 
-        moves = pending = None
+        loss = pending = None
         if differences is not None:
             after = replayed(state, differences)
         elif value_fn is not None:
             after = self.ask(state, params, value_fn)
             if sizing is not None:
-                loss = functools.partial(self.loss, value_fn, params)
-                after, moves, pending = sizing.ask(step_key(state), state, after, loss)
+                loss = functools.partial(queries.loss_if, value_fn, self.axis_name)
+                after, pending = sizing.ask(step_key(state), state, after, loss, params)
         elif compare_fn is not None:
             after = self.ask_which(state, params, compare_fn)
         else:
@@ -511,14 +511,10 @@ class Steps:
             (recent,) = state.recent
             after = after._replace(recent=(jnp.concatenate([recent[1:], heard[None]]),))
         updates = _fill(params, changes)
-        if moves is not None:
-            loss = functools.partial(self.loss, value_fn, apply_updates(params, updates))
-            after = sizing.close(state, after, arrays, moves, pending, loss)
+        if pending is not None:
+            moved = apply_updates(params, updates)
+            after = sizing.close(state, after, arrays, pending, loss, moved)
         return updates, after
-
-    def loss(self, value_fn: queries.Objective, params: PyTree, wanted: Array) -> Array:
-        """The loss of the codes as they are, if it is wanted, else 0."""
-        return queries.loss_if(wanted, value_fn, params, self.axis_name)
 
 
 def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:

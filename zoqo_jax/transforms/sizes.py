@@ -1,0 +1,133 @@
+"""What a run that sizes its own steps knows: running sums, and what follows from them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32
+
+__all__ = ["Sizes", "Trend", "more"]
+
+_TINY = 1e-37
+_MEMORY = (
+    150  # steps that a trend goes over; with 50, runs of one query and few examples ended worse
+)
+_BELIEF = 4.0  # second looks that agree, taken for granted before there are any
+_LEAST_SHARE = 0.25  # of its standard error: no true share is less, lest a run stop for good
+
+
+class Trend(NamedTuple):
+    """The line through the losses of a run, drawn over what its slopes promised.
+
+    A step whose slopes promise p and that costs c lowers the loss by kappa p - c. So a loss, plus
+    what all steps since then cost, lies on a line over what they promised, and kappa is its slope.
+    The line is fitted by least squares to about the last 150 steps.
+
+    Attributes:
+        steps: how many there were, up to that memory.
+        promised: mean of what was promised since each.
+        loss: mean of the losses, each plus what the steps since cost.
+        promised_squares: mean squared deviation of the one,
+        products: mean product of deviations,
+        loss_squares: and mean squared deviation of the other.
+    """
+
+    steps: Float32[Array, ""]
+    promised: Float32[Array, ""]
+    loss: Float32[Array, ""]
+    promised_squares: Float32[Array, ""]
+    products: Float32[Array, ""]
+    loss_squares: Float32[Array, ""]
+
+    @classmethod
+    def new(cls) -> Trend:
+        """Of no step."""
+        return cls(*(jnp.zeros((), jnp.float32) for _ in cls._fields))
+
+    def after(self, loss: Array, promised: Array, cost: Array) -> Trend:
+        """With one step more.
+
+        Args:
+            loss: the mean of its queries' losses; one that is no number is passed over.
+            promised: by how much its slopes say that it lowers the loss.
+            cost: by how much less it does.
+        """
+        mean = jnp.where(self.steps == 0, loss, self.loss)
+        x, y = -self.promised, jnp.where(jnp.isfinite(loss), loss - mean, 0.0)
+        steps = jnp.minimum(self.steps + 1, _MEMORY)
+        new = 1 / steps
+        products = zip(self[3:], (x * x, x * y, y * y), strict=True)
+        deviations = [(1 - new) * (mean + new * product) for mean, product in products]
+        return Trend(steps, self.promised + new * x + promised, mean + new * y + cost, *deviations)
+
+    @property
+    def share(self) -> Float32[Array, ""]:
+        """kappa, the slope of the line."""
+        return self.products / jnp.maximum(self.promised_squares, _TINY)
+
+    @property
+    def precision(self) -> Float32[Array, ""]:
+        """One over the squared standard error of the slope."""
+        rest = self.loss_squares - self.products * self.share
+        found = self.steps * self.promised_squares / jnp.maximum(rest, _TINY)
+        return jnp.where(self.steps > 3, found, 0.0)
+
+
+class Sizes(NamedTuple):
+    """What a run that sizes its own steps knows.
+
+    Attributes:
+        size: of the next step.
+        probed: the sizes of the directions of its queries.
+        again: which of them look along a direction of the last step once more.
+        slopes: (l+ - l-) / 2 of the last step's queries.
+        squares: of squared slopes for a size of one, their sum and weight; this and the following
+            forget what is long past.
+        gains: likewise, of what slopes promised for a size of one, in their standard deviations.
+        curvatures: likewise, of what a step of size one costs beyond what slopes promised.
+        bends: likewise, in standard deviations of slopes as they then were.
+        agreement: likewise, of products of the two slopes along a direction, over squared ones.
+        trend: of the losses.
+        is_alarmed: whether the next step is to be looked at, whatever its turn.
+    """
+
+    size: Float32[Array, ""]
+    probed: Float32[Array, " queries"]
+    again: Bool[Array, " queries"]
+    slopes: Float32[Array, " queries"]
+    squares: Float32[Array, "2"]
+    gains: Float32[Array, "2"]
+    curvatures: Float32[Array, "2"]
+    bends: Float32[Array, "2"]
+    agreement: Float32[Array, "2"]
+    trend: Trend
+    is_alarmed: Bool[Array, ""]
+
+    @classmethod
+    def new(cls, size: Array, probed: Array) -> Sizes:
+        """Before the first step, of a size, whose queries look so far."""
+        sums = [jnp.zeros(2, jnp.float32) for _ in range(5)]
+        slopes = jnp.zeros_like(probed)
+        return cls(size, probed, probed < 0, slopes, *sums, Trend.new(), jnp.bool_(False))
+
+    @property
+    def true_share(self) -> Float32[Array, ""]:
+        """kappa: the share of what slopes promise that comes true on other data."""
+        agreed, looks = self.agreement
+        # What each step's directions happened to bring is noise too, as that of second looks is.
+        trend = jnp.clip(self.trend.precision, 0.0, self.trend.steps * len(self.slopes))
+        known = looks + _BELIEF + trend
+        total = agreed + _BELIEF + trend * jnp.clip(self.trend.share, -1.0, 2.0)
+        return jnp.clip(total / known, _LEAST_SHARE * known**-0.5, 1.0)
+
+    @property
+    def deviation(self) -> Float32[Array, ""]:
+        """Standard deviation of slopes for a size of one; 1 before any was heard."""
+        total, weight = self.squares
+        return jnp.where(total > 0, jnp.sqrt(total / jnp.maximum(weight, 1e-9)), 1.0)
+
+
+def more(mean: Array, total: Array, weight: Any, keep: Any) -> Array:
+    """A mean, as sum and weight, that forgot a little and learnt more."""
+    return mean * keep + jnp.stack([total, jnp.asarray(weight, jnp.float32)])
