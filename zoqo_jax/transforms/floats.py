@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Key
 from zoqo_jax.transforms.state import State
 from zoqo_jax.xla import compiler, random_bits
 
-__all__ = ["Directions", "Noise", "both_sides", "count_moved", "typical"]
+__all__ = ["Directions", "Noise", "both_sides", "count_moved", "scales", "scales_at_start"]
 
 Noise = Literal["rademacher", "gaussian"]
 
@@ -72,10 +72,32 @@ def count_moved(state: State, updates: Sequence[Array]) -> State:
     return state._replace(info=state.info._replace(codes_moved=sum(counts, jnp.float32(0.0))))
 
 
-def typical(leaves: Sequence[Array | None]) -> list[Float32[Array, ""] | None]:
-    """The root mean square of each array; of one of zeros, that of all, or 1."""
-    means = [None if x is None else jnp.mean(jnp.square(x.astype(jnp.float32))) for x in leaves]
-    known = jnp.stack([mean for mean in means if mean is not None])
-    of_all = known.sum() / jnp.maximum((known > 0).sum(dtype=jnp.float32), 1.0)
-    of_all = jnp.where(of_all > 0, of_all, 1.0)
-    return [None if x is None else jnp.sqrt(jnp.where(x > 0, x, of_all)) for x in means]
+def scales_at_start(leaves: Sequence[Array]) -> Float32[Array, " leaves"]:
+    """The root mean square of each array; of one of zeros that of all others, or 0."""
+    if not leaves:
+        return jnp.zeros(0, jnp.float32)
+    means = jnp.stack([_mean_square(x) for x in leaves])
+    of_all = means.sum() / jnp.maximum((means > 0).sum(dtype=jnp.float32), 1.0)
+    return jnp.sqrt(jnp.where(means > 0, means, of_all))
+
+
+def scales(
+    at_start: Float32[Array, " leaves"], leaves: Sequence[Array | None]
+) -> list[Float32[Array, ""] | None]:
+    """How large the entries of each array are: as now or as at the start, what is more.
+
+    Where all began at zero, it is 1: nothing is known, and sizes may be of any magnitude.
+    """
+    found, place = [], iter(range(len(at_start)))
+    for leaf in leaves:
+        if leaf is None:
+            found.append(None)
+            continue
+        known = at_start[next(place)]
+        now = jnp.maximum(known, jnp.sqrt(_mean_square(leaf)))
+        found.append(jnp.where(known > 0, now, 1.0))
+    return found
+
+
+def _mean_square(x: Array) -> Float32[Array, ""]:
+    return jnp.mean(jnp.square(x.astype(jnp.float32)))

@@ -139,7 +139,7 @@ def qzo(
         if sized is None:
             mu, eta = value_at(radius, state.count), value_at(learning_rate, state.count)
         else:
-            typical = floats.typical(scales)
+            typical = floats.scales(state.sizes.scales, scales)
 
         def reach(query: Array | int, i: int) -> Array:
             return mu if sized is None else state.sizes.probed[query] * typical[i]

@@ -13,8 +13,10 @@ _TINY = 1e-37
 _MEMORY = (
     150  # steps that a trend goes over; with 50, runs of one query and few examples ended worse
 )
-_BELIEF = 4.0  # second looks that agree, taken for granted before there are any
-_LEAST_SHARE = 0.25  # of its standard error: no true share is less, lest a run stop for good
+_BELIEF = 1.0  # second looks that agree, taken for granted before there are any
+# In standard errors of the true share: what is taken off it, since steps too long cost more than
+# short ones (a noisy quadratic ended at 0.28 of its loss without, at 0.23 with), and the least.
+_CAUTION, _LEAST_SHARE = 0.5, 0.25
 
 
 class Trend(NamedTuple):
@@ -55,7 +57,8 @@ class Trend(NamedTuple):
         """
         mean = jnp.where(self.steps == 0, loss, self.loss)
         x, y = -self.promised, jnp.where(jnp.isfinite(loss), loss - mean, 0.0)
-        steps = jnp.minimum(self.steps + 1, _MEMORY)
+        # Of a run's first steps, which are the fastest, a later line is to know little.
+        steps = jnp.minimum(self.steps + jnp.where(self.steps < 10, 1.0, 0.4), _MEMORY)
         new = 1 / steps
         products = zip(self[3:], (x * x, x * y, y * y), strict=True)
         deviations = [(1 - new) * (mean + new * product) for mean, product in products]
@@ -84,11 +87,13 @@ class Sizes(NamedTuple):
         slopes: (l+ - l-) / 2 of the last step's queries.
         squares: of squared slopes for a size of one, their sum and weight; this and the following
             forget what is long past.
-        gains: likewise, of what slopes promised for a size of one, in their standard deviations.
-        curvatures: likewise, of what a step of size one costs beyond what slopes promised.
-        bends: likewise, in standard deviations of slopes as they then were.
+        gains: of what slopes promised, and of sizes in their standard deviations.
+        curvatures: of what steps cost beyond what slopes promised, and of squared sizes.
+        bends: likewise, costs being in standard deviations of slopes as they then were.
         agreement: likewise, of products of the two slopes along a direction, over squared ones.
         trend: of the losses.
+        scales: of floats, the root mean square of each leaf at the start, which sizes are shares
+            of; 0 where all were zero. Empty where codes move.
         is_alarmed: whether the next step is to be looked at, whatever its turn.
     """
 
@@ -102,14 +107,15 @@ class Sizes(NamedTuple):
     bends: Float32[Array, "2"]
     agreement: Float32[Array, "2"]
     trend: Trend
+    scales: Float32[Array, " leaves"]
     is_alarmed: Bool[Array, ""]
 
     @classmethod
-    def new(cls, size: Array, probed: Array) -> Sizes:
+    def new(cls, size: Array, probed: Array, scales: Array) -> Sizes:
         """Before the first step, of a size, whose queries look so far."""
         sums = [jnp.zeros(2, jnp.float32) for _ in range(5)]
         slopes = jnp.zeros_like(probed)
-        return cls(size, probed, probed < 0, slopes, *sums, Trend.new(), jnp.bool_(False))
+        return cls(size, probed, probed < 0, slopes, *sums, Trend.new(), scales, jnp.bool_(False))
 
     @property
     def true_share(self) -> Float32[Array, ""]:
@@ -119,7 +125,8 @@ class Sizes(NamedTuple):
         trend = jnp.clip(self.trend.precision, 0.0, self.trend.steps * len(self.slopes))
         known = looks + _BELIEF + trend
         total = agreed + _BELIEF + trend * jnp.clip(self.trend.share, -1.0, 2.0)
-        return jnp.clip(total / known, _LEAST_SHARE * known**-0.5, 1.0)
+        error = known**-0.5
+        return jnp.clip(total / known - _CAUTION * error, _LEAST_SHARE * error, 1.0)
 
     @property
     def deviation(self) -> Float32[Array, ""]:

@@ -43,7 +43,7 @@ from jaxtyping import Array, Bool, Float32
 from zoqo_jax import directions
 from zoqo_jax.directions import Structure
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.transforms import queries
+from zoqo_jax.transforms import floats, queries
 from zoqo_jax.transforms.schedules import Schedule, check_positive, is_traced
 from zoqo_jax.transforms.sizes import Sizes, more
 
@@ -70,7 +70,7 @@ _LOOKS = 10  # how many looks at the curvature are averaged
 _REPEATS = 400  # how many second looks along directions are averaged
 _LOOK_AGAIN = 0.05  # of the directions, at least, two batches are asked; of the first steps'
 _LOOK_AGAIN_FIRST = 0.4
-_EVALUATIONS = 40  # query pairs for each look at the curvature, which takes two evaluations
+_EVALUATIONS = 24  # query pairs for each look at the curvature, which takes two evaluations
 _FIRST_STEPS = 16  # look at the curvature every time
 _WORST = 8.0  # a step's cost over its promise, at most, and what was true of that over its cost
 _STEEP = (1.6, 1.5)  # deviations of a step's slopes that are alarming, and over sqrt(queries)
@@ -120,7 +120,7 @@ class Sizing:
         density: as the user gave it, or "auto".
         is_given: whether the user said how far to look: a size is then in units of directions.
         of_floats: whether numbers move, not codes: a size is then a share of their root mean
-            square in a leaf.
+            square in a leaf, as it is or was at the start, what is more.
     """
 
     weights: Weights
@@ -174,7 +174,9 @@ class Sizing:
     def first(self, arrays: Sequence[Any], num_queries: int) -> Sizes:
         """What is known before the first step."""
         size = jnp.float32(0.25 if self.is_given else max(_FIRST, self._least(arrays)))
-        return Sizes.new(size, jnp.zeros(num_queries, jnp.float32) + self.probed(size, arrays))
+        probed = jnp.zeros(num_queries, jnp.float32) + self.probed(size, arrays)
+        scales = floats.scales_at_start(arrays if self.of_floats else [])
+        return Sizes.new(size, probed, scales)
 
     def _least(self, arrays: Sequence[Any]) -> float:
         """The least size: a quarter of that of a direction of `_FEWEST` entries."""
@@ -304,26 +306,27 @@ class Sizing:
         cost = jnp.clip(cost, now.true_share * promised / _WORST, _WORST * promised)
         is_bad = looked & (cost > 2 * promised)
         unit, keep = now.deviation * size, 1.0 - 1.0 / _LOOKS
-        gains = more(now.gains, promised / unit, 1.0, keep)
-        curvatures = more(now.curvatures, cost / size**2, 1.0, keep)
-        bends = more(now.bends, cost / (unit * size), 1.0, keep)
+        gains = more(now.gains, promised, unit, keep)
+        curvatures = more(now.curvatures, cost, size**2, keep)
+        bends = more(now.bends, cost / now.deviation, size**2, keep)
         seen = jax.tree.map(
             lambda new, old: jnp.where(looked, new, old),
             (gains, curvatures, bends),
             (now.gains, now.curvatures, now.bends),
         )
         now = now._replace(gains=seen[0], curvatures=seen[1], bends=seen[2])
-        usual = now.curvatures[0] / jnp.maximum(now.curvatures[1], 1e-9) * size**2
+        curvature = now.curvatures[0] / jnp.maximum(now.curvatures[1], _TINY)
+        usual = curvature * size**2
         trend = now.trend.after(heard, promised, jnp.where(promised > 0, usual, 0.0))
         now = now._replace(trend=trend)
 
         # By the slopes as they are, and by those of when the curvature was looked at. The shorter:
         # where slopes grow, curvature does, but that is known later.
-        of_now = now.deviation / jnp.maximum(now.curvatures[0], _TINY)
-        of_then = 1.0 / jnp.maximum(now.bends[0], _TINY)
+        of_now = now.deviation / jnp.maximum(curvature, _TINY)
+        of_then = now.bends[1] / jnp.maximum(now.bends[0], _TINY)
         true = now.true_share
-        longer = 1 + true / 2
-        best = longer * true * now.gains[0] / 2 * jnp.minimum(of_now, of_then)
+        gain = now.gains[0] / jnp.maximum(now.gains[1], _TINY)
+        best = (1 + true / 2) * true * gain / 2 * jnp.minimum(of_now, of_then)
         best = jnp.where(now.gains[1] > 0, best, size)
         drowned = now.deviation * size < _ROUNDING * jnp.abs(loss)
         best = jnp.where(looked & drowned, 2 * size, best)
@@ -331,7 +334,10 @@ class Sizing:
         most = jnp.where(looked | ~is_finite, _FASTEST, _FAST)
         best = jnp.clip(best, size / most, size * most)
         best = jnp.where(is_bad, size / 2, best)
-        best = jnp.clip(best, self._least(arrays), _LONGEST if self.is_given else _LARGEST)
+        largest = _LONGEST if self.is_given else _LARGEST
+        if self.of_floats:  # of what began at zero nobody knows how far is far
+            largest = jnp.where(now.scales.any(), largest, _LONGEST)
+        best = jnp.clip(best, self._least(arrays), largest)
         probed = jnp.where(now.again, before.probed, self.probed(best, arrays))
         return now._replace(size=best, probed=probed, is_alarmed=is_bad)
 

@@ -137,7 +137,8 @@ def spsa(
         if sized is None:
             mu = value_at(radius, state.count)
         else:
-            typical = floats.typical([x if is_float_array(x) else None for x in leaves])
+            trained = [x if is_float_array(x) else None for x in leaves]
+            typical = floats.scales(state.sizes.scales, trained)
 
         def reach(query: Array | int, index: int) -> Array:
             return mu if sized is None else state.sizes.probed[query] * typical[index]
