@@ -74,8 +74,6 @@ def count_moved(state: State, updates: Sequence[Array]) -> State:
 
 def scales_at_start(leaves: Sequence[Array]) -> Float32[Array, " leaves"]:
     """The root mean square of each array; of one of zeros that of all others, or 0."""
-    if not leaves:
-        return jnp.zeros(0, jnp.float32)
     means = jnp.stack([_mean_square(x) for x in leaves])
     of_all = means.sum() / jnp.maximum((means > 0).sum(dtype=jnp.float32), 1.0)
     return jnp.sqrt(jnp.where(means > 0, means, of_all))

@@ -107,11 +107,11 @@ class Sizes(NamedTuple):
     bends: Float32[Array, "2"]
     agreement: Float32[Array, "2"]
     trend: Trend
-    scales: Float32[Array, " leaves"]
+    scales: Float32[Array, " leaves"] | tuple[()]
     is_alarmed: Bool[Array, ""]
 
     @classmethod
-    def new(cls, size: Array, probed: Array, scales: Array) -> Sizes:
+    def new(cls, size: Array, probed: Array, scales: Array | tuple[()]) -> Sizes:
         """Before the first step, of a size, whose queries look so far."""
         sums = [jnp.zeros(2, jnp.float32) for _ in range(5)]
         slopes = jnp.zeros_like(probed)

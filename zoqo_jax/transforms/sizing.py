@@ -175,7 +175,7 @@ class Sizing:
         """What is known before the first step."""
         size = jnp.float32(0.25 if self.is_given else max(_FIRST, self._least(arrays)))
         probed = jnp.zeros(num_queries, jnp.float32) + self.probed(size, arrays)
-        scales = floats.scales_at_start(arrays if self.of_floats else [])
+        scales = floats.scales_at_start(arrays) if self.of_floats else ()
         return Sizes.new(size, probed, scales)
 
     def _least(self, arrays: Sequence[Any]) -> float:
