@@ -21,6 +21,7 @@ import yaml
 
 import zoqo_jax as zq
 import zoqo_jax.interop
+from zoqo_jax.implicit import interpreter
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -129,6 +130,8 @@ def test_programs_of_a_page_run_and_print_what_it_says(page, tmp_path, monkeypat
     if page.stem in OF_EXTRA_ZOO and importlib.util.find_spec(page.stem) is None:
         pytest.skip(f"needs {page.stem}, of the extra zoo")
     monkeypatch.chdir(tmp_path)
+    # A rule that a page adds goes with it.
+    monkeypatch.setattr(interpreter, "_rules", dict(interpreter._rules))
     names = {"__name__": "__main__"}
     programs = PROGRAM.findall(page.read_text(encoding="utf-8"))
     assert programs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool, Float32, Int32
 
 __all__ = ["Sizes", "Trend", "more"]
 
@@ -94,6 +94,7 @@ class Sizes(NamedTuple):
         trend: of the losses.
         scales: of floats, the root mean square of each leaf at the start, which sizes are shares
             of; 0 where all were zero. Empty where codes move.
+        unseen: steps since one was looked at.
         is_alarmed: whether the next step is to be looked at, whatever its turn.
     """
 
@@ -108,6 +109,7 @@ class Sizes(NamedTuple):
     agreement: Float32[Array, "2"]
     trend: Trend
     scales: Float32[Array, " leaves"] | tuple[()]
+    unseen: Int32[Array, ""]
     is_alarmed: Bool[Array, ""]
 
     @classmethod
@@ -115,7 +117,17 @@ class Sizes(NamedTuple):
         """Before the first step, of a size, whose queries look so far."""
         sums = [jnp.zeros(2, jnp.float32) for _ in range(5)]
         slopes = jnp.zeros_like(probed)
-        return cls(size, probed, probed < 0, slopes, *sums, Trend.new(), scales, jnp.bool_(False))
+        return cls(
+            size,
+            probed,
+            probed < 0,
+            slopes,
+            *sums,
+            Trend.new(),
+            scales,
+            jnp.int32(0),
+            jnp.bool_(False),
+        )
 
     @property
     def true_share(self) -> Float32[Array, ""]:

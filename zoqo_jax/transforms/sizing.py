@@ -275,7 +275,7 @@ class Sizing:
     def looks(self, count: Array, moves: Moves) -> Bool[Array, ""]:
         """Whether a step is one of those that evaluate the loss before and after it."""
         every = math.ceil(_EVALUATIONS / len(moves.record))
-        its_turn = (count < _FIRST_STEPS) | (count % every == 0) | moves.sizes.is_alarmed
+        its_turn = (count < _FIRST_STEPS) | (moves.sizes.unseen >= every) | moves.sizes.is_alarmed
         return its_turn & (moves.promised > 0)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -339,7 +339,8 @@ class Sizing:
             largest = jnp.where(now.scales.any(), largest, _LONGEST)
         best = jnp.clip(best, self._least(arrays), largest)
         probed = jnp.where(now.again, before.probed, self.probed(best, arrays))
-        return now._replace(size=best, probed=probed, is_alarmed=is_bad)
+        unseen = jnp.where(looked, 1, now.unseen + 1)
+        return now._replace(size=best, probed=probed, unseen=unseen, is_alarmed=is_bad)
 
 
 def of_floats(radius: Schedule | Auto, *named: Any) -> Sizing | None:
