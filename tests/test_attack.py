@@ -79,7 +79,7 @@ def recorder(model):
 
 @pytest.mark.parametrize(
     "settings",
-    each_method("coarse to fine", "rank-one", "zo_sign_sgd", "sign_hunter", "square"),
+    each_method("coarse to fine", "rank-one", "square"),
 )
 def test_what_is_found_is_misread_in_the_ball_and_on_the_grid(digits, settings):
     logits_fn, images, labels = (x if callable(x) else x[:16] for x in digits)
@@ -100,7 +100,6 @@ def test_what_is_found_is_misread_in_the_ball_and_on_the_grid(digits, settings):
 
 _COUNTED = [
     ("coarse to fine", False),
-    ("dense", False),
     ("zo_sign_sgd", False),
     ("sign_hunter", False),
     ("square", True),

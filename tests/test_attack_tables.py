@@ -27,6 +27,7 @@ def found(places, row=_ROW):
     return tables.load(tables.Path(places.results), row).queries
 
 
+@pytest.mark.slow
 def test_a_row_goes_on_where_it_was_stopped(places, monkeypatch):
     one, calls = tables._one, []
 

@@ -462,7 +462,7 @@ GRIDDED = {  # a quantizer for its grid, and where its scales stand
 }
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(
     kind=st.sampled_from(sorted(GRIDDED)),
     shape=st.sampled_from([(), (2, 3, 9), (2, 3, 12)]),

@@ -33,6 +33,7 @@ GUIDES = [
 PROGRAM = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 DECIMAL = re.compile(r"\d+\.\d+")
 OF_EXTRA_ZOO = ("haiku", "keras")  # guides named like the package that they need
+SLOW_GUIDES = (*OF_EXTRA_ZOO, "equinox")  # like those of flax and nnx, 6 to 17 s each
 
 
 def is_defined(thing):
@@ -125,7 +126,13 @@ def test_outputs_are_compared():
     assert not agree("True 0.50", "False 0.50")
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in SLOW_GUIDES))
+        for page in GUIDES
+    ],
+)
 def test_programs_of_a_page_run_and_print_what_it_says(page, tmp_path, monkeypatch):
     if page.stem in OF_EXTRA_ZOO and importlib.util.find_spec(page.stem) is None:
         pytest.skip(f"needs {page.stem}, of the extra zoo")

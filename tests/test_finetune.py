@@ -118,6 +118,7 @@ def test_without_steps_a_run_only_reads(files, tmp_path):
         assert not changed_by(tmp_path, files)
 
 
+@pytest.mark.slow
 def test_the_last_layers_are_trained_on_what_those_below_say(files, tmp_path):
     chosen = config(files, tmp_path, layers=1)
     outcome = run(chosen)
@@ -252,6 +253,7 @@ def test_a_run_that_is_killed_three_times_goes_on_bit_for_bit(files, tmp_path):
     np.testing.assert_array_equal(*logs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["zoqo", slow("zo_signsgd")])
 def test_adapters_are_written_as_peft_reads_them(files, adapters_run, tmp_path, method):
     from safetensors.numpy import load_file

@@ -72,6 +72,7 @@ def _zoqo(bits, steps, density, coarse):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "condition"), by_turns([(4, 2.0), (8, 16.0)], [1.0, 10.0]))
 def test_zoqo_reaches_twice_the_floor(step, condition):
     bits, coarse = step
@@ -82,6 +83,7 @@ def test_zoqo_reaches_twice_the_floor(step, condition):
     assert best.mean() <= 2.0
 
 
+@pytest.mark.slow
 def test_zoqo_swings_at_four_times_the_floor():
     steps = 48_000  # with half as many, 2 of the 48 runs have coordinates still on their way
     ratio = _losses_over_floor(_zoqo(8, steps, 1 / (16 * _DIMENSION), 16.0), 8, 1.0, steps)

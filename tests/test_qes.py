@@ -60,7 +60,12 @@ def test_qes_is_its_formula(window, decay, num_queries):
 
 
 @pytest.mark.parametrize(
-    ("boundary", "differ"), [("clamp", False), ("mask", False), ("clamp", True)]
+    ("boundary", "differ"),
+    [
+        ("mask", False),
+        pytest.param("clamp", False, marks=pytest.mark.slow),
+        pytest.param("clamp", True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_residual_made_anew_is_the_one_that_is_kept(boundary, differ):
     """Bit for bit as long as the window reaches back to the first step, and no longer."""

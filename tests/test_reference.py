@@ -260,7 +260,9 @@ def test_zoqo_is_algorithm_1(queries, law, boundary, model):
     ("model", "vote", "law", "boundary", "structure", "density"),
     [
         (MODELS[0], "mean", "uniform", "mask", "rank_one", 1.0),
-        (MODELS[1], "mean", "uniform", "clamp", "sparse", 0.375),
+        pytest.param(
+            *(MODELS[1], "mean", "uniform", "clamp", "sparse", 0.375), marks=pytest.mark.slow
+        ),
         # A single matrix product adds up the queries of these:
         (PACKED, "mean", "rademacher", "clamp", "rank_one", 1.0),
         pytest.param(

@@ -54,8 +54,7 @@ RUNS = {
         decay(2.0), key=KEY, num_queries=3, rounding="error_feedback", boundary="reflect"
     ),
 }
-FAST = ["zoqo", "zoqo, 3 queries, gaussian, scheduled", "caq_zo, stochastic", "quzo"]
-FAST.append("caq_zo, 3 queries, error feedback, scheduled")
+FAST = ["zoqo, 3 queries, gaussian, scheduled", "caq_zo, 3 queries, error feedback, scheduled"]
 
 
 def start():

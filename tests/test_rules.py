@@ -108,7 +108,7 @@ def layouts(w):
 @pytest.mark.parametrize(
     ("grid", "direction", "boundary", "queries_"),
     [
-        ("shared", "rank_one", "clamp", 1),
+        slow("shared", "rank_one", "clamp", 1),  # 16 s
         ("blocks", "dense", "clamp", 1),
         slow("nf4", "rank_one", "clamp", 2),
         slow("nf4", "rank_one", "clamp", 3),  # 20 s
@@ -255,7 +255,7 @@ def test_rows_are_those_of_the_values_bit_for_bit(grid, direction):
     assert jnp.isnan(expected["look up out of bounds"]).any()
 
 
-@pytest.mark.parametrize("axis", [0, slow(1)])
+@pytest.mark.parametrize("axis", [slow(0), slow(1)])
 def test_rows_of_blocks_along_rows_are_those_of_the_values(axis):
     array = zq.Quantizer(4, range="minmax", axis=axis, block=4)(normal(0, 6, 10, 20))
     actual, expected = over_sides_and_queries(rows_of, array, 1)

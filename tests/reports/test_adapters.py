@@ -141,6 +141,7 @@ def test_adapters_of_opt_have_opts_names(tmp_path):
         adapted(folder, tmp_path / "run", targets=("q", "gate"))
 
 
+@pytest.mark.slow
 def test_adapters_of_the_last_layers_say_which(tmp_path):
     path = tiny_model.write_model(tmp_path / "a.gguf")
     written, _, _ = adapted(path, tmp_path / "run", layers=1, targets=("q",))

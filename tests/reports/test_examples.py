@@ -75,6 +75,7 @@ def test_choices_after_a_space_are_the_words_that_follow_it():
         data.encode(mixed, None, 64)
 
 
+@pytest.mark.slow
 def test_sentence_piece_is_fine_tuned_on_the_default_examples(tmp_path):
     path = tiny_model.write_model(
         tmp_path / "a.gguf", words=tiny_model.sentence_piece_metadata(),

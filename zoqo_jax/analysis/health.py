@@ -36,7 +36,8 @@ class Health:
         >>> params = zq.Quantizer(range=1.0)(jnp.zeros(4))
         >>> tx = zq.zoqo(key=jax.random.key(0))
         >>> loss = lambda w: jnp.sum((w - 0.5) ** 2)
-        >>> _, state = tx.update(None, tx.init(params), params, value_fn=loss)
+        >>> step = jax.jit(lambda state: tx.update(None, state, params, value_fn=loss)[1])
+        >>> state = step(tx.init(params))
         >>> found = zq.health(state)
         >>> bool(found), found.steps, found.loss[0] == state.info.losses.mean().item()
         (True, 1, True)
@@ -82,13 +83,15 @@ def health(history: Any) -> Health:
         ValueError: there is no step.
 
     Examples:
-        >>> import jax.numpy as jnp, optax, zoqo_jax as zq
+        >>> import jax.numpy as jnp, zoqo_jax as zq
         >>> params, told = zq.Quantizer(bits=4)(jnp.linspace(-1, 1, 9)), []
         >>> tx = zq.caq_zo(1e-9, key=jax.random.key(0), rounding="nearest")
         >>> state = tx.init(params)
+        >>> step = jax.jit(
+        ...     lambda state: tx.update(None, state, params, value_fn=lambda w: (w**2).sum())[1]
+        ... )
         >>> for _ in range(3):
-        ...     updates, state = tx.update(None, state, params, value_fn=lambda w: (w**2).sum())
-        ...     params = optax.apply_updates(params, updates)
+        ...     state = step(state)
         ...     told.append(state.info)
         >>> print(health(told).findings[0])  # doctest: +ELLIPSIS
         nothing has moved in the last 3 steps: the learning rate is too small for whole codes; ...

@@ -31,10 +31,13 @@ def on_floats(
         >>> adam = zq.on_floats(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05)))
         >>> tx = optax.chain(zq.spsa(1e-2, key=jax.random.key(0), num_queries=4), adam)
         >>> loss = lambda params: jnp.sum(params["b"] ** 2) + jnp.sum(params["w"] ** 2)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     updates, state = tx.update(None, state, params, value_fn=loss)
+        ...     return optax.apply_updates(params, updates), state
         >>> state, trained = tx.init(params), params
         >>> for _ in range(20):
-        ...     updates, state = tx.update(None, state, trained, value_fn=loss)
-        ...     trained = optax.apply_updates(trained, updates)
+        ...     trained, state = step(trained, state)
         >>> loss(zq.dequantize(trained)) < loss(zq.dequantize(params))
         Array(True, dtype=bool)
         >>> bool((trained["w"].codes == params["w"].codes).all())

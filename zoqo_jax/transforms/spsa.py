@@ -90,12 +90,14 @@ def spsa(
         Gradients, for Adam:
 
         >>> tx = optax.chain(zq.spsa(1e-3, key=jax.random.key(0)), optax.adam(0.1))
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     updates, state = tx.update(None, state, params, value_fn=loss)
+        ...     return optax.apply_updates(params, updates), state
         >>> params = jnp.ones(3)
         >>> state = tx.init(params)
-        >>> loss = lambda x: jnp.sum(x**2)
         >>> for _ in range(100):
-        ...     updates, state = tx.update(None, state, params, value_fn=loss)
-        ...     params = optax.apply_updates(params, updates)
+        ...     params, state = step(params, state)
         >>> loss(params).item() < 0.1
         True
     """
