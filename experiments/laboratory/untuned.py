@@ -39,6 +39,7 @@ _PROBLEMS = {
 }
 _NOISE = 10.0  # deviation of an entry of the gradient; at 0 its root mean square is about 5
 _POINTS, _EXCESS = 0.02, 1.1
+_SOLVED = 1e-9  # of a quadratic's loss at 0: what float32 leaves, and less of it is no better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +227,7 @@ class Row(NamedTuple):
     def is_met(self) -> bool:
         """Whether the untuned method is about as good."""
         mine, best = self.scores
-        return mine >= best - _POINTS if self.is_accuracy else mine <= _EXCESS * best
+        return mine >= best - _POINTS if self.is_accuracy else mine <= max(_EXCESS * best, _SOLVED)
 
     @property
     def is_worse(self) -> bool:

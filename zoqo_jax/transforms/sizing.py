@@ -305,10 +305,13 @@ class Sizing:
         cost = jnp.where(jnp.isfinite(drop), promised - drop, _WORST * promised)
         cost = jnp.clip(cost, now.true_share * promised / _WORST, _WORST * promised)
         is_bad = looked & (cost > 2 * promised)
-        unit, keep = now.deviation * size, 1.0 - 1.0 / _LOOKS
-        gains = more(now.gains, promised, unit, keep)
-        curvatures = more(now.curvatures, cost, size**2, keep)
-        bends = more(now.bends, cost / now.deviation, size**2, keep)
+        # Whole steps along directions of a few entries are no shorter, but fewer. By the shorter
+        # size, gains would seem large and curvatures larger, and sizes would fall without end.
+        made = self.probed(size, arrays) if self.is_whole else size
+        keep = 1.0 - 1.0 / _LOOKS
+        gains = more(now.gains, promised, now.deviation * made, keep)
+        curvatures = more(now.curvatures, cost, made**2, keep)
+        bends = more(now.bends, cost / now.deviation, made**2, keep)
         seen = jax.tree.map(
             lambda new, old: jnp.where(looked, new, old),
             (gains, curvatures, bends),
@@ -316,7 +319,7 @@ class Sizing:
         )
         now = now._replace(gains=seen[0], curvatures=seen[1], bends=seen[2])
         curvature = now.curvatures[0] / jnp.maximum(now.curvatures[1], _TINY)
-        usual = curvature * size**2
+        usual = curvature * made**2
         trend = now.trend.after(heard, promised, jnp.where(promised > 0, usual, 0.0))
         now = now._replace(trend=trend)
 
