@@ -149,6 +149,19 @@ def test_programs_of_a_page_run_and_print_what_it_says(page, tmp_path, monkeypat
         assert agree(expected, printed.getvalue()), f"{program}\nprinted\n{printed.getvalue()}"
 
 
+def test_rooms_of_the_readme_name_the_files_that_questions_lead_to():
+    """The last table of docs/extending.md: each file is there, and README's row of its room says it."""
+    page = (DOCS / "extending.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\| .*\? \| `(\w+)/(\w+)\.py` \|$", page, re.MULTILINE)
+    assert len(files) == 12
+    rows = dict(
+        re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    )
+    for room, name in files:
+        assert (ROOT / "zoqo_jax" / room / f"{name}.py").is_file(), name
+        assert f"`{name}`" in rows[room], name
+
+
 def navigation(entries):
     """The pages that a `nav` of mkdocs.yml lists."""
     for entry in entries:

@@ -266,7 +266,7 @@ def _spread(per_block: Array | None, array: QuantizedArray) -> Array | None:
 def _spread_leading(per_block: Array | None, array: QuantizedArray) -> Array | None:
     """Repeat along the axis that a scan walks, a stack's first.
 
-    Never along the last, within which draws depend on what is shared (`draws.bernoulli`).
+    Never along the last, within which draws depend on what is shared (`random_bits.bernoulli`).
     """
     if per_block is None or per_block.shape[0] != 1:
         return per_block
