@@ -150,7 +150,7 @@ def test_programs_of_a_page_run_and_print_what_it_says(page, tmp_path, monkeypat
 
 
 def test_rooms_of_the_readme_name_the_files_that_questions_lead_to():
-    """The last table of docs/extending.md: each file is there, and README's row of its room says it."""
+    """Each file in the last table of docs/extending.md is there and in its room's row of README."""
     page = (DOCS / "extending.md").read_text(encoding="utf-8")
     files = re.findall(r"^\| .*\? \| `(\w+)/(\w+)\.py` \|$", page, re.MULTILINE)
     assert len(files) == 12
