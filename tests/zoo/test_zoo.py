@@ -16,12 +16,8 @@ from zoo import expected, harness, registry
 pytestmark = pytest.mark.filterwarnings("default")
 
 _MODELS = registry.everything()
-# One model for each way in which weights reach a product; the others are slow tests.
-_TRACED = (
-    "equinox.spectral_norm",
-    "keras.cnn",
-    "nnx.lstm",
-)
+# One model of each of three packages; the others, and all that train, are slow tests.
+_TRACED = ("equinox.spectral_norm", "keras.cnn", "nnx.lstm")
 
 
 @pytest.fixture(autouse=True)

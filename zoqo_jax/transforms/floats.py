@@ -86,12 +86,12 @@ def scales(
 
     Where all began at zero, it is 1: nothing is known, and sizes may be of any magnitude.
     """
-    found, place = [], iter(range(len(at_start)))
+    found, starts = [], iter(at_start)
     for leaf in leaves:
         if leaf is None:
             found.append(None)
             continue
-        known = at_start[next(place)]
+        known = next(starts)
         now = jnp.maximum(known, jnp.sqrt(_mean_square(leaf)))
         found.append(jnp.where(known > 0, now, 1.0))
     return found

@@ -108,7 +108,7 @@ def qzo(
             "learning_rate and radius must both be numbers or both be 'auto', got "
             f"{learning_rate!r} and {radius!r}."
         )
-    sized = sizing.of_floats(radius, "learning_rate", learning_rate)
+    sized = sizing.of_floats(radius=radius, learning_rate=learning_rate)
     if clip is not None:
         check_positive("clip", clip)
     directions.check_choice("noise", noise, get_args(Noise))

@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
-__all__ = ["Sizes", "Trend", "more"]
+__all__ = ["Sizes", "Trend", "more", "ratio"]
 
 _TINY = 1e-37
-_MEMORY = (
-    150  # steps that a trend goes over; with 50, runs of one query and few examples ended worse
-)
+_MEMORY = 150  # steps that a trend goes over; with 50, runs of one query ended worse
 _BELIEF = 1.0  # second looks that agree, taken for granted before there are any
 # In standard errors of the true share: what is taken off it, since steps too long cost more than
 # short ones (a noisy quadratic ended at 0.28 of its loss without, at 0.23 with), and the least.
@@ -60,8 +58,8 @@ class Trend(NamedTuple):
         # Of a run's first steps, which are the fastest, a later line is to know little.
         steps = jnp.minimum(self.steps + jnp.where(self.steps < 10, 1.0, 0.4), _MEMORY)
         new = 1 / steps
-        products = zip(self[3:], (x * x, x * y, y * y), strict=True)
-        deviations = [(1 - new) * (mean + new * product) for mean, product in products]
+        pairs = zip(self[3:], (x * x, x * y, y * y), strict=True)
+        deviations = [(1 - new) * (old + new * product) for old, product in pairs]
         return Trend(steps, self.promised + new * x + promised, mean + new * y + cost, *deviations)
 
     @property
@@ -145,6 +143,11 @@ class Sizes(NamedTuple):
         """Standard deviation of slopes for a size of one; 1 before any was heard."""
         total, weight = self.squares
         return jnp.where(total > 0, jnp.sqrt(total / jnp.maximum(weight, 1e-9)), 1.0)
+
+
+def ratio(mean: Array) -> Array:
+    """What a mean is, of its sum and weight; 0 where it is of nothing."""
+    return mean[0] / jnp.maximum(mean[1], _TINY)
 
 
 def more(mean: Array, total: Array, weight: Any, keep: Any) -> Array:

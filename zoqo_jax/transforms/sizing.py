@@ -45,7 +45,7 @@ from zoqo_jax.directions import Structure
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.transforms import floats, queries
 from zoqo_jax.transforms.schedules import Schedule, check_positive, is_traced
-from zoqo_jax.transforms.sizes import Sizes, more
+from zoqo_jax.transforms.sizes import Sizes, more, ratio
 
 __all__ = ["Auto", "Sizing", "Weights", "choose", "of_floats"]
 
@@ -318,7 +318,7 @@ class Sizing:
             (now.gains, now.curvatures, now.bends),
         )
         now = now._replace(gains=seen[0], curvatures=seen[1], bends=seen[2])
-        curvature = now.curvatures[0] / jnp.maximum(now.curvatures[1], _TINY)
+        curvature = ratio(now.curvatures)
         usual = curvature * made**2
         trend = now.trend.after(heard, promised, jnp.where(promised > 0, usual, 0.0))
         now = now._replace(trend=trend)
@@ -326,10 +326,9 @@ class Sizing:
         # By the slopes as they are, and by those of when the curvature was looked at. The shorter:
         # where slopes grow, curvature does, but that is known later.
         of_now = now.deviation / jnp.maximum(curvature, _TINY)
-        of_then = now.bends[1] / jnp.maximum(now.bends[0], _TINY)
+        of_then = ratio(now.bends[::-1])
         true = now.true_share
-        gain = now.gains[0] / jnp.maximum(now.gains[1], _TINY)
-        best = (1 + true / 2) * true * gain / 2 * jnp.minimum(of_now, of_then)
+        best = (1 + true / 2) * true * ratio(now.gains) / 2 * jnp.minimum(of_now, of_then)
         best = jnp.where(now.gains[1] > 0, best, size)
         drowned = now.deviation * size < _ROUNDING * jnp.abs(loss)
         best = jnp.where(looked & drowned, 2 * size, best)
@@ -346,17 +345,17 @@ class Sizing:
         return now._replace(size=best, probed=probed, unseen=unseen, is_alarmed=is_bad)
 
 
-def of_floats(radius: Schedule | Auto, *named: Any) -> Sizing | None:
+def of_floats(*, radius: Schedule | Auto, **others: Schedule | Auto) -> Sizing | None:
     """How steps of floats size themselves, or None where the user says how far to look.
 
     Args:
         radius: as given.
-        named: the name of another number and what was given for it, if there is one.
+        others: what was given for other lengths, by name; they are checked likewise.
 
     Raises:
-        ValueError: a radius that is not positive, or a word that is not "auto".
+        ValueError: a length that is not positive, or a word that is not "auto".
     """
-    for name, value in (named, ("radius", radius)) if named else (("radius", radius),):
+    for name, value in {**others, "radius": radius}.items():
         if isinstance(value, str):
             directions.check_choice(name, value, ("auto",))
         else:

@@ -105,7 +105,7 @@ def spsa(
         raise ValueError(f"learning_rate must be None or 'auto', got {learning_rate!r}.")
     if learning_rate == "auto" and not isinstance(radius, str):
         raise ValueError(f"radius must be 'auto' where learning_rate is, got {radius!r}.")
-    sized = sizing.of_floats(radius)
+    sized = sizing.of_floats(radius=radius)
     directions.check_choice("noise", noise, get_args(Noise))
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
     mean_over_2 = float(np.float32(0.5 / num_queries))
