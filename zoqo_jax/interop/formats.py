@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from zoqo_jax.interop import awq, gptq
 from zoqo_jax.interop.protocol import Format
 
 __all__ = ["FORMATS"]
 
-FORMATS: tuple[Format, ...] = ()
+FORMATS: tuple[Format, ...] = (gptq, awq)

@@ -129,7 +129,7 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Qu
         has_blocks = groups == -(-inputs // length)
         if not has_blocks or not np.array_equal(index, np.arange(inputs) // length):
             block_of = index
-    zeros = _zeros(qzeros, bits, settings.outputs, settings.is_first_version)
+    zeros = _zeros(qzeros, bits, outputs, settings.is_first_version)
     return affine(
         words.unpack(qweight.T, bits, inputs),
         np.ascontiguousarray(scales.T),
