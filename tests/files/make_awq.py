@@ -60,7 +60,9 @@ def write(name, config, modules, dequantize, group, dtype=torch.float16, shards=
         module.scales = module.scales.to(dtype)
         values = dequantize(module.qweight, module.qzeros, module.scales, 4, group)
         assert values.dtype == dtype
-        expected[f"{key}.weight"] = (values.float() if dtype is torch.bfloat16 else values).T.numpy()
+        expected[f"{key}.weight"] = (
+            values.float() if dtype is torch.bfloat16 else values
+        ).T.numpy()
         state |= {f"{key}.{end}": x.contiguous() for end, x in module.state_dict().items()}
     torch.manual_seed(0)
     state["lm_head.weight"] = torch.randn(4, 8, dtype=dtype)

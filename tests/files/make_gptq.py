@@ -57,7 +57,9 @@ def write(name, config, modules, *, v1, dtype=torch.float16, shards=None, apart=
         module.scales = module.scales.to(dtype)
         values = module.dequantize_weight()
         assert values.dtype == dtype
-        expected[f"{key}.weight"] = (values.float() if dtype is torch.bfloat16 else values).T.numpy()
+        expected[f"{key}.weight"] = (
+            values.float() if dtype is torch.bfloat16 else values
+        ).T.numpy()
         if v1:
             convert_gptq_v2_to_v1_format_module(module, config)
         kept = module.state_dict()
@@ -88,7 +90,10 @@ def main():
             }
             write(f"{bits}-bits-{version}", config, modules, v1=version == "gptq")
     config = QuantizeConfig(bits=4, group_size=-1, desc_act=False, format="gptq")
-    modules = {f"model.layers.{i}.up_proj": linear(4, 64, True, False, generator, config) for i in (0, 1, 2)}
+    modules = {
+        f"model.layers.{i}.up_proj": linear(4, 64, True, False, generator, config)
+        for i in (0, 1, 2)
+    }
     write("shards", config, modules, v1=True, dtype=torch.bfloat16, shards=2500, apart=True)
     config = QuantizeConfig(
         bits=4, group_size=32, desc_act=False, lm_head=True, format="gptq_v2",
@@ -101,7 +106,9 @@ def main():
     write("dynamic", config, modules, v1=False)
     for bits, pack in ((4, torch.int16), (8, torch.int8)):
         kind = str(pack).removeprefix("torch.")
-        config = QuantizeConfig(bits=bits, group_size=32, desc_act=False, format="gptq_v2", pack_dtype=kind)
+        config = QuantizeConfig(
+            bits=bits, group_size=32, desc_act=False, format="gptq_v2", pack_dtype=kind
+        )
         modules = {"model.up_proj": linear(bits, 32, False, False, generator, config, pack)}
         write(kind, config, modules, v1=False)
 

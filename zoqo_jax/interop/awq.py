@@ -76,12 +76,13 @@ def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[s
     """The stored tensors of each quantized one; see `protocol.Format`."""
     found: dict[str, tuple[str, ...]] = {}
     for module in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
-        parts = {f"{module}.{end}": None for end in ("qweight", "qzeros", "scales")}
+        parts = tuple(f"{module}.{end}" for end in ("qweight", "qzeros", "scales"))
         for part in parts:
             if part not in stored:
                 raise ValueError(f"tensor {part!r} is not there, but {module}.qweight is.")
-        _check_shapes(module, *(stored[part] for part in parts), settings.group_size)
-        found[f"{module}.weight"] = tuple(parts)
+        qweight, qzeros, scales = (stored[part] for part in parts)
+        _check_shapes(module, qweight, qzeros, scales, settings.group_size)
+        found[f"{module}.weight"] = parts
     for key in stored:
         module, _, end = key.rpartition(".")
         if end == "qzeros" and f"{module}.weight" not in found:

@@ -86,7 +86,7 @@ def read(place: Place) -> np.ndarray:
     raw = memory[-memory.ctypes.data % 64 :][: place.size]
     with open(place.file, "rb") as file:
         file.seek(place.begin)
-        if file.readinto(memoryview(raw)) != place.size:
+        if file.readinto(raw.data) != place.size:
             raise ValueError(f"{place.file}: it has become shorter since its header was read.")
     return raw.view(DTYPES[place.dtype]).reshape(place.shape)
 
@@ -193,12 +193,10 @@ def _header(file: Path) -> dict[str, Place]:
 
 def _place(file: Path, name: str, entry: dict[str, Any], size: int, start: int) -> Place:
     """What a header says of a tensor."""
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in DTYPES:
+    dtype, shape, offsets = (entry.get(key, []) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor {name!r}: its dtype is not read: {dtype!r:.40}")
-    lists = isinstance(shape, list) and isinstance(offsets, list)
-    numbers = lists and all(type(n) is int and 0 <= n <= size for n in (*shape, *offsets))
-    if not numbers or len(shape) > _MOST_AXES or len(offsets) != 2:
+    if not (_are_counts(shape, size) and _are_counts(offsets, size)) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r}: shape {shape!r:.80} or offsets {offsets!r:.80}")
     place = Place(file, dtype, tuple(shape), start + offsets[0])
     if place.size != offsets[1] - offsets[0]:
@@ -206,3 +204,9 @@ def _place(file: Path, name: str, entry: dict[str, Any], size: int, start: int) 
             f"tensor {name!r}: {dtype} {shape} takes {place.size} bytes, its offsets are {offsets}"
         )
     return place
+
+
+def _are_counts(numbers: Any, most: int) -> bool:
+    """Whether a header's list holds numbers that a file of so many bytes can have."""
+    is_list = isinstance(numbers, list) and len(numbers) <= _MOST_AXES
+    return is_list and all(type(n) is int and 0 <= n <= most for n in numbers)
