@@ -3,9 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import zoqo_jax as zq
-from tests.folders import (
+from folders import (
     FILES,
     changed_bits,
     content,
@@ -16,6 +14,8 @@ from tests.folders import (
     stored,
     survives,
 )
+
+import zoqo_jax as zq
 from zoqo_jax.interop import folder
 
 NAMES = sorted(path.name for path in (FILES / "awq").iterdir())

@@ -5,9 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import zoqo_jax as zq
-from tests.folders import (
+from folders import (
     FILES,
     changed_bits,
     content,
@@ -18,6 +16,8 @@ from tests.folders import (
     stored,
     survives,
 )
+
+import zoqo_jax as zq
 from zoqo_jax.interop import folder
 
 NAMES = sorted(path.name for path in (FILES / "gptq").iterdir())
