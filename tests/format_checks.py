@@ -9,10 +9,10 @@ import json
 import struct
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pytest
 
 import zoqo_jax as zq
 from zoqo_jax.interop.protocol import Stored
@@ -48,6 +48,8 @@ def stored(tensors):
 def decoded(form, tensors, config):
     """By name: the array, its parts, and the settings."""
     settings = form.settings(config)
+    if settings is None:  # a folder of some other format
+        return {}
     found = {}
     for name, parts in form.names(stored(tensors), settings).items():
         own = {part: tensors[part] for part in parts}
@@ -57,6 +59,15 @@ def decoded(form, tensors, config):
 
 def values(array):
     return np.asarray(zq.dequantize(array)).astype(np.float32)
+
+
+def tensor(torch, x):
+    """A tensor of torch with an array's bits."""
+    kinds = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
+    if x.dtype.name in kinds:
+        whole = {1: np.uint8, 2: np.int16}[x.dtype.itemsize]
+        return torch.from_numpy(x.view(whole).copy()).view(kinds[x.dtype.name])
+    return torch.from_numpy(x.copy())
 
 
 def check_encoding(form, name, array, parts, settings):
@@ -102,16 +113,6 @@ def check_one_code(form, name, found, bits, row, column, code):
     np.testing.assert_array_equal(again.codes, changed.codes)
 
 
-def check_refusals_of_missing_parts(form, tensors, config, names):
-    """Without any one of the named tensors the folder is refused, and a part is named."""
-    settings = form.settings(config)
-    for name in names:
-        fewer = {key: x for key, x in stored(tensors).items() if key != name}
-        with pytest.raises(ValueError, match=r"is missing") as error:
-            form.names(fewer, settings)
-        assert name.rsplit(".", 1)[0].split("_")[0] in str(error.value)
-
-
 def check_mutations(form, folders, count=500):
     """Damaged folders are refused with a ValueError, or read as something whole; how many were.
 
@@ -128,7 +129,8 @@ def check_mutations(form, folders, count=500):
         try:
             for name, (array, parts, settings) in decoded(form, tensors, config).items():
                 assert array.codes.max() <= array.grid.high, (seed, name)
-                assert array.shape == values(array).shape, (seed, name)
+                traced = jax.eval_shape(zq.dequantize, array)  # without compiling for its shapes
+                assert array.shape == traced.shape, (seed, name)
                 check_encoding(form, name, array, parts, settings)
         except ValueError as error:
             assert str(error) and not str(error).startswith("cannot reshape"), seed

@@ -99,7 +99,7 @@ def names(stored: Mapping[str, Stored], settings: Any) -> dict[str, tuple[str, .
     for base in sorted(bases):
         main = f"{base}_packed" if f"{base}_packed" in stored else base
         if main not in stored:
-            raise ValueError(f"{main} is missing: {base}_scale needs it.")
+            raise ValueError(f"{base}_packed or {base} is missing: {base}_scale needs it.")
         if main != base and base in stored:
             raise ValueError(f"{base} is there twice: as it is, and as {main}.")
         parts = _PARTS.get(stored[main].dtype, {})
