@@ -139,7 +139,7 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Any) -> Quantiz
             raise ValueError(f"{name}: a code has more than {frame.bits} bits.")
         return frame.array(codes)
     codes = words.unpack(parts[f"{name}_packed"], frame.bits, frame.shape[-1])
-    return frame.array(E2M1.decode(codes) if frame.grid == E2M1.grid else codes)
+    return frame.array(E2M1.decode(name, codes) if frame.grid == E2M1.grid else codes)
 
 
 def encode(

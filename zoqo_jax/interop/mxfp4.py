@@ -8,7 +8,9 @@ A matrix NAME (a stack of them, one for each expert) lies in a checkpoint as
 
 The layout is that of gpt-oss' own reader (openai/gpt-oss, gpt_oss/torch/weights.py). The tensor
 here is (experts, outputs, inputs) in bfloat16, as stored; transformers turns it to (experts,
-inputs, outputs) when it decodes. Values are exact products: a value of e2m1 has 2 significant bits.
+inputs, outputs) when it decodes. Values are exact products: an e2m1 value has 2 significant bits.
+But XLA takes subnormal floats for zero on a CPU, so that all of byte 0 and the halves of byte 1
+are zeros here.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Any) -> Quantiz
         [1.0, 2.0, 1.0, 2.0]
     """
     frame = _frame(name, parts)
-    return frame.array(E2M1.decode(_nibbles(name, parts)).reshape(frame.shape))
+    return frame.array(E2M1.decode(name, _nibbles(name, parts)).reshape(frame.shape))
 
 
 def encode(
