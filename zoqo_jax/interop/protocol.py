@@ -8,7 +8,7 @@ arrays and the folder's `config.json`, never a path.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+@runtime_checkable
 class Format(Protocol):
     """One way to store quantized tensors.
 
