@@ -38,19 +38,23 @@ class SmallFloat(NamedTuple):
     ranks: np.ndarray
     stored: np.ndarray
 
-    def decode(self, stored: np.ndarray) -> np.ndarray:
+    def decode(self, name: str, stored: np.ndarray) -> np.ndarray:
         """The ranks of stored codes, uint8.
 
+        Args:
+            name: of the tensor.
+            stored: its codes, uint8.
+
         Raises:
-            ValueError: one is NaN.
+            ValueError: one is NaN; `name` is named.
 
         Examples:
-            >>> E2M1.decode(np.array([0, 8, 15], np.uint8)).tolist()
+            >>> E2M1.decode("w", np.array([0, 8, 15], np.uint8)).tolist()
             [7, 7, 0]
         """
         ranks = self.ranks[stored]
         if ranks.size and ranks.max() > self.grid.high:
-            raise ValueError(f"one of its {self.name} values is NaN.")
+            raise ValueError(f"{name}: one of its {self.name} values is NaN.")
         return ranks
 
     def encode(self, ranks: np.ndarray, before: np.ndarray) -> np.ndarray:
