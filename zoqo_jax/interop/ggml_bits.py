@@ -82,13 +82,10 @@ def unpack(pieces: tuple[Bits, ...], blocks: np.ndarray, numbers: np.ndarray) ->
         array([[17,  3, 18,  4]], dtype=uint8)
     """
     for piece in pieces:
-        mask = np.uint8(2**piece.width - 1)
         for held, here, shift in piece.pairs(blocks, numbers):
-            bits = held >> np.uint8(shift) if shift else held
-            if shift + piece.width < 8:
-                bits = bits & mask
+            bits = _moved(held, piece.width, shift, piece.above)
             if piece.above:
-                here |= bits << np.uint8(piece.above)
+                here |= bits
             else:
                 here[:] = bits
 
@@ -109,9 +106,14 @@ def pack(pieces: tuple[Bits, ...], numbers: np.ndarray, blocks: np.ndarray) -> N
         True
     """
     for piece in pieces:
-        mask = np.uint8(2**piece.width - 1)
         for held, here, shift in piece.pairs(blocks, numbers):
-            bits = here >> np.uint8(piece.above) if piece.above else here
-            if piece.above + piece.width < 8:
-                bits = bits & mask
-            held |= bits << np.uint8(shift) if shift else bits
+            held |= _moved(here, piece.width, piece.above, shift)
+
+
+def _moved(x: np.ndarray, width: int, place: int, to: int) -> np.ndarray:
+    """Some bits of each byte, from one place in it to another, and zeros for all others."""
+    if width < 8:
+        x = x & np.uint8((2**width - 1) << place)
+    if place > to:
+        return x >> np.uint8(place - to)
+    return x << np.uint8(to - place) if to > place else x

@@ -144,6 +144,8 @@ def _per_block(tensor: QuantizedArray, numbers: Any, length: int) -> np.ndarray:
 
 def _halves(numbers: np.ndarray) -> np.ndarray:
     """Numbers as float16, if it holds them."""
+    if numbers.dtype == np.float16:
+        return numbers
     with np.errstate(over="ignore"):
         halves = numbers.astype("<f2")
     if (halves.astype(np.float64) != numbers.astype(np.float64)).any():
