@@ -96,7 +96,8 @@ def written(form: Type, tensor: QuantizedArray, before: Any = None) -> Iterator[
         unpack(planes, packed[begin:end], codes)
         codes = codes.reshape(-1, form.length)
         if form.ranks:
-            codes = _numbers(form, codes, before and before[begin * row_bytes : end * row_bytes])
+            old = None if before is None else before[begin * row_bytes : end * row_bytes]
+            codes = _numbers(form, codes, old)
         pack(form.codes, codes ^ np.uint8(form.flip) if form.flip else codes, blocks)
         for one in scales:
             one.write(blocks, begin, end)

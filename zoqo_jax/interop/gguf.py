@@ -208,11 +208,11 @@ def save(
     with replacing(path) as file:
         file.write(header)
         for name, _, offset in sorted(layout.places, key=lambda place: place[2]):
-            gguf_writing.fill(file, start + offset, next(gaps, b""))
+            file.write(gguf_writing.filling(start + offset - file.tell(), next(gaps, b"")))
             with naming(f"tensors: {name!r}"):
                 for part in ggml.encoded(tensors[name], kinds[name], sources[name]):
                     file.write(np.ascontiguousarray(part))
-        gguf_writing.fill(file, start + layout.room, next(gaps, b""))
+        file.write(gguf_writing.filling(start + layout.room - file.tell(), next(gaps, b"")))
 
 
 def _read(path: Path) -> tuple[dict[str, QuantizedArray | jax.Array], Metadata, dict[str, int]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from zoqo_jax.interop.gguf_layout import ARRAY, MAGIC, NUMBERS, STRING, Layout
 
-__all__ = ["fill", "header"]
+__all__ = ["filling", "header"]
 
 
 def header(
@@ -44,18 +44,15 @@ def header(
     return bytes(raw)
 
 
-def fill(file: BinaryIO, place: int, gap: bytes) -> None:
-    r"""Write up to a place what was there before, or zeros.
+def filling(count: int, gap: bytes) -> bytes:
+    r"""So many bytes between tensors: what was there before, if it was as long, or zeros.
 
     Examples:
-        >>> import io
-        >>> file = io.BytesIO()
-        >>> fill(file, 3, b"")
-        >>> file.getvalue()
-        b'\x00\x00\x00'
+        >>> filling(2, b"ab"), filling(2, b""), filling(-1, b"")
+        (b'ab', b'\x00\x00', b'')
     """
-    count = max(place - file.tell(), 0)
-    file.write(gap if len(gap) == count else bytes(count))
+    count = max(count, 0)
+    return gap if len(gap) == count else bytes(count)
 
 
 def _string_bytes(text: str | bytes) -> bytes:
