@@ -158,7 +158,7 @@ def test_an_earlier_save_is_replaced_and_other_folders_are_not(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             folder.save(path, loaded.tensors, loaded)
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere to save in"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere to save in"):
         folder.save(tmp_path / "nowhere" / "new", loaded.tensors, loaded)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "shards"]
 
@@ -312,7 +312,7 @@ def test_names_that_stand_twice_are_refused(tmp_path):
     index.write_text(text)
     shutil_copy = (source / "model-00001-of-00002.safetensors").read_bytes()
     (source / "model-00002-of-00002.safetensors").write_bytes(shutil_copy)
-    with pytest.raises(ValueError, match="there is no tensor|another file has a tensor"):
+    with pytest.raises(ValueError, match=r"there is no tensor|another file has a tensor"):
         folder.load(source)
 
 

@@ -113,7 +113,10 @@ class Frame(NamedTuple):
 
     def _on_device(self, numbers: Numbers, divides: bool) -> Any:
         if isinstance(numbers, tuple):
-            return TwoLevel(jnp.array(numbers[0]), jnp.array(numbers[1]), divides)
+            outer, inner = numbers
+            powers = inner.dtype == ml_dtypes.float8_e8m0fnu
+            inner = inner.view(np.uint8) if powers else inner
+            return TwoLevel(jnp.array(outer), jnp.array(inner), divides, powers)
         return jnp.array(numbers)
 
 
@@ -142,8 +145,7 @@ def exponents(name: str, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scales: bytes, or e8m0 floats.
 
     Returns:
-        A `Frame.scale`: 1, and the powers of two. (jaxtyping's `Float` knows no e8m0, so that it is
-        no `QuantizedArray.scale` by itself.)
+        A `Frame.scale`: 1, and the powers of two.
 
     Raises:
         ValueError: a byte is 255, which stands for NaN; `name` is named.
