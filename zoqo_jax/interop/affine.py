@@ -28,9 +28,9 @@ def affine(
     scales of 16 bits, to the last place of float32 for others.
 
     Args:
-        codes: uint8, (outputs, inputs).
+        codes: uint8, (outputs, inputs), or a stack of matrices.
         scales: floats, (outputs, groups); the values get their dtype.
-        zeros: uint8, (outputs, groups).
+        zeros: uint8, of the scales' shape.
         bits: width of a code.
         length: how many neighbouring inputs are in a group; the last group may be shorter.
         block_of: the group of each input, int32, (inputs,), where a group is not of neighbours.
@@ -45,7 +45,9 @@ def affine(
     grid = Grid(tuple(float(code - first) for code in range(2**bits)), 0, 2**bits - 1)
     own = jnp.asarray(scales)
     offset = None if first or not zeros.any() else TwoLevel(-own, jnp.asarray(zeros))
-    columns = None if block_of is None else jnp.asarray(block_of[None], jnp.int32)
+    columns = None
+    if block_of is not None:
+        columns = jnp.asarray(block_of, jnp.int32).reshape((1,) * (codes.ndim - 1) + (-1,))
     return QuantizedArray.from_codes(
         jnp.asarray(codes),
         own,

@@ -18,12 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import words
-from zoqo_jax.interop.frames import Frame, exponents
 from zoqo_jax.interop.protocol import Stored
 from zoqo_jax.interop.small_floats import E2M1
 
@@ -88,17 +86,14 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Any) -> Quantiz
         >>> decode("w", parts, True).materialise()[0, :4].tolist()
         [1.0, 2.0, 1.0, 2.0]
     """
-    frame = _frame(name, parts)
-    return frame.array(E2M1.decode(name, _nibbles(name, parts)).reshape(frame.shape))
+    codes, scales = _codes(name, parts), parts[f"{name}_scales"]
+    return E2M1.array(name, codes.reshape(*scales.shape[:-1], -1), scales)
 
 
 def encode(
     name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Any
 ) -> dict[str, np.ndarray]:
     """The blocks with an array's codes; zeros that were zeros keep their sign.
-
-    Raises:
-        ValueError: the array is not of the stored shape and scales.
 
     Examples:
         >>> parts = {"w_blocks": np.full((1, 1, 16), 0x80, np.uint8)}
@@ -107,16 +102,11 @@ def encode(
         >>> bool((blocks == parts["w_blocks"]).all())
         True
     """
-    blocks, nibbles = parts[f"{name}_blocks"], _nibbles(name, parts)
-    ranks = _frame(name, parts).codes(name, array).reshape(nibbles.shape)
-    return {f"{name}_blocks": words.pack(E2M1.encode(ranks, nibbles), 4, blocks)}
+    before = _codes(name, parts)
+    codes = E2M1.encode(np.asarray(array.codes).reshape(before.shape), before)
+    return {f"{name}_blocks": words.pack(codes, 4, parts[f"{name}_blocks"])}
 
 
-def _nibbles(name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+def _codes(name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The stored codes, (experts, outputs, groups, 32)."""
     return words.unpack(parts[f"{name}_blocks"], 4)
-
-
-def _frame(name: str, parts: Mapping[str, np.ndarray]) -> Frame:
-    scales = parts[f"{name}_scales"]
-    shape = (*scales.shape[:-1], scales.shape[-1] * _BLOCK)
-    return Frame(shape, 4, E2M1.grid, exponents(f"{name}_scales", scales), jnp.bfloat16, _BLOCK)
