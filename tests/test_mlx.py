@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused_by_name(name, part, damaged, message):
 def test_an_8_bit_float_that_is_nan_is_refused_by_name():
     tensors, config = folder("mxfp8")
     tensors["model.q.weight"] = np.full((4, 16), 0x7F, np.uint32)
-    with pytest.raises(ValueError, match=r"model.q.weight': one of its e4m3 values is NaN"):
+    with pytest.raises(ValueError, match=r"model.q.weight: one of its e4m3 values is NaN"):
         checks.decoded(form, tensors, config)
 
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zoqo_jax.interop import words
-from zoqo_jax.interop.affine import check_scales
+from zoqo_jax.interop.affine import affine
+from zoqo_jax.interop.frames import Frame
 
-__all__ = ["Matrix", "Scheme", "matrix_of", "scheme_of"]
+__all__ = ["Scheme", "frame_of", "scheme_of"]
 
 _FORMATS = {
     "pack-quantized": "I32",
@@ -65,26 +66,8 @@ def scheme_of(weights: Any, form: Any) -> Scheme:
     return Scheme(dtype, bits, size, weights.get("symmetric", True) is not False)
 
 
-class Matrix(NamedTuple):
-    """A matrix of whole numbers, or a stack of them, without its codes.
-
-    Attributes:
-        shape: of the tensor.
-        bits: width of a code.
-        scales: floats, (*rows, groups) or one for all.
-        zeros: the codes whose value is 0, uint8, in the scales' shape.
-        block_of: the group of each input, unless they follow one another.
-    """
-
-    shape: tuple[int, ...]
-    bits: int
-    scales: np.ndarray
-    zeros: np.ndarray
-    block_of: np.ndarray | None
-
-
-def matrix_of(name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]) -> Matrix:
-    """What the parts of a matrix of whole numbers say of it, checked against one another.
+def frame_of(name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]) -> Frame:
+    """A matrix of whole numbers without its codes; its parts are checked against one another.
 
     Raises:
         ValueError: a part has a wrong shape or holds what is not read, or no scheme fits.
@@ -92,17 +75,19 @@ def matrix_of(name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Sche
     Examples:
         >>> parts = {"a.weight": np.array([[-3, 5]], np.int8)}
         >>> parts["a.weight_scale"] = np.array([[0.5]], np.float16)
-        >>> matrix_of("a.weight", parts, (Scheme("I8", 8, None, True),)).zeros.tolist()
-        [[128]]
+        >>> frame_of("a.weight", parts, (Scheme("I8", 8, None, True),)).shape
+        (1, 2)
     """
     packed = parts.get(f"{name}_packed")
     shape = parts[name].shape if packed is None else _shape(name, packed, parts)
     scales = _per_group(f"{name}_scale", parts, shape)
-    check_scales(f"{name}_scale", scales)
     groups, is_symmetric = scales.shape[-1], f"{name}_zero_point" not in parts
     bits = _fitting(name, packed, shape, groups, is_symmetric, schemes)
     zeros = _zero_points(name, parts, scales, shape, bits)
-    return Matrix(shape, bits, scales, zeros, _order(name, parts, shape, groups))
+    order, length = _order(name, parts, shape, groups), shape[-1] // groups
+    return affine(
+        f"{name}_scale", shape, scales, zeros, bits=bits, length=length, block_of=order
+    )
 
 
 def _shape(name: str, packed: np.ndarray, parts: Mapping[str, np.ndarray]) -> tuple[int, ...]:

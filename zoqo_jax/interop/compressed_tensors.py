@@ -28,12 +28,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import words
-from zoqo_jax.interop.affine import affine
-from zoqo_jax.interop.compressed_schemes import Scheme, matrix_of, scheme_of
+from zoqo_jax.interop.compressed_schemes import Scheme, frame_of, scheme_of
+from zoqo_jax.interop.frames import Frame, exponents, require_finite
 from zoqo_jax.interop.protocol import Stored
 from zoqo_jax.interop.small_floats import E2M1
 
@@ -131,24 +132,19 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Any) -> Quantiz
         >>> decode("a.weight", parts, (Scheme("I8", 8, None, True),)).materialise().tolist()
         [[-1.5, 2.5]]
     """
-    packed = parts.get(f"{name}_packed")
-    if packed is not None and packed.dtype == np.uint8:
-        return E2M1.array(name, words.unpack(packed, 4), *_small_scales(name, parts, settings))
-    shape, bits, scales, zeros, block_of = matrix_of(name, parts, settings)
-    if packed is not None:
-        codes = words.unpack(packed, bits, shape[-1])
-    else:
-        codes = parts[name].view(np.uint8) + np.uint8(2 ** (bits - 1))
-        if codes.max() >= 2**bits:
-            raise ValueError(f"{name}: a code has more than {bits} bits.")
-    length = shape[-1] // scales.shape[-1]
-    return affine(codes, scales, zeros, bits=bits, length=length, block_of=block_of)
+    frame, stored = _frame(name, parts, settings), parts.get(f"{name}_packed", parts.get(name))
+    assert stored is not None  # `names` has found it
+    rows = stored.reshape(-1, stored.shape[-1])
+    return frame.array_of(lambda begin, end: _codes(name, rows[begin:end], frame))
 
 
 def encode(
     name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Any
 ) -> dict[str, np.ndarray]:
     """The one stored tensor with codes, with an array's; padding and minus zeros stay.
+
+    Raises:
+        ValueError: the array is not of the stored shape and scales.
 
     Examples:
         >>> parts = {"a.weight": np.array([[-3, 5]], np.int8)}
@@ -157,33 +153,53 @@ def encode(
         >>> encode("a.weight", decode("a.weight", parts, schemes), parts, schemes)
         {'a.weight': array([[-3,  5]], dtype=int8)}
     """
-    packed, codes = parts.get(f"{name}_packed"), np.asarray(array.codes)
-    if packed is not None and packed.dtype == np.uint8:
+    frame = _frame(name, parts, settings)
+    codes = frame.codes(name, array)
+    if name in parts:
+        return {name: (codes - np.uint8(2 ** (frame.bits - 1))).view(np.int8)}
+    packed = parts[f"{name}_packed"]
+    if frame.grid == E2M1.grid:
         codes = E2M1.encode(codes, words.unpack(packed, 4))
-        return {f"{name}_packed": words.pack(codes, 4, packed)}
-    bits = matrix_of(name, parts, settings).bits
-    if packed is not None:
-        return {f"{name}_packed": words.pack(codes, bits, packed)}
-    return {name: (codes - np.uint8(2 ** (bits - 1))).view(np.int8)}
+    return {f"{name}_packed": words.pack(codes, frame.bits, packed)}
 
 
-def _small_scales(
-    name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The scales of 4-bit floats, and the number they are divided by."""
-    scales, overall = parts[f"{name}_scale"], parts.get(f"{name}_global_scale")
-    *rows, length = parts[f"{name}_packed"].shape
-    is_nv = scales.dtype.name == "float8_e4m3fn"
-    group = 16 if is_nv else 32
-    if group not in {scheme.length for scheme in schemes if scheme.dtype == "U8"}:
-        raise ValueError(f"{name}_scale: no scheme of config_groups has group_size {group}.")
-    if length * 2 % group or scales.shape != (*rows, length * 2 // group):
-        raise ValueError(
-            f"{name}_scale must be one for each {group} of {(*rows, length * 2)} codes, got "
-            f"{scales.shape}."
-        )
-    if overall is not None and not is_nv:
-        raise ValueError(f"{name}_global_scale: powers of two have none beside them.")
-    if overall is not None and (overall.size != 1 or not (np.isfinite(overall) & (overall != 0))):
+def _codes(name: str, stored: np.ndarray, frame: Frame) -> np.ndarray:
+    """The codes of stored rows."""
+    if stored.dtype != np.int8:
+        codes = words.unpack(stored, frame.bits, frame.shape[-1])
+        return E2M1.decode(name, codes) if frame.grid == E2M1.grid else codes
+    codes = stored.view(np.uint8) + np.uint8(2 ** (frame.bits - 1))
+    if codes.max() >= 2**frame.bits:
+        raise ValueError(f"{name}: a code has more than {frame.bits} bits.")
+    return codes
+
+
+def _frame(name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]) -> Frame:
+    packed = parts.get(f"{name}_packed")
+    if packed is not None and packed.dtype == np.uint8:
+        return _float_frame(name, packed, parts, schemes)
+    return frame_of(name, parts, schemes)
+
+
+def _float_frame(
+    name: str, packed: np.ndarray, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]
+) -> Frame:
+    """NVFP4 if scales are 8-bit floats, else MXFP4."""
+    part, scale = f"{name}_scale", parts[f"{name}_scale"]
+    shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+    is_nv = scale.dtype.name == "float8_e4m3fn"
+    length = 16 if is_nv else 32
+    if scale.shape != (*shape[:-1], shape[-1] // length) or shape[-1] % length:
+        raise ValueError(f"{part} must be one for each {length} of {shape}, got {scale.shape}.")
+    if length not in {scheme.length for scheme in schemes if scheme.dtype == "U8"}:
+        raise ValueError(f"{part}: no scheme of config_groups has group_size {length}.")
+    overall = parts.get(f"{name}_global_scale", np.ones(1, np.float32))
+    if overall.size != 1 or not np.isfinite(overall).all() or not overall.all():
         raise ValueError(f"{name}_global_scale must be one finite number, not 0, got {overall}.")
-    return scales, overall
+    if not is_nv:
+        if f"{name}_global_scale" in parts:
+            raise ValueError(f"{name}_global_scale: powers of two have none beside them.")
+        return Frame(shape, 4, E2M1.grid, exponents(part, scale), jnp.bfloat16, length)
+    require_finite(part, scale)
+    numbers = (overall.reshape((1,) * len(shape)), scale)
+    return Frame(shape, 4, E2M1.grid, numbers, jnp.bfloat16, length, divides=True)

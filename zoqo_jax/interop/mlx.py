@@ -28,7 +28,7 @@ import numpy as np
 
 from zoqo_jax.grids.arrays import Grid, QuantizedArray
 from zoqo_jax.interop import words
-from zoqo_jax.interop.affine import check_scales
+from zoqo_jax.interop.frames import Frame, exponents, require_finite
 from zoqo_jax.interop.mlx_layers import Layer, Settings, layer_of
 from zoqo_jax.interop.protocol import Stored
 from zoqo_jax.interop.small_floats import E2M1, E4M3
@@ -36,7 +36,6 @@ from zoqo_jax.interop.small_floats import E2M1, E4M3
 __all__ = ["Layer", "Settings", "decode", "encode", "name", "names", "settings"]
 
 name = "mlx"
-_E4M3 = ml_dtypes.float8_e4m3fn
 _FLOATS = {"mxfp4": E2M1, "nvfp4": E2M1, "mxfp8": E4M3}
 
 
@@ -115,24 +114,23 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Qu
         >>> array.materialise()[0, :4].tolist()
         [-3.0, -2.0, -1.0, 0.0]
     """
-    mode, length, bits = settings.of(name)
-    base = name.removesuffix(".weight")
-    codes, scales = words.unpack(parts[name], bits), parts[f"{base}.scales"]
-    if mode != "affine":
-        is_nv = mode == "nvfp4"
-        return _FLOATS[mode].array(name, codes, scales.view(_E4M3) if is_nv else scales)
-    biases = parts[f"{base}.biases"]
-    check_scales(f"{base}.scales", scales)
-    check_scales(f"{base}.biases", biases)
-    grid = Grid(tuple(map(float, range(2**bits))), 0, 2**bits - 1)
-    numbers = (jnp.asarray(x) for x in (codes, scales, biases))
-    return QuantizedArray.from_codes(*numbers, grid, (-1, length), scales.dtype, bits)
+    frame, stored = _frame(name, parts, settings), parts[name]
+    rows, small = stored.reshape(-1, stored.shape[-1]), _FLOATS.get(settings.of(name).mode)
+
+    def codes(begin: int, end: int) -> np.ndarray:
+        found = words.unpack(rows[begin:end], frame.bits)
+        return found if small is None else small.decode(name, found)
+
+    return frame.array_of(codes)
 
 
 def encode(
     name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, np.ndarray]:
     """The words with an array's codes; minus zeros stay where the code is zero still.
+
+    Raises:
+        ValueError: the array is not of the stored shape and scales.
 
     Examples:
         >>> parts = {"a.weight": np.array([[0x87654321] * 4], np.uint32)}
@@ -142,8 +140,28 @@ def encode(
         ...     "a.weight"][0, :1]]
         ['0x87654321']
     """
-    mode, _, bits = settings.of(name)
-    codes = np.asarray(array.codes)
-    if mode in _FLOATS:
-        codes = _FLOATS[mode].encode(codes, words.unpack(parts[name], bits))
-    return {name: words.pack(codes, bits, parts[name])}
+    codes = _frame(name, parts, settings).codes(name, array)
+    layer = settings.of(name)
+    if layer.mode in _FLOATS:
+        codes = _FLOATS[layer.mode].encode(codes, words.unpack(parts[name], layer.bits))
+    return {name: words.pack(codes, layer.bits, parts[name])}
+
+
+def _frame(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Frame:
+    mode, length, bits = settings.of(name)
+    base = name.removesuffix(".weight")
+    scales = parts[f"{base}.scales"]
+    shape = (*scales.shape[:-1], scales.shape[-1] * length)
+    if mode == "affine":
+        biases = parts[f"{base}.biases"]
+        require_finite(f"{base}.scales", scales)
+        require_finite(f"{base}.biases", biases)
+        grid = Grid(tuple(map(float, range(2**bits))), 0, 2**bits - 1)
+        return Frame(shape, bits, grid, scales, scales.dtype, length, biases)
+    if mode == "nvfp4":
+        small = scales.view(ml_dtypes.float8_e4m3fn)
+        require_finite(f"{base}.scales", small)
+        numbers = (np.ones((1,) * scales.ndim, np.float32), small)
+    else:
+        numbers = exponents(f"{base}.scales", scales)
+    return Frame(shape, bits, _FLOATS[mode].grid, numbers, jnp.bfloat16, length)

@@ -18,10 +18,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import words
+from zoqo_jax.interop.frames import Frame, exponents
 from zoqo_jax.interop.protocol import Stored
 from zoqo_jax.interop.small_floats import E2M1
 
@@ -86,14 +88,20 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Any) -> Quantiz
         >>> decode("w", parts, True).materialise()[0, :4].tolist()
         [1.0, 2.0, 1.0, 2.0]
     """
-    codes, scales = _codes(name, parts), parts[f"{name}_scales"]
-    return E2M1.array(name, codes.reshape(*scales.shape[:-1], -1), scales)
+    frame, blocks = _frame(name, parts), parts[f"{name}_blocks"]
+    rows = blocks.reshape(-1, frame.shape[-1] // 2)
+    return frame.array_of(
+        lambda begin, end: E2M1.decode(name, words.unpack(rows[begin:end], 4))
+    )
 
 
 def encode(
     name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Any
 ) -> dict[str, np.ndarray]:
     """The blocks with an array's codes; zeros that were zeros keep their sign.
+
+    Raises:
+        ValueError: the array is not of the stored shape and scales.
 
     Examples:
         >>> parts = {"w_blocks": np.full((1, 1, 16), 0x80, np.uint8)}
@@ -102,11 +110,13 @@ def encode(
         >>> bool((blocks == parts["w_blocks"]).all())
         True
     """
-    before = _codes(name, parts)
-    codes = E2M1.encode(np.asarray(array.codes).reshape(before.shape), before)
-    return {f"{name}_blocks": words.pack(codes, 4, parts[f"{name}_blocks"])}
+    blocks = parts[f"{name}_blocks"]
+    nibbles = words.unpack(blocks, 4)
+    ranks = _frame(name, parts).codes(name, array).reshape(nibbles.shape)
+    return {f"{name}_blocks": words.pack(E2M1.encode(ranks, nibbles), 4, blocks)}
 
 
-def _codes(name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The stored codes, (experts, outputs, groups, 32)."""
-    return words.unpack(parts[f"{name}_blocks"], 4)
+def _frame(name: str, parts: Mapping[str, np.ndarray]) -> Frame:
+    scales = parts[f"{name}_scales"]
+    shape = (*scales.shape[:-1], scales.shape[-1] * _BLOCK)
+    return Frame(shape, 4, E2M1.grid, exponents(f"{name}_scales", scales), jnp.bfloat16, _BLOCK)

@@ -4,22 +4,16 @@ Small floats (OCP Microscaling Formats specification 1.0, 2023) are stored by si
 mantissa, so that a greater stored code may be a smaller value. The codes that an optimizer steps
 along must increase with their values, so here a code is the rank of its value. Plus and minus zero
 are one value and have one rank; a file's minus zero stays minus zero where the code is still zero.
-
-A block of them has a scale of 8 bits: in MXFP4 and MXFP8 a byte n for 2**(n - 127) (e8m0) for each
-32 codes, in NVFP4 an e4m3 for each 16.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from zoqo_jax.grids.arrays import Grid, QuantizedArray
-from zoqo_jax.grids.scales import TwoLevel
-from zoqo_jax.interop.affine import check_scales
+from zoqo_jax.grids.arrays import Grid
 
 __all__ = ["E2M1", "E4M3", "SmallFloat"]
 
@@ -44,44 +38,24 @@ class SmallFloat(NamedTuple):
     ranks: np.ndarray
     stored: np.ndarray
 
-    def array(
-        self, name: str, stored: np.ndarray, scales: np.ndarray, overall: np.ndarray | None = None
-    ) -> QuantizedArray:
-        """An array of stored codes in blocks of neighbours, its values bfloat16.
+    def decode(self, name: str, stored: np.ndarray) -> np.ndarray:
+        """The ranks of stored codes, uint8.
 
         Args:
             name: of the tensor.
-            stored: codes, uint8, (outputs, inputs) or a stack of such.
-            scales: one for each block, (outputs, blocks): bytes or e8m0 floats, which are powers
-                of two, or e4m3 floats.
-            overall: one float32, by which each scale is divided.
+            stored: its codes, uint8.
 
         Raises:
-            ValueError: a code or a scale is NaN; `name` is named.
+            ValueError: one is NaN; `name` is named.
 
         Examples:
-            >>> stored = np.array([[1, 2, 3, 15]], np.uint8)
-            >>> E2M1.array("w", stored, np.array([[127, 128]], np.uint8)).materialise().tolist()
-            [[0.5, 1.0, 3.0, -12.0]]
+            >>> E2M1.decode("w", np.array([0, 8, 15], np.uint8)).tolist()
+            [7, 7, 0]
         """
-        if scales.dtype == np.uint8:
-            scales = scales.view(ml_dtypes.float8_e8m0fnu)
-        check_scales(name, scales)
         ranks = self.ranks[stored]
-        if ranks.max() > self.grid.high:
-            raise ValueError(f"tensor {name!r}: one of its {self.name} values is NaN.")
-        # With one float beside them: jaxtyping's `Float`, an array's scale, has no e8m0.
-        one = np.ones(1, np.float32) if overall is None else overall
-        outer = jnp.asarray(one.reshape((1,) * stored.ndim))
-        return QuantizedArray.from_codes(
-            jnp.asarray(ranks),
-            TwoLevel(outer, jnp.asarray(scales), divides=overall is not None),
-            None,
-            self.grid,
-            (-1, stored.shape[-1] // scales.shape[-1]),
-            jnp.bfloat16,
-            (len(self.ranks) - 1).bit_length(),
-        )
+        if ranks.size and ranks.max() > self.grid.high:
+            raise ValueError(f"{name}: one of its {self.name} values is NaN.")
+        return ranks
 
     def encode(self, ranks: np.ndarray, before: np.ndarray) -> np.ndarray:
         """The stored codes of ranks, each as it was before if it had that rank (minus zero).
