@@ -33,8 +33,8 @@ cifar-model: $(STAMP)  ## train the CIFAR-10 network, 90 minutes; CIFAR10=tfds:c
 finetune-tables: $(SMOLLM2)  ## fine-tune by every method for docs/finetune.md, hours; SST2=folder or tfds:sst2
 	@$(RUN) -m experiments.finetune.tables $(if $(SST2),--sst2=$(SST2))
 
-finetune: $(SMOLLM2)  ## train the codes of a 4-bit language model in place on film reviews, some 10 minutes
-	@$(RUN) -m experiments.finetune --model=smollm2 --output=results/finetune
+finetune: $(if $(MODEL),$(STAMP),$(SMOLLM2))  ## train a 4-bit model in place on film reviews, some 10 minutes; MODEL=your file or folder, DATA=your data
+	@$(RUN) -m experiments.finetune --model=$(or $(MODEL),smollm2) $(if $(DATA),--data=$(DATA)) --output=results/$(or $(basename $(notdir $(patsubst %/,%,$(MODEL)))),finetune)
 
 test: style  ## check the style, then run every fast test and doctest
 	@$(TEST)
