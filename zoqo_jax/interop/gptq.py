@@ -33,7 +33,7 @@ from zoqo_jax.interop.frames import Frame
 from zoqo_jax.interop.gptq_shapes import BITS, Settings, bits_of, check_shapes, length_of
 from zoqo_jax.interop.protocol import Stored
 
-__all__ = ["Settings", "decode", "encode", "name", "names", "settings"]
+__all__ = ["decode", "encode", "names", "settings"]
 
 name = "gptq"
 
@@ -42,7 +42,13 @@ _EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte", "embe
 
 
 def settings(config: Mapping[str, Any]) -> Settings | None:
-    """What a folder's `config.json` says of GPTQ; see `protocol.Format`."""
+    """What a folder's `config.json` says of GPTQ; see `protocol.Format`.
+
+    Examples:
+        >>> said = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}
+        >>> settings({"quantization_config": said})
+        Settings(bits=4, group_size=64, is_first_version=True, is_dynamic=False)
+    """
     said = config.get("quantization_config")
     if not isinstance(said, Mapping):
         return None
@@ -68,7 +74,13 @@ def settings(config: Mapping[str, Any]) -> Settings | None:
 
 
 def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[str, ...]]:
-    """The stored tensors of each quantized one; see `protocol.Format`."""
+    """The stored tensors of each quantized one; see `protocol.Format`.
+
+    Examples:
+        >>> parts = {"w.qweight": Stored("I32", (8, 8)), "w.qzeros": Stored("I32", (1, 1))}
+        >>> names(parts | {"w.scales": Stored("F16", (1, 8))}, Settings(4, -1, True, False))
+        {'w.weight': ('w.qweight', 'w.qzeros', 'w.scales')}
+    """
     found: dict[str, tuple[str, ...]] = {}
     for module in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
         if module.rsplit(".", 1)[-1] in _EMBEDDINGS:
@@ -91,7 +103,15 @@ def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[s
 
 
 def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> QuantizedArray:
-    """A matrix from its parts; see `protocol.Format`."""
+    """A matrix from its parts; see `protocol.Format`.
+
+    Examples:
+        >>> parts = {"w.qweight": np.full((1, 8), 0x76543210, np.int32)}
+        >>> parts["w.qzeros"] = np.full((1, 1), 0x33333333, np.int32)
+        >>> parts["w.scales"] = np.full((1, 8), 0.5, np.float16)
+        >>> decode("w.weight", parts, Settings(4, -1, True, False)).materialise()[0].tolist()
+        [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
+    """
     frame = _frame(name, parts, settings)
     qweight = parts[f"{name.removesuffix('.weight')}.qweight"]
 
@@ -104,7 +124,18 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Qu
 def encode(
     name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, np.ndarray]:
-    """The words with an array's codes; see `protocol.Format`."""
+    """The words with an array's codes; see `protocol.Format`.
+
+    Examples:
+        >>> parts = {"w.qweight": np.full((1, 8), 0x76543210, np.int32)}
+        >>> parts["w.qzeros"] = np.full((1, 1), 0x33333333, np.int32)
+        >>> parts["w.scales"] = np.full((1, 8), 0.5, np.float16)
+        >>> of_config = Settings(4, -1, True, False)
+        >>> array = decode("w.weight", parts, of_config)
+        >>> changed = array.with_codes(15 - array.codes)
+        >>> hex(encode("w.weight", changed, parts, of_config)["w.qweight"].view(np.uint32)[0, 0])
+        '0x89abcdef'
+    """
     frame = _frame(name, parts, settings)
     stored = f"{name.removesuffix('.weight')}.qweight"
     packed = words.pack(frame.codes(name, array), frame.bits, parts[stored].T)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from zoqo_jax.interop.protocol import Stored
 
-__all__ = ["BITS", "Settings", "bits_of", "check_shapes", "length_of"]
+__all__ = ["Settings", "bits_of", "check_shapes", "length_of"]
 
 BITS = (2, 3, 4, 8)
 _WORDS = {"I8": 8, "I16": 16, "I32": 32}
