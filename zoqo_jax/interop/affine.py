@@ -12,7 +12,7 @@ __all__ = ["affine"]
 
 def affine(
     name: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     scales: np.ndarray,
     zeros: np.ndarray,
     *,
@@ -29,9 +29,9 @@ def affine(
 
     Args:
         name: of the tensor.
-        shape: (outputs, inputs).
+        shape: (outputs, inputs), or of a stack of matrices.
         scales: floats, (outputs, groups); the values get their dtype.
-        zeros: uint8, (outputs, groups).
+        zeros: uint8, of the scales' shape.
         bits: width of a code.
         length: how many neighbouring inputs are in a group; the last group may be shorter.
         block_of: the group of each input, int32, (inputs,), where a group is not of neighbours.

@@ -140,7 +140,9 @@ class Frame(NamedTuple):
         """Copies, made by NumPy: JAX would compile a program for every shape."""
         if isinstance(numbers, tuple):
             outer, inner = map(np.array, numbers)
-            return TwoLevel(jax.device_put(outer), jax.device_put(inner), divides)
+            powers = inner.dtype == ml_dtypes.float8_e8m0fnu
+            inner = inner.view(np.uint8) if powers else inner
+            return TwoLevel(jax.device_put(outer), jax.device_put(inner), divides, powers)
         return jax.device_put(np.array(numbers))
 
 
@@ -169,8 +171,7 @@ def exponents(name: str, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scales: bytes, or e8m0 floats.
 
     Returns:
-        A `Frame.scale`: 1, and the powers of two. (jaxtyping's `Float` knows no e8m0, so that it is
-        no `QuantizedArray.scale` by itself.)
+        A `Frame.scale`: 1, and the powers of two.
 
     Raises:
         ValueError: a byte is 255, which stands for NaN; `name` is named.
