@@ -132,7 +132,7 @@ def load(path: str | os.PathLike[str]) -> Folder:
     except ValueError as error:
         raise ValueError(_with(path, error)) from error
     name = contents.format.name if contents.format and contents.parts else None
-    return Folder(tensors, contents.config, name, path, stamps)
+    return Folder(tensors, contents.config, name, path.absolute(), stamps)
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Any], loaded: Folder) -> None:

@@ -11,3 +11,4 @@ from zoqo_jax.interop.protocol import Format
 __all__ = ["FORMATS"]
 
 FORMATS: tuple[Format, ...] = (gptq, awq, compressed_tensors, mxfp4, mlx, nf4)
+"""Modules that are a `protocol.Format` each; a config is shown to one after another."""
