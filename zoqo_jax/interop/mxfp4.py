@@ -90,9 +90,7 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Any) -> Quantiz
     """
     frame, blocks = _frame(name, parts), parts[f"{name}_blocks"]
     rows = blocks.reshape(-1, frame.shape[-1] // 2)
-    return frame.array_of(
-        lambda begin, end: E2M1.decode(name, words.unpack(rows[begin:end], 4))
-    )
+    return frame.array_of(lambda begin, end: E2M1.decode(name, words.unpack(rows[begin:end], 4)))
 
 
 def encode(
