@@ -161,7 +161,7 @@ def require_finite(name: str, numbers: np.ndarray) -> None:
         raise ValueError(f"{name}: a scale is NaN or infinite.")
 
 
-def exponents(name: str, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def exponents(name: str, scales: np.ndarray) -> np.ndarray:
     """Scales that are bytes n for 2**(n - 127): e8m0 of the OCP Microscaling Formats.
 
     Args:
@@ -169,19 +169,21 @@ def exponents(name: str, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scales: bytes, or e8m0 floats.
 
     Returns:
-        A `Frame.scale`: 1, and the powers of two. (jaxtyping's `Float` knows no e8m0, so that it is
-        no `QuantizedArray.scale` by itself.)
+        The powers of two, bfloat16, which holds them all; 0 for byte 0, whose 2**-127 is subnormal
+        and 0 to XLA on a CPU. As e8m0 they would not outlive a step: it has no zero, so an update
+        that leaves scales alone, p + 0, makes each a NaN.
 
     Raises:
         ValueError: a byte is 255, which stands for NaN; `name` is named.
 
     Examples:
-        >>> exponents("w", np.array([[126, 128]], np.uint8))[1].astype(np.float32).tolist()
+        >>> exponents("w", np.array([[126, 128]], np.uint8)).astype(np.float32).tolist()
         [[0.5, 2.0]]
     """
     powers = scales.view(ml_dtypes.float8_e8m0fnu)
     require_finite(name, powers)
-    return np.ones((1,) * scales.ndim, np.float32), powers
+    zero = ml_dtypes.bfloat16(0)
+    return np.where(scales.view(np.uint8) == 0, zero, powers.astype(ml_dtypes.bfloat16))
 
 
 def _same(here: jax.Array, there: jax.Array) -> bool:
