@@ -108,6 +108,15 @@ def test_tensors_of_another_kind_are_refused_and_nothing_is_written(tmp_path, te
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_the_working_folder_may_change_between_loading_and_saving(tmp_path, monkeypatch):
+    copied("awq", "shards", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    loaded = folder.load("shards")
+    monkeypatch.chdir(tmp_path.parent)
+    folder.save(tmp_path / "new", loaded.tensors, loaded)
+    assert content(tmp_path / "new") == content(tmp_path / "shards")
+
+
 def test_a_file_is_loaded_and_saved_as_a_file(tmp_path):
     source = copied("awq", "zero-points", tmp_path)
     loaded = folder.load(source / "model.safetensors")

@@ -5,6 +5,7 @@ The counterpart of each array here has a code to a byte and a float32 scale for 
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -115,6 +116,25 @@ def test_scales_are_products_or_quotients_in_float32():
     theirs = np.float32([1.0, 2.0, 0.5, 8.0])
     np.testing.assert_array_equal(TwoLevel(outer, inner).values()[0], each * theirs)
     np.testing.assert_array_equal(TwoLevel(outer, inner, divides=True).values()[0], theirs / each)
+
+
+def test_powers_of_two_are_exact_and_stay_when_zeros_are_added():
+    """All 255 bytes that are no NaN: an update adds zeros to what is frozen."""
+    exponents = np.arange(255, dtype=np.uint8).reshape(-1, 3)
+    scale = TwoLevel(jnp.ones((1, 1)), jnp.asarray(exponents), powers=True)
+    expected = exponents.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    values = np.array(jax.jit(lambda scale: scale.values())(scale))
+    assert values[0, 0] in (0.0, 2.0**-127)  # below float32's normal numbers, XLA may round to zero
+    values[0, 0] = expected[0, 0]
+    np.testing.assert_array_equal(values, expected)
+    grid = zq.Grid((-1.0, 0.0, 1.0), 0, 2)
+    codes = jnp.ones((len(exponents), 6), jnp.uint8)
+    params = {"w": zq.QuantizedArray.from_codes(codes, scale, None, grid, (-1, 2), bits=2)}
+    tx = zq.zoqo(key=jax.random.key(0))
+    loss = lambda params: jnp.abs(params["w"]).sum()  # noqa: E731
+    updates, _ = jax.jit(lambda p: tx.update(None, tx.init(p), p, value_fn=loss))(params)
+    for apply in (zq.apply_updates, optax.apply_updates):
+        np.testing.assert_array_equal(apply(params, updates)["w"].scale.inner, exponents)
 
 
 @pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)

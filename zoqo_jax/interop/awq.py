@@ -28,7 +28,7 @@ from zoqo_jax.interop.affine import affine
 from zoqo_jax.interop.frames import Frame
 from zoqo_jax.interop.protocol import Stored
 
-__all__ = ["Settings", "decode", "encode", "name", "names", "settings"]
+__all__ = ["Settings", "decode", "encode", "names", "settings"]
 
 name = "awq"
 
@@ -53,7 +53,12 @@ class Settings(NamedTuple):
 
 
 def settings(config: Mapping[str, Any]) -> Settings | None:
-    """What a folder's `config.json` says of AWQ; see `protocol.Format`."""
+    """What a folder's `config.json` says of AWQ; see `protocol.Format`.
+
+    Examples:
+        >>> settings({"quantization_config": {"quant_method": "fp8"}}) is None
+        True
+    """
     said = config.get("quantization_config")
     if not isinstance(said, Mapping):
         return None
@@ -74,7 +79,13 @@ def settings(config: Mapping[str, Any]) -> Settings | None:
 
 
 def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[str, ...]]:
-    """The stored tensors of each quantized one; see `protocol.Format`."""
+    """The stored tensors of each quantized one; see `protocol.Format`.
+
+    Examples:
+        >>> parts = {"w.qweight": Stored("I32", (64, 1)), "w.qzeros": Stored("I32", (1, 1))}
+        >>> names(parts | {"w.scales": Stored("F16", (1, 8))}, Settings(64))
+        {'w.weight': ('w.qweight', 'w.qzeros', 'w.scales')}
+    """
     found: dict[str, tuple[str, ...]] = {}
     for module in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
         parts = tuple(f"{module}.{end}" for end in ("qweight", "qzeros", "scales"))
@@ -92,7 +103,15 @@ def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[s
 
 
 def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> QuantizedArray:
-    """A matrix from its parts; see `protocol.Format`."""
+    """A matrix from its parts; see `protocol.Format`.
+
+    Examples:
+        >>> parts = {"w.qweight": np.full((2, 1), 0x75316420, np.int32)}
+        >>> parts["w.qzeros"] = np.full((1, 1), 0x44444444, np.int32)
+        >>> parts["w.scales"] = np.full((1, 8), 0.5, np.float16)
+        >>> decode("w.weight", parts, Settings(2)).materialise()[:, 0].tolist()
+        [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
+    """
     qweight = parts[f"{name.removesuffix('.weight')}.qweight"]
 
     def codes(begin: int, end: int) -> np.ndarray:
@@ -104,7 +123,17 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Qu
 def encode(
     name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, np.ndarray]:
-    """The words with an array's codes; see `protocol.Format`."""
+    """The words with an array's codes; see `protocol.Format`.
+
+    Examples:
+        >>> parts = {"w.qweight": np.full((2, 1), 0x75316420, np.int32)}
+        >>> parts["w.qzeros"] = np.full((1, 1), 0x44444444, np.int32)
+        >>> parts["w.scales"] = np.full((1, 8), 0.5, np.float16)
+        >>> array = decode("w.weight", parts, Settings(2))
+        >>> changed = array.with_codes(15 - array.codes)
+        >>> hex(encode("w.weight", changed, parts, Settings(2))["w.qweight"].view(np.uint32)[0, 0])
+        '0x8ace9bdf'
+    """
     stored = f"{name.removesuffix('.weight')}.qweight"
     codes = _frame(name, parts).codes(name, array).T
     eights = codes.reshape(len(codes), -1, 8)[..., _ORDER]

@@ -24,6 +24,10 @@ class Scheme(NamedTuple):
         bits: width of a code.
         length: how many inputs share a scale; None: all of a row.
         symmetric: whether there are no zero points.
+
+    Examples:
+        >>> Scheme("I32", 4, 128, True).bits
+        4
     """
 
     dtype: str

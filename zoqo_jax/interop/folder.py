@@ -132,7 +132,7 @@ def load(path: str | os.PathLike[str]) -> Folder:
     except ValueError as error:
         raise ValueError(_with(path, error)) from error
     name = contents.format.name if contents.format and contents.parts else None
-    return Folder(tensors, contents.config, name, path, stamps)
+    return Folder(tensors, contents.config, name, path.absolute(), stamps)
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, Any], loaded: Folder) -> None:
@@ -229,13 +229,14 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _format(config: Mapping[str, Any]) -> tuple[Format | None, Any]:
     """The format that a config describes, and what it says of it."""
-    for format in FORMATS:
+    formats: tuple[Format, ...] = FORMATS
+    for format in formats:
         settings = format.settings(config)
         if settings is not None:
             return format, settings
     for key in _SAYS:
         if config.get(key) is not None:
-            known = ", ".join(format.name for format in FORMATS)
+            known = ", ".join(format.name for format in formats)
             raise ValueError(f"{key}: only {known} are read, got {config[key]!r:.200}.")
     return None, None
 

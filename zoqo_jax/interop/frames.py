@@ -140,7 +140,9 @@ class Frame(NamedTuple):
         """Copies, made by NumPy: JAX would compile a program for every shape."""
         if isinstance(numbers, tuple):
             outer, inner = map(np.array, numbers)
-            return TwoLevel(jax.device_put(outer), jax.device_put(inner), divides)
+            powers = inner.dtype == ml_dtypes.float8_e8m0fnu
+            inner = inner.view(np.uint8) if powers else inner
+            return TwoLevel(jax.device_put(outer), jax.device_put(inner), divides, powers)
         return jax.device_put(np.array(numbers))
 
 
@@ -161,7 +163,7 @@ def require_finite(name: str, numbers: np.ndarray) -> None:
         raise ValueError(f"{name}: a scale is NaN or infinite.")
 
 
-def exponents(name: str, scales: np.ndarray) -> np.ndarray:
+def exponents(name: str, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scales that are bytes n for 2**(n - 127): e8m0 of the OCP Microscaling Formats.
 
     Args:
@@ -169,21 +171,18 @@ def exponents(name: str, scales: np.ndarray) -> np.ndarray:
         scales: bytes, or e8m0 floats.
 
     Returns:
-        The powers of two, bfloat16, which holds them all; 0 for byte 0, whose 2**-127 is subnormal
-        and 0 to XLA on a CPU. As e8m0 they would not outlive a step: it has no zero, so an update
-        that leaves scales alone, p + 0, makes each a NaN.
+        A `Frame.scale`: 1, and the powers of two.
 
     Raises:
         ValueError: a byte is 255, which stands for NaN; `name` is named.
 
     Examples:
-        >>> exponents("w", np.array([[126, 128]], np.uint8)).astype(np.float32).tolist()
+        >>> exponents("w", np.array([[126, 128]], np.uint8))[1].astype(np.float32).tolist()
         [[0.5, 2.0]]
     """
     powers = scales.view(ml_dtypes.float8_e8m0fnu)
     require_finite(name, powers)
-    zero = ml_dtypes.bfloat16(0)
-    return np.where(scales.view(np.uint8) == 0, zero, powers.astype(ml_dtypes.bfloat16))
+    return np.ones((1,) * scales.ndim, np.float32), powers
 
 
 def _same(here: jax.Array, there: jax.Array) -> bool:

@@ -214,8 +214,9 @@ def _holds(at: Scales | None, scale: Any) -> bool:
     if not isinstance(scale, TwoLevel):
         return not at.inner and at.size > at.count
     if at.inner:
-        return not scale.divides and scale.inner.dtype == at.number
-    return not scale.divides and scale.inner.dtype == at.dtype  # no array has inner float16
+        return not scale.divides and not scale.powers and scale.inner.dtype == at.number
+    dtype = ml_dtypes.float8_e8m0fnu if scale.powers else scale.inner.dtype
+    return not scale.divides and dtype == at.dtype  # no array has inner float16
 
 
 def _layout(kind: int) -> tuple[int, int]:

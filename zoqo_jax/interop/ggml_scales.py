@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
@@ -67,10 +68,13 @@ class Levels:
 
     def array(self, shape: tuple[int, ...]) -> Scale:
         """All of them, for an array of this shape."""
-        outer = jax.device_put(self._outer.reshape(*shape[:-1], -1))
         if self._at.size == self._at.count:  # floats of 8 bits, in the place of whole numbers
             one = np.ones((1,) * len(shape), np.float32)
-            return TwoLevel(jax.device_put(one), outer)
+            powers = self._at.dtype == ml_dtypes.float8_e8m0fnu
+            inner = self._outer.view(np.uint8) if powers else self._outer
+            inner = jax.device_put(inner.reshape(*shape[:-1], -1))
+            return TwoLevel(jax.device_put(one), inner, powers=powers)
+        outer = jax.device_put(self._outer.reshape(*shape[:-1], -1))
         if not self._at.inner:
             return outer
         return TwoLevel(outer, jax.device_put(self._inner.reshape(*shape[:-1], -1)))

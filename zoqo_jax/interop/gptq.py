@@ -22,7 +22,7 @@ Post-Training Quantization for Generative Pre-trained Transformers", 2022, arXiv
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -30,41 +30,25 @@ from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import words
 from zoqo_jax.interop.affine import affine
 from zoqo_jax.interop.frames import Frame
+from zoqo_jax.interop.gptq_shapes import BITS, Settings, bits_of, check_shapes, length_of
 from zoqo_jax.interop.protocol import Stored
 
-__all__ = ["Settings", "decode", "encode", "name", "names", "settings"]
+__all__ = ["decode", "encode", "names", "settings"]
 
 name = "gptq"
 
-_BITS = (2, 3, 4, 8)
-_WORDS = {"I8": 8, "I16": 16, "I32": 32}
-_FLOATS = ("F16", "BF16", "F32")
 _MOST_GROUPS = 1 << 16
 _EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte", "embed_in")
 
 
-class Settings(NamedTuple):
-    """What a config says.
-
-    Attributes:
-        bits: width of codes, where layers do not have their own.
-        group_size: inputs in a group, where layers do not have their own; -1 for all.
-        is_first_version: whether zero points are stored less one.
-        is_dynamic: whether layers may have their own bits and groups.
+def settings(config: Mapping[str, Any]) -> Settings | None:
+    """What a folder's `config.json` says of GPTQ; see `protocol.Format`.
 
     Examples:
-        >>> settings({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}})
+        >>> said = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}
+        >>> settings({"quantization_config": said})
         Settings(bits=4, group_size=64, is_first_version=True, is_dynamic=False)
     """
-
-    bits: int
-    group_size: int
-    is_first_version: bool
-    is_dynamic: bool
-
-
-def settings(config: Mapping[str, Any]) -> Settings | None:
-    """What a folder's `config.json` says of GPTQ; see `protocol.Format`."""
     said = config.get("quantization_config")
     if not isinstance(said, Mapping):
         return None
@@ -75,7 +59,7 @@ def settings(config: Mapping[str, Any]) -> Settings | None:
     bits, group, dynamic = said.get("bits"), said.get("group_size"), said.get("dynamic") or {}
     if kind not in ("gptq", "gptq_v2", "gptq_p") or said.get("is_marlin_format"):
         raise ValueError(f"checkpoint_format must be gptq or gptq_v2, got {kind!r:.40}.")
-    if type(bits) is not int or bits not in _BITS or (kind == "gptq_p" and bits == 3):
+    if type(bits) is not int or bits not in BITS or (kind == "gptq_p" and bits == 3):
         raise ValueError(f"bits must be 2, 3 (not in gptq_p), 4 or 8, got {bits!r:.40} in {kind}.")
     if type(group) is not int or not (group == -1 or 0 < group < 2**31):
         raise ValueError(f"group_size must be -1 or positive, got {group!r:.40}.")
@@ -90,7 +74,13 @@ def settings(config: Mapping[str, Any]) -> Settings | None:
 
 
 def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[str, ...]]:
-    """The stored tensors of each quantized one; see `protocol.Format`."""
+    """The stored tensors of each quantized one; see `protocol.Format`.
+
+    Examples:
+        >>> parts = {"w.qweight": Stored("I32", (8, 8)), "w.qzeros": Stored("I32", (1, 1))}
+        >>> names(parts | {"w.scales": Stored("F16", (1, 8))}, Settings(4, -1, True, False))
+        {'w.weight': ('w.qweight', 'w.qzeros', 'w.scales')}
+    """
     found: dict[str, tuple[str, ...]] = {}
     for module in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
         if module.rsplit(".", 1)[-1] in _EMBEDDINGS:
@@ -104,7 +94,7 @@ def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[s
                 )
         index = [f"{module}.g_idx"] if f"{module}.g_idx" in stored else []
         found[f"{module}.weight"] = (*(f"{module}.{end}" for end in parts), *index)
-        _check_shapes(module, stored, settings)
+        check_shapes(module, stored, settings)
     for key in stored:
         module, _, end = key.rpartition(".")
         if end in ("qzeros", "g_idx") and f"{module}.weight" not in found:
@@ -113,7 +103,15 @@ def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[s
 
 
 def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> QuantizedArray:
-    """A matrix from its parts; see `protocol.Format`."""
+    """A matrix from its parts; see `protocol.Format`.
+
+    Examples:
+        >>> parts = {"w.qweight": np.full((1, 8), 0x76543210, np.int32)}
+        >>> parts["w.qzeros"] = np.full((1, 1), 0x33333333, np.int32)
+        >>> parts["w.scales"] = np.full((1, 8), 0.5, np.float16)
+        >>> decode("w.weight", parts, Settings(4, -1, True, False)).materialise()[0].tolist()
+        [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
+    """
     frame = _frame(name, parts, settings)
     qweight = parts[f"{name.removesuffix('.weight')}.qweight"]
 
@@ -126,7 +124,18 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Qu
 def encode(
     name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Settings
 ) -> dict[str, np.ndarray]:
-    """The words with an array's codes; see `protocol.Format`."""
+    """The words with an array's codes; see `protocol.Format`.
+
+    Examples:
+        >>> parts = {"w.qweight": np.full((1, 8), 0x76543210, np.int32)}
+        >>> parts["w.qzeros"] = np.full((1, 1), 0x33333333, np.int32)
+        >>> parts["w.scales"] = np.full((1, 8), 0.5, np.float16)
+        >>> of_config = Settings(4, -1, True, False)
+        >>> array = decode("w.weight", parts, of_config)
+        >>> changed = array.with_codes(15 - array.codes)
+        >>> hex(encode("w.weight", changed, parts, of_config)["w.qweight"].view(np.uint32)[0, 0])
+        '0x89abcdef'
+    """
     frame = _frame(name, parts, settings)
     stored = f"{name.removesuffix('.weight')}.qweight"
     packed = words.pack(frame.codes(name, array), frame.bits, parts[stored].T)
@@ -139,9 +148,9 @@ def _frame(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Fr
     qweight, qzeros = parts[f"{module}.qweight"], parts[f"{module}.qzeros"]
     scales, index = parts[f"{module}.scales"], parts.get(f"{module}.g_idx")
     groups, outputs = scales.shape
-    bits = _bits(qzeros.shape[1], qzeros.itemsize * 8, outputs, settings)
+    bits = bits_of(qzeros.shape[1], qzeros.itemsize * 8, outputs, settings)
     inputs = qweight.shape[0] * qweight.itemsize * 8 // bits if index is None else len(index)
-    length, block_of = _length(inputs, groups, settings), None
+    length, block_of = length_of(inputs, groups, settings), None
     if index is not None:
         most = min(groups, _MOST_GROUPS) - 1
         if index.min() < 0 or index.max() > most:
@@ -166,66 +175,3 @@ def _zeros(qzeros: np.ndarray, bits: int, count: int, is_first_version: bool) ->
     unsigned = qzeros.view(f"u{qzeros.itemsize}")
     ones = (2 ** (8 * qzeros.itemsize) - 1) // (2**bits - 1)  # a one for each zero point
     return words.unpack(unsigned + unsigned.dtype.type(ones), bits, count)
-
-
-def _bits(columns: int, width: int, outputs: int, settings: Settings) -> int:
-    """The width of codes: the config's, or that which gives the zero points' columns."""
-    fit = [b for b in _BITS if columns == -(-outputs * b // width) and _is_whole(b, width, outputs)]
-    if settings.bits in fit:
-        return settings.bits
-    if settings.is_dynamic and len(fit) == 1:
-        return fit[0]
-    raise ValueError(
-        f"qzeros has {columns} columns of {width} bits for {outputs} outputs, which is not "
-        f"{settings.bits} bits each."
-    )
-
-
-def _is_whole(bits: int, width: int, count: int) -> bool:
-    """Whether so many codes can lie in words: those of 3 bits only by 32, in words of 32."""
-    return bits != 3 or (width == 32 and count % 32 == 0)
-
-
-def _check_shapes(module: str, stored: Mapping[str, Stored], settings: Settings) -> None:
-    """That the parts of a matrix fit one another."""
-    qweight, qzeros = stored[f"{module}.qweight"], stored[f"{module}.qzeros"]
-    scales, index = stored[f"{module}.scales"], stored.get(f"{module}.g_idx")
-    if qweight.dtype not in _WORDS or qzeros.dtype != qweight.dtype or scales.dtype not in _FLOATS:
-        raise ValueError(
-            f"tensor {module}: qweight and qzeros must be I32 (or I16, I8), scales F16, BF16 or "
-            f"F32, got {qweight.dtype}, {qzeros.dtype} and {scales.dtype}."
-        )
-    width, (groups, outputs) = _WORDS[qweight.dtype], scales.shape
-    try:
-        bits = _bits(qzeros.shape[1], width, outputs, settings)
-    except ValueError as error:
-        raise ValueError(f"tensor {module}: {error}") from error
-    inputs = qweight.shape[0] * width // bits
-    if index is not None:
-        if index.dtype != "I32" or len(index.shape) != 1:
-            raise ValueError(f"tensor {module}.g_idx must be I32 of one axis, got {index}.")
-        inputs = index.shape[0]
-    size = inputs if settings.group_size == -1 else settings.group_size
-    expected = groups if settings.is_dynamic and 0 < groups <= inputs else -(-inputs // size)
-    rows = -(-inputs * bits // width)
-    is_whole = _is_whole(bits, width, inputs) and (
-        index is not None or _length(inputs, groups, settings)
-    )
-    if (
-        qweight.shape != (rows, outputs)
-        or qzeros.shape[0] != groups
-        or groups != expected
-        or not is_whole
-    ):
-        raise ValueError(
-            f"tensor {module}: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and "
-            f"scales {list(scales.shape)} do not fit {inputs} inputs of {bits} bits in groups of "
-            f"{settings.group_size}."
-        )
-
-
-def _length(inputs: int, groups: int, settings: Settings) -> int:
-    """How many neighbours are in a group, where nothing else is said; 0: that cannot be known."""
-    if settings.is_dynamic:
-        return 0 if inputs % groups else inputs // groups
-    return inputs if settings.group_size == -1 else settings.group_size

@@ -25,7 +25,6 @@ __all__ = [
     "companions_of",
     "decode",
     "encode",
-    "name",
     "names",
     "owners",
     "per_block",
@@ -39,6 +38,10 @@ def settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What a folder's `config.json` says of bitsandbytes; see `protocol.Format`.
 
     Files of 4-bit tensors explain themselves, so they are read without a word of it, too.
+
+    Examples:
+        >>> settings({}), settings({"quantization_config": {"quant_method": "gptq"}})
+        ({}, None)
     """
     if config.get("quantization") is not None:
         return None
@@ -53,7 +56,13 @@ def settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def names(stored: Mapping[str, Stored], settings: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The stored tensors of each quantized one; see `protocol.Format`."""
+    """The stored tensors of each quantized one; see `protocol.Format`.
+
+    Examples:
+        >>> said = "w.quant_state.bitsandbytes__nf4"
+        >>> names({"w": Stored("U8", (32, 1)), said: Stored("U8", (80,))}, {})
+        {'w': ('w', 'w.quant_state.bitsandbytes__nf4')}
+    """
     return {
         key: (key, *sorted(beside for beside in companions_of({key}) if beside in stored))
         for key in sorted(owners(stored))
@@ -63,7 +72,18 @@ def names(stored: Mapping[str, Stored], settings: Mapping[str, Any]) -> dict[str
 def decode(
     name: str, parts: Mapping[str, np.ndarray], settings: Mapping[str, Any]
 ) -> QuantizedArray:
-    """A tensor from its parts; see `protocol.Format`."""
+    """A tensor from its parts; see `protocol.Format`.
+
+    Examples:
+        >>> import tempfile
+        >>> from zoqo_jax.interop import bitsandbytes, safetensors
+        >>> from zoqo_jax.grids.quantization import nf4
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     bitsandbytes.save(f"{path}/a.safetensors", {"w": nf4()(jnp.ones((1, 64)))})
+        ...     parts = {key: np.asarray(x) for key, x in safetensors.load(path).items()}
+        >>> decode("w", parts, {}).materialise()[0, :3].tolist()
+        [1.0, 1.0, 1.0]
+    """
     state = quant_state.read(name, parts)
     shape, packed = state.shape, np.asarray(parts[name])
     half = math.prod(shape) // 2
@@ -94,7 +114,19 @@ def encode(
     parts: Mapping[str, np.ndarray],
     settings: Mapping[str, Any],
 ) -> dict[str, np.ndarray]:
-    """The bytes with an array's codes; see `protocol.Format`."""
+    """The bytes with an array's codes; see `protocol.Format`.
+
+    Examples:
+        >>> import tempfile
+        >>> from zoqo_jax.interop import bitsandbytes, safetensors
+        >>> from zoqo_jax.grids.quantization import nf4
+        >>> with tempfile.TemporaryDirectory() as path:
+        ...     bitsandbytes.save(f"{path}/a.safetensors", {"w": nf4()(jnp.ones((1, 64)))})
+        ...     parts = {key: np.asarray(x) for key, x in safetensors.load(path).items()}
+        >>> array = decode("w", parts, {})
+        >>> encode("w", array.with_codes(15 - array.codes), parts, {})["w"].max().item()
+        0
+    """
     return {name: _packed(name, array, quant_state.read(name, parts))}
 
 

@@ -40,6 +40,11 @@ class Format(Protocol):
     The logical tensor of a matrix is (outputs, inputs), however it is stored. A file is read
     without trust: whatever does not fit raises a ValueError that names the tensor and what was
     found, before anything is allocated for it.
+
+    Examples:
+        >>> from zoqo_jax.interop import gptq
+        >>> isinstance(gptq, Format), gptq.name
+        (True, 'gptq')
     """
 
     @property

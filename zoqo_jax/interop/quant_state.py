@@ -22,7 +22,7 @@ import numpy as np
 
 from zoqo_jax.grids.arrays import Grid
 
-__all__ = ["BLOCKSIZES", "COMPANIONS", "SHAPE", "STATES", "State", "is_shape", "read"]
+__all__ = ["State", "is_shape", "read"]
 
 STATES = {kind: f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")}
 _NESTED = (".nested_absmax", ".nested_quant_map")

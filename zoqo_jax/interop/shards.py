@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["DTYPES", "Place", "is_inside", "package", "places", "read", "unique"]
+__all__ = ["Place", "is_inside", "package", "places", "read", "unique"]
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -40,6 +40,10 @@ class Place(NamedTuple):
         dtype: as the file has it, a key of `DTYPES`.
         shape: of the tensor.
         begin: offset of its first byte in the file.
+
+    Examples:
+        >>> Place(Path("a.safetensors"), "F16", (3, 4), 80).size
+        24
     """
 
     file: Path
@@ -66,6 +70,14 @@ def places(path: Path) -> dict[str, Place]:
     Raises:
         FileNotFoundError: there is no such file, or a shard is missing; it is named.
         ValueError: a damaged file or index, or a dtype that is not read.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "model.safetensors")
+        ...     package().numpy.save_file({"w": np.ones((2, 3), np.float16)}, file)
+        ...     places(Path(folder))["w"].shape
+        (2, 3)
     """
     found: dict[str, Place] = {}
     for file, names in _files(path):
@@ -81,7 +93,19 @@ def places(path: Path) -> dict[str, Place]:
 
 
 def read(place: Place) -> np.ndarray:
-    """A tensor, in memory that JAX can use without a copy (it must begin at a multiple of 64)."""
+    """A tensor, in memory that JAX can use without a copy (it must begin at a multiple of 64).
+
+    Raises:
+        ValueError: the file is shorter than it was.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "a.safetensors")
+        ...     package().numpy.save_file({"w": np.arange(3, dtype=np.int8)}, file)
+        ...     read(places(file)["w"])
+        array([0, 1, 2], dtype=int8)
+    """
     memory = np.empty(place.size + 64, np.uint8)
     raw = memory[-memory.ctypes.data % 64 :][: place.size]
     with open(place.file, "rb") as file:
@@ -92,14 +116,30 @@ def read(place: Place) -> np.ndarray:
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder, or is a link to a file of Hugging Face's cache."""
+    """Whether a file lies in a folder, or is a link to a file of Hugging Face's cache.
+
+    Examples:
+        >>> is_inside(Path("model/config.json"), Path("model"))
+        True
+        >>> is_inside(Path("model/../secret"), Path("model"))
+        False
+    """
     target, folder = file.resolve(), folder.resolve()
     cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
     return cache or target.is_relative_to(folder)
 
 
 def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The object that JSON describes, each key once; for `json.loads(object_pairs_hook=...)`."""
+    """The object that JSON describes, each key once; for `json.loads(object_pairs_hook=...)`.
+
+    Raises:
+        ValueError: a key stands twice.
+
+    Examples:
+        >>> json.loads('{"a": 1, "a": 2}', object_pairs_hook=unique)
+        Traceback (most recent call last):
+        ValueError: the key 'a' stands twice
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -108,7 +148,15 @@ def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def package() -> Any:
-    """The `safetensors` package, with its module for NumPy."""
+    """The `safetensors` package, with its module for NumPy.
+
+    Raises:
+        ImportError: it is not installed.
+
+    Examples:
+        >>> package().__name__
+        'safetensors'
+    """
     try:
         import safetensors
         import safetensors.numpy
