@@ -25,16 +25,16 @@ next, which makes words of 3, 5, 6 and 7 bits longer; these are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import words
-from zoqo_jax.interop.compressed_schemes import Scheme, frame_of, scheme_of
-from zoqo_jax.interop.frames import Frame, exponents, require_finite
+from zoqo_jax.interop.compressed_frames import frame_of
+from zoqo_jax.interop.compressed_schemes import Scheme, scheme_of
+from zoqo_jax.interop.frames import Frame
 from zoqo_jax.interop.protocol import Stored
 from zoqo_jax.interop.small_floats import E2M1
 
@@ -132,7 +132,7 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Any) -> Quantiz
         >>> decode("a.weight", parts, (Scheme("I8", 8, None, True),)).materialise().tolist()
         [[-1.5, 2.5]]
     """
-    frame, stored = _frame(name, parts, settings), parts.get(f"{name}_packed", parts.get(name))
+    frame, stored = frame_of(name, parts, settings), parts.get(f"{name}_packed", parts.get(name))
     assert stored is not None  # `names` has found it
     rows = stored.reshape(-1, stored.shape[-1])
     return frame.array_of(lambda begin, end: _codes(name, rows[begin:end], frame))
@@ -153,7 +153,7 @@ def encode(
         >>> encode("a.weight", decode("a.weight", parts, schemes), parts, schemes)
         {'a.weight': array([[-3,  5]], dtype=int8)}
     """
-    frame = _frame(name, parts, settings)
+    frame = frame_of(name, parts, settings)
     codes = frame.codes(name, array)
     if name in parts:
         return {name: (codes - np.uint8(2 ** (frame.bits - 1))).view(np.int8)}
@@ -172,34 +172,3 @@ def _codes(name: str, stored: np.ndarray, frame: Frame) -> np.ndarray:
     if codes.max() >= 2**frame.bits:
         raise ValueError(f"{name}: a code has more than {frame.bits} bits.")
     return codes
-
-
-def _frame(name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]) -> Frame:
-    packed = parts.get(f"{name}_packed")
-    if packed is not None and packed.dtype == np.uint8:
-        return _float_frame(name, packed, parts, schemes)
-    return frame_of(name, parts, schemes)
-
-
-def _float_frame(
-    name: str, packed: np.ndarray, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]
-) -> Frame:
-    """NVFP4 if scales are 8-bit floats, else MXFP4."""
-    part, scale = f"{name}_scale", parts[f"{name}_scale"]
-    shape = (*packed.shape[:-1], packed.shape[-1] * 2)
-    is_nv = scale.dtype.name == "float8_e4m3fn"
-    length = 16 if is_nv else 32
-    if scale.shape != (*shape[:-1], shape[-1] // length) or shape[-1] % length:
-        raise ValueError(f"{part} must be one for each {length} of {shape}, got {scale.shape}.")
-    if length not in {scheme.length for scheme in schemes if scheme.dtype == "U8"}:
-        raise ValueError(f"{part}: no scheme of config_groups has group_size {length}.")
-    overall = parts.get(f"{name}_global_scale", np.ones(1, np.float32))
-    if overall.size != 1 or not np.isfinite(overall).all() or not overall.all():
-        raise ValueError(f"{name}_global_scale must be one finite number, not 0, got {overall}.")
-    if not is_nv:
-        if f"{name}_global_scale" in parts:
-            raise ValueError(f"{name}_global_scale: powers of two have none beside them.")
-        return Frame(shape, 4, E2M1.grid, exponents(part, scale), jnp.bfloat16, length)
-    require_finite(part, scale)
-    numbers = (overall.reshape((1,) * len(shape)), scale)
-    return Frame(shape, 4, E2M1.grid, numbers, jnp.bfloat16, length, divides=True)

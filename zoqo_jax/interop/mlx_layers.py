@@ -23,6 +23,10 @@ class Layer(NamedTuple):
         mode: "affine", "mxfp4", "mxfp8" or "nvfp4".
         length: how many inputs share a scale.
         bits: width of a code.
+
+    Examples:
+        >>> Layer("affine", 64, 4).length
+        64
     """
 
     mode: str
