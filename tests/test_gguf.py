@@ -264,7 +264,13 @@ def mutated(whole, rng, number):
     return content
 
 
-@pytest.mark.parametrize("name", [*TYPES, "IQ2_XS"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("Q5_K", "MXFP4") else pytest.mark.slow)
+        for name in (*TYPES, "IQ2_XS")
+    ],
+)
 def test_500_mutated_files_of_each_type_are_read_and_come_back_or_are_refused(tmp_path, name):
     blocks = tables() if name == "IQ2_XS" else of_type(name)
     metadata = {"general.architecture": "llama", "a": np.uint32(7), "b": ["one", "two"]}

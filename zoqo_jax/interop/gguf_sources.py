@@ -16,7 +16,7 @@ import numpy as np
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import ggml, ggml_floats
 
-__all__ = ["Stretch", "source_of", "why_floats"]
+__all__: list[str] = []  # what gguf.py is made of
 
 
 class Stretch:
