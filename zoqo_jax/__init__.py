@@ -35,6 +35,9 @@ from zoqo_jax.implicit.arrays import PerturbedArray as PerturbedArray
 from zoqo_jax.implicit.lora import LoraArray as LoraArray
 from zoqo_jax.implicit.lora import lora as lora
 from zoqo_jax.implicit.rules import quaxify as quaxify
+from zoqo_jax.interop.models import Model as Model
+from zoqo_jax.interop.models import load as load
+from zoqo_jax.interop.models import save as save
 from zoqo_jax.transforms import Info as Info
 from zoqo_jax.transforms import State as State
 from zoqo_jax.transforms import apply_updates as apply_updates
@@ -58,6 +61,7 @@ __all__ = [
     "Health",
     "Info",
     "LoraArray",
+    "Model",
     "Observation",
     "PerturbedArray",
     "QuantizedArray",
@@ -75,6 +79,7 @@ __all__ = [
     "health",
     "is_matrix",
     "is_quantized",
+    "load",
     "lora",
     "nf4",
     "observe",
@@ -87,6 +92,7 @@ __all__ = [
     "quzo",
     "qzo",
     "replay",
+    "save",
     "spsa",
     "zoqo",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -28,6 +29,10 @@ class TwoLevel(eqx.Module):
         outer: value units; along the last axis one for each superblock, of as many blocks as fit.
         inner: whole numbers, or 8-bit floats, one for each block.
         divides: whether a value is `inner / outer` instead of their product.
+        powers: whether `inner` holds bytes n that stand for 2^(n - 127), as MXFP4's. JAX has a
+            dtype for them, float8_e8m0fnu, but it has no zero: an update that adds zeros to all
+            that is frozen would make it NaN. (XLA may take 2^-127 for zero, as other numbers below
+            float32's normal ones.)
 
     Examples:
         >>> outer = jnp.array([[0.5, 2.0]], jnp.float16)
@@ -39,6 +44,7 @@ class TwoLevel(eqx.Module):
     outer: Float[Array, "..."]
     inner: Array
     divides: bool = eqx.field(static=True, default=False)
+    powers: bool = eqx.field(static=True, default=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,12 +72,20 @@ class TwoLevel(eqx.Module):
 
     def values(self) -> Float32[Array, "..."]:
         """The products, float32, one for each block."""
-        outer, inner = self.outer.astype(jnp.float32), self.inner.astype(jnp.float32)
+        outer, inner = self.outer.astype(jnp.float32), self._numbers()
         blocks, superblocks = inner.shape[-1], outer.shape[-1]
         if superblocks not in (1, blocks):
             each = jnp.broadcast_to(outer[..., None], (*outer.shape, blocks // superblocks))
             outer = each.reshape(*outer.shape[:-1], blocks)
         return inner / outer if self.divides else outer * inner
+
+    def _numbers(self) -> Float32[Array, "..."]:
+        """What `inner` stands for."""
+        if not self.powers:
+            return self.inner.astype(jnp.float32)
+        bits = self.inner.astype(jnp.uint32) << 23  # the exponent of a float32
+        powers = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        return jnp.where(self.inner == 0, jnp.float32(2.0**-127), powers)
 
 
 Scale = Float[Array, "..."] | TwoLevel

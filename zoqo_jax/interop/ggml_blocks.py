@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from zoqo_jax.grids.arrays import Grid
@@ -55,16 +56,23 @@ class Scales(NamedTuple):
         return max((piece.above + piece.width for piece in self.inner), default=0)
 
     @property
+    def has_powers(self) -> bool:
+        """Whether floats are bytes that stand for powers of two, and kept as such."""
+        return self.dtype == ml_dtypes.float8_e8m0fnu
+
+    @property
     def number(self) -> np.dtype:
-        """How whole numbers are kept."""
-        return np.dtype(np.int8 if self.is_signed else np.uint8)
+        """How the inner of two levels is kept: whole numbers, or floats of 8 bits."""
+        if self.inner or self.has_powers:
+            return np.dtype(np.int8 if self.is_signed else np.uint8)
+        return self.dtype
 
     def fits(self, scale: Any) -> bool:
-        """Whether it is of this kind: an array, or of two levels with such whole numbers."""
+        """Whether it is of this kind: an array, or of two levels with such numbers."""
         if not isinstance(scale, TwoLevel):
             return not self.inner and self.size > self.count
-        number = self.number if self.inner else self.dtype
-        return not scale.divides and scale.inner.dtype == number
+        same = scale.inner.dtype == self.number and scale.powers == self.has_powers
+        return same and not scale.divides
 
 
 class Type(NamedTuple):

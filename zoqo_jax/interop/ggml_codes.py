@@ -89,7 +89,7 @@ def written(form: Type, tensor: QuantizedArray, before: Any = None) -> Iterator[
     planes, row_bytes = _planes(tensor.bits, columns), columns // form.length * form.size
     packed = np.asarray(tensor.packed).reshape(rows, -1)
     scales = [stored(form, form.scale, tensor, tensor.scale)]
-    if form.minimum:
+    if form.minimum and tensor.offset is not None:
         scales.append(stored(form, form.minimum, tensor, tensor.offset))
     for begin, end in row_ranges(rows, columns):
         blocks = np.zeros(((end - begin) * columns // form.length, form.size), np.uint8)

@@ -67,10 +67,11 @@ class Levels:
 
     def array(self, shape: tuple[int, ...]) -> Scale:
         """All of them, for an array of this shape."""
-        outer = jax.device_put(self._outer.reshape(*shape[:-1], -1))
         if self._at.size == self._at.count:  # floats of 8 bits, in the place of whole numbers
             one = np.ones((1,) * len(shape), np.float32)
-            return TwoLevel(jax.device_put(one), outer)
+            inner = jax.device_put(self._outer.view(self._at.number).reshape(*shape[:-1], -1))
+            return TwoLevel(jax.device_put(one), inner, powers=self._at.has_powers)
+        outer = jax.device_put(self._outer.reshape(*shape[:-1], -1))
         if not self._at.inner:
             return outer
         return TwoLevel(outer, jax.device_put(self._inner.reshape(*shape[:-1], -1)))

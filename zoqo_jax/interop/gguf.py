@@ -33,7 +33,7 @@ import numpy as np
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import ggml, gguf_parts, gguf_reading, gguf_writing, tokenizing
 from zoqo_jax.interop.gguf_layout import Layout, alignment_of, naming
-from zoqo_jax.interop.gguf_sources import source_of, why_floats
+from zoqo_jax.interop.gguf_sources import kept_kind, source_of, why_floats
 
 __all__ = ["File", "Metadata", "load", "parts", "save"]
 
@@ -192,10 +192,8 @@ def save(
     sources = {name: source_of(name, tensor, known.sources) for name, tensor in tensors.items()}
     kinds = {}
     for name, tensor in tensors.items():
-        source = sources[name]
-        keeps = source is not None and not ggml.is_exact(source.kind)
         with naming(f"tensors: {name!r}"):
-            kinds[name] = source.kind if keeps else ggml.kind_of(tensor)
+            kinds[name] = kept_kind(sources[name]) or ggml.kind_of(tensor)
     sizes = {name: ggml.bytes_of(kinds[name], tuple(x.shape)) for name, x in tensors.items()}
     layout = known.placing(sizes, alignment_of(metadata))
     gguf_writing.write(path, tensors, metadata, kinds, sources, layout)

@@ -104,6 +104,11 @@ def source_of(name: str, tensor: Any, sources: Mapping[str, Stretch]) -> Stretch
     return None
 
 
+def kept_kind(source: Stretch | None) -> int | None:
+    """The type in which a tensor without codes stays, because it has not changed."""
+    return None if source is None or ggml.is_exact(source.kind) else source.kind
+
+
 def _size(kind: int, tensor: Any) -> int | None:
     """How many bytes a tensor has in a type, or None if it cannot be of this type."""
     try:

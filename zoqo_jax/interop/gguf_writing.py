@@ -47,7 +47,7 @@ def write(
             file.write(filling(start + offset - file.tell(), next(gaps, b"")))
             with naming(f"tensors: {name!r}"):
                 for part in ggml.encoded(tensors[name], kinds[name], sources[name]):
-                    file.write(np.ascontiguousarray(part))
+                    file.write(np.ascontiguousarray(part).data)
         file.write(filling(start + layout.room - file.tell(), next(gaps, b"")))
 
 

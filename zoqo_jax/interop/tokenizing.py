@@ -8,11 +8,12 @@ Byte-level byte-pair encoding ("gpt2": SmolLM2, Llama 3, Qwen2) and SentencePiec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["from_gguf"]
+__all__ = ["from_folder", "from_gguf"]
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types
 _ENDS = {"gpt2": {"bos": 11, "eos": 11}, "llama": {"bos": 1, "eos": 2}}
@@ -110,6 +111,33 @@ def from_gguf(metadata: Mapping[str, Any]) -> Any:
             ],
         )
     return tokenizer
+
+
+def from_folder(path: Path) -> Any:
+    """The tokenizer of a folder's `tokenizer.json`, a `tokenizers.Tokenizer`; None without one.
+
+    Args:
+        path: of the folder, or of a file in it.
+
+    Raises:
+        ValueError: the file describes no tokenizer.
+        ImportError: the `tokenizers` package is missing.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     from_folder(Path(folder)) is None
+        True
+    """
+    file = (path if path.is_dir() else path.parent) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        return _package().Tokenizer.from_file(str(file))
+    except ImportError:
+        raise
+    except Exception as error:  # the package raises bare exceptions
+        raise ValueError(f"{file}: no tokenizer: {error}.") from error
 
 
 def _end(

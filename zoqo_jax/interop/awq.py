@@ -1,0 +1,141 @@
+"""AWQ, as AutoAWQ and GPTQModel store it ("gemm"): 4 bits, a scale and zero point a group.
+
+Of a matrix NAME.weight, (outputs, inputs), a file holds
+
+- `NAME.qweight`, int32 (inputs, outputs / 8): the codes of eight neighbouring outputs share a word;
+  from the lowest bits on they are those of outputs 0, 2, 4, 6, 1, 3, 5, 7;
+- `NAME.qzeros`, int32 (groups, outputs / 8): zero points, laid out likewise;
+- `NAME.scales`, (groups, outputs) floats.
+
+The value is scale * (code - zero point); groups are of neighbouring inputs. Modules that the config
+names in `modules_to_not_convert` are stored as floats, and are found so. Not read: the layouts
+"gemv", "gemv_fast", "marlin", "exllama" and "llm-awq", which differ by their words.
+
+Layout: github.com/casper-hansen/AutoAWQ, modules/linear/gemm.py. Method: Lin et al., "AWQ:
+Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023, arXiv:2306.00978.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.interop import words
+from zoqo_jax.interop.affine import affine, check_scales
+from zoqo_jax.interop.protocol import Stored
+
+__all__ = ["Settings", "decode", "encode", "name", "names", "settings"]
+
+name = "awq"
+
+_BITS = 4
+_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # the output, of each eight, that a word's nibbles are for
+_PLACE = np.argsort(_ORDER)  # the nibble of each output
+_FLOATS = ("F16", "BF16", "F32")
+
+
+class Settings(NamedTuple):
+    """What a config says.
+
+    Attributes:
+        group_size: inputs in a group; -1 for all.
+
+    Examples:
+        >>> settings({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 64}})
+        Settings(group_size=64)
+    """
+
+    group_size: int
+
+
+def settings(config: Mapping[str, Any]) -> Settings | None:
+    """What a folder's `config.json` says of AWQ; see `protocol.Format`."""
+    said = config.get("quantization_config")
+    if not isinstance(said, Mapping):
+        return None
+    method = said.get("quant_method", "awq" if "w_bit" in said else None)
+    if method != name:
+        return None
+    bits = said.get("bits", said.get("w_bit"))
+    group = said.get("group_size", said.get("q_group_size"))
+    kinds = [said.get(key) for key in ("version", "format", "checkpoint_format")]
+    kind = next((kind for kind in kinds if kind is not None), "gemm")
+    if not isinstance(kind, str) or kind.lower() != "gemm" or said.get("backend") == "llm-awq":
+        raise ValueError(f"version must be gemm, got {kind!r:.40}.")
+    if bits != _BITS or type(bits) is not int:
+        raise ValueError(f"bits must be {_BITS}, got {bits!r:.40}.")
+    if type(group) is not int or not (group == -1 or 0 < group < 2**31):
+        raise ValueError(f"group_size must be -1 or positive, got {group!r:.40}.")
+    return Settings(group)
+
+
+def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[str, ...]]:
+    """The stored tensors of each quantized one; see `protocol.Format`."""
+    found: dict[str, tuple[str, ...]] = {}
+    for module in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
+        parts = tuple(f"{module}.{end}" for end in ("qweight", "qzeros", "scales"))
+        for part in parts:
+            if part not in stored:
+                raise ValueError(f"tensor {part!r} is not there, but {module}.qweight is.")
+        qweight, qzeros, scales = (stored[part] for part in parts)
+        _check_shapes(module, qweight, qzeros, scales, settings.group_size)
+        found[f"{module}.weight"] = parts
+    for key in stored:
+        module, _, end = key.rpartition(".")
+        if end == "qzeros" and f"{module}.weight" not in found:
+            raise ValueError(f"tensor {key!r}: there is no {module}.qweight beside it.")
+    return found
+
+
+def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> QuantizedArray:
+    """A matrix from its parts; see `protocol.Format`."""
+    module = name.removesuffix(".weight")
+    scales = parts[f"{module}.scales"]
+    check_scales(f"{module}.scales", scales)
+    codes, zeros = (_unpack(parts[f"{module}.{end}"]) for end in ("qweight", "qzeros"))
+    return affine(
+        np.ascontiguousarray(codes.T),
+        np.ascontiguousarray(scales.T),
+        np.ascontiguousarray(zeros.T),
+        bits=_BITS,
+        length=len(codes) // len(scales),
+    )
+
+
+def encode(
+    name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Settings
+) -> dict[str, np.ndarray]:
+    """The words with an array's codes; see `protocol.Format`."""
+    stored = f"{name.removesuffix('.weight')}.qweight"
+    codes = np.asarray(array.codes).T
+    eights = codes.reshape(len(codes), -1, 8)[..., _ORDER]
+    return {stored: words.pack(eights.reshape(codes.shape), _BITS, parts[stored])}
+
+
+def _unpack(packed: np.ndarray) -> np.ndarray:
+    """The codes of words, uint8, (rows, outputs)."""
+    codes = words.unpack(packed, _BITS)
+    return codes.reshape(len(codes), -1, 8)[..., _PLACE].reshape(codes.shape)
+
+
+def _check_shapes(
+    module: str, qweight: Stored, qzeros: Stored, scales: Stored, group_size: int
+) -> None:
+    """That the parts of a matrix fit one another."""
+    if qweight.dtype != "I32" or qzeros.dtype != "I32" or scales.dtype not in _FLOATS:
+        raise ValueError(
+            f"tensor {module}: qweight and qzeros must be I32, scales F16, BF16 or F32, got "
+            f"{qweight.dtype}, {qzeros.dtype} and {scales.dtype}."
+        )
+    inputs, columns = qweight.shape if len(qweight.shape) == 2 else (0, 0)
+    size = inputs if group_size == -1 else group_size
+    groups = inputs // size if size else 0
+    fit = qzeros.shape == (groups, columns) and scales.shape == (groups, columns * 8)
+    if not (groups and columns and fit and groups * size == inputs):
+        raise ValueError(
+            f"tensor {module}: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and "
+            f"scales {list(scales.shape)} do not fit one another in groups of {group_size} inputs."
+        )

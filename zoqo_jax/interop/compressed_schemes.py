@@ -1,0 +1,194 @@
+"""compressed-tensors' schemes: what a config says of a group of matrices, and a matrix' scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zoqo_jax.grids.arrays import Grid
+from zoqo_jax.interop import words
+from zoqo_jax.interop.frames import Frame, require_finite
+
+__all__ = ["Scheme", "frame_of", "scheme_of"]
+
+_FORMATS = {
+    "pack-quantized": "I32",
+    "int-quantized": "I8",
+    "naive-quantized": "I8",
+    "nvfp4-pack-quantized": "U8",
+    "mxfp4-pack-quantized": "U8",
+}
+
+
+class Scheme(NamedTuple):
+    """How a group of matrices is quantized.
+
+    Attributes:
+        dtype: of the stored codes, as safetensors spells it.
+        bits: width of a code.
+        length: how many inputs share a scale; None: all of a row.
+        symmetric: whether there are no zero points.
+    """
+
+    dtype: str
+    bits: int
+    length: int | None
+    symmetric: bool
+
+
+def scheme_of(weights: Any, form: Any) -> Scheme:
+    """The scheme that a group of the config describes.
+
+    Args:
+        weights: the group's `weights`.
+        form: the group's `format`.
+
+    Raises:
+        ValueError: a format, type, width, strategy or group size that is not read.
+
+    Examples:
+        >>> scheme_of({"num_bits": 8, "type": "int", "strategy": "channel"}, "int-quantized")
+        Scheme(dtype='I8', bits=8, length=None, symmetric=True)
+    """
+    if not isinstance(form, str) or form not in _FORMATS:
+        raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {form!r}.")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"weights of a scheme must be a table, got {weights!r}.")
+    dtype, kind, bits = _FORMATS[form], weights.get("type", "int"), weights.get("num_bits", 8)
+    legal = (4,) if dtype == "U8" else range(2, 9)
+    if kind != ("float" if dtype == "U8" else "int") or type(bits) is not int or bits not in legal:
+        raise ValueError(f"{form} of num_bits {bits!r} and type {kind!r} is not read.")
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    if strategy not in (None, "tensor", "channel", "group", "tensor_group"):
+        raise ValueError(f"strategy {strategy!r} of {form} is not read.")
+    if size is not None and (type(size) is not int or size < -1 or size == 0):
+        raise ValueError(f"group_size must be -1 or positive, got {size!r}.")
+    if strategy in ("tensor", "channel") or size == -1:
+        size = None
+    return Scheme(dtype, bits, size, weights.get("symmetric", True) is not False)
+
+
+def frame_of(name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]) -> Frame:
+    """A matrix of whole numbers: its shape, grid and scales, checked against one another.
+
+    Args:
+        name: of the matrix, NAME.weight.
+        parts: the stored tensors, of dtypes that `compressed_tensors.names` lets pass.
+        schemes: of the config.
+
+    Raises:
+        ValueError: a part has a wrong shape or holds what is not read, or no scheme fits.
+
+    Examples:
+        >>> parts = {"a.weight": np.array([[-3, 5]], np.int8)}
+        >>> parts["a.weight_scale"] = np.array([[0.5]], np.float16)
+        >>> frame_of("a.weight", parts, (Scheme("I8", 8, None, True),)).shape
+        (1, 2)
+    """
+    packed = parts.get(f"{name}_packed")
+    shape = parts[name].shape if packed is None else _shape(name, packed, parts)
+    scale = _per_group(f"{name}_scale", parts, shape)
+    require_finite(f"{name}_scale", scale)
+    groups, is_symmetric = scale.shape[-1], f"{name}_zero_point" not in parts
+    bits = _fitting(name, packed, shape, groups, is_symmetric, schemes)
+    zeros = _zero_points(name, parts, scale, shape, bits)
+    low = -(2 ** (bits - 1)) if zeros is None else 0
+    grid = Grid(tuple(float(low + n) for n in range(2**bits)), 0, 2**bits - 1)
+    offset = None if zeros is None else (-scale, zeros)
+    block_of = _order(name, parts, shape, groups)
+    block = shape[-1] // groups if groups > 1 and block_of is None else None
+    return Frame(shape, bits, grid, scale, scale.dtype, block, offset, block_of=block_of)
+
+
+def _shape(name: str, packed: np.ndarray, parts: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+    """The shape that `weight_shape` holds; how long rows are, `_fitting` checks."""
+    stored = parts[f"{name}_shape"]
+    shape = tuple(map(int, stored)) if stored.shape == (packed.ndim,) else ()
+    if shape[:-1] != packed.shape[:-1] or shape[-1] < 1:
+        raise ValueError(f"{name}_shape must fit {packed.shape} words, got {stored.tolist()}.")
+    return shape
+
+
+def _per_group(part: str, parts: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Scales as (*rows, groups), or with one number as (1, .., 1)."""
+    scale = parts[part]
+    if scale.size == 1:
+        return scale.reshape((1,) * len(shape))
+    groups = scale.shape[-1] if scale.ndim == len(shape) else 0
+    if not groups or scale.shape[:-1] != shape[:-1] or shape[-1] % groups:
+        raise ValueError(
+            f"{part} must be {shape[:-1]} by groups of {shape[-1]}, got {scale.shape}."
+        )
+    return scale
+
+
+def _fitting(
+    name: str,
+    packed: np.ndarray | None,
+    shape: tuple[int, ...],
+    groups: int,
+    is_symmetric: bool,
+    schemes: Sequence[Scheme],
+) -> int:
+    """The width of codes, by the one scheme that explains the stored shapes."""
+    fits = set()
+    for dtype, bits, length, symmetric in schemes:
+        one = length is None or length >= shape[-1]
+        if groups != 1 if one else groups * length != shape[-1]:
+            continue
+        if packed is None:
+            is_right = dtype == "I8"
+        else:
+            is_long = packed.shape[-1] == -(-shape[-1] * bits // 32)
+            is_right = dtype == "I32" and is_long and is_symmetric == symmetric
+        if is_right:
+            fits.add(bits)
+    if len(fits) != 1:
+        raise ValueError(
+            f"{name}: {'no scheme' if not fits else 'more than one scheme'} of config_groups fits "
+            f"shape {shape}, {groups} scales a row"
+            f"{'' if packed is None else f', {packed.shape[-1]} words a row'}."
+        )
+    return fits.pop()
+
+
+def _zero_points(
+    name: str, parts: Mapping[str, np.ndarray], scale: np.ndarray, shape: tuple[int, ...], bits: int
+) -> np.ndarray | None:
+    """The codes whose value is 0, uint8 in the scale's shape; None: the middle one everywhere."""
+    part = f"{name}_zero_point"
+    if part not in parts:
+        return None
+    stored, middle = parts[part], np.uint8(2 ** (bits - 1))
+    if stored.dtype == np.int8:
+        if stored.size != scale.size:
+            raise ValueError(f"{part} must have shape {scale.shape}, got {stored.shape}.")
+        zeros = stored.view(np.uint8).reshape(scale.shape) + middle
+        if zeros.max() >= 2**bits:
+            raise ValueError(f"{part}: a zero point has more than {bits} bits.")
+        return zeros if stored.any() else None
+    due = (*shape[:-2], -(-shape[-2] * bits // 32), scale.shape[-1])
+    if stored.shape != due or scale.shape[:-1] != shape[:-1]:
+        raise ValueError(f"{part} must have shape {due}, got {stored.shape}.")
+    return words.unpack(stored.swapaxes(-1, -2), bits, shape[-2]).swapaxes(-1, -2)
+
+
+def _order(
+    name: str, parts: Mapping[str, np.ndarray], shape: tuple[int, ...], groups: int
+) -> np.ndarray | None:
+    """The group of every input, unless they follow one another."""
+    part = f"{name}_g_idx"
+    if part not in parts:
+        return None
+    order = parts[part]
+    if order.shape != shape[-1:]:
+        raise ValueError(f"{part} must have shape {shape[-1:]}, got {order.shape}.")
+    if (order == -1).any() or groups == 1:  # -1 says that none was given
+        return None
+    if order.min() < 0 or order.max() >= groups:
+        raise ValueError(f"{part} must be 0 to {groups - 1}, got {order.min()} to {order.max()}.")
+    if (order == np.arange(shape[-1]) // (shape[-1] // groups)).all():
+        return None
+    return order.astype(np.int32).reshape((1,) * (len(shape) - 1) + order.shape)

@@ -1,0 +1,13 @@
+"""The formats of quantized tensors that `folder` reads and writes, in the order they are asked.
+
+`nf4` (bitsandbytes) comes last: it takes folders whose config says nothing of a quantization, too.
+"""
+
+from __future__ import annotations
+
+from zoqo_jax.interop import awq, gptq, nf4
+from zoqo_jax.interop.protocol import Format
+
+__all__ = ["FORMATS"]
+
+FORMATS: tuple[Format, ...] = (gptq, awq, nf4)
