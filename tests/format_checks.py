@@ -5,6 +5,7 @@ of them, so that neither the package's reading of files nor its arithmetic check
 """
 
 import copy
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -13,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
 import zoqo_jax as zq
+from zoqo_jax.interop import folder
 from zoqo_jax.interop.protocol import Stored
 
 DTYPES = {
@@ -78,6 +81,27 @@ def check_encoding(form, name, array, parts, settings):
         assert (x.dtype, x.shape) == (parts[part].dtype, parts[part].shape)
         assert x.tobytes() == parts[part].tobytes()
     return new
+
+
+def check_folder(source, target):
+    """A folder is loaded and saved as the identical one; a changed code changes one file's bits."""
+    loaded = folder.load(source)
+    folder.save(target, loaded.tensors, loaded)
+    before = {path.name: path.read_bytes() for path in Path(source).iterdir()}
+    assert {path.name: path.read_bytes() for path in Path(target).iterdir()} == before
+    tensors = dict(loaded.tensors)
+    name = next(name for name, x in tensors.items() if zq.is_quantized(x))
+    codes = np.array(tensors[name].codes)
+    codes.flat[-1] = (int(codes.flat[-1]) + 1) % (tensors[name].grid.high + 1)
+    tensors[name] = tensors[name].with_codes(jnp.asarray(codes))
+    folder.save(target, tensors, loaded)
+    after = {path.name: path.read_bytes() for path in Path(target).iterdir()}
+    assert {path for path in before if after[path] != before[path]} == {"model.safetensors"}
+    np.testing.assert_array_equal(folder.load(target).tensors[name].codes, codes)
+    other = dataclasses.replace(tensors[name], scale=jnp.ones(1))
+    with pytest.raises(ValueError, match=r"(as in|of) the file"):
+        folder.save(target, {**tensors, name: other}, loaded)
+    return loaded.format
 
 
 def check_one_code(form, name, found, bits, row, column, code):

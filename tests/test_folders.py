@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from folders import changed_bits, content, copied, mutated, say, stored
+from folders import FILES, changed_bits, content, copied, mutated, say, stored
 from test_bitsandbytes import decoded, mixed
 
 import zoqo_jax as zq
@@ -19,6 +19,7 @@ from zoqo_jax.interop import folder, safetensors
 from zoqo_jax.interop.formats import FORMATS
 from zoqo_jax.interop.protocol import Format
 
+BITSANDBYTES = {"quant_method": "bitsandbytes"}
 KEY = "model.layers.0.up_proj.weight"
 
 
@@ -288,7 +289,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "place",
-    ["../awq/model.safetensors", "/etc/passwd", "a/../model.safetensors", "", ".", "a\0b", 3, None],
+    ["../awq/model.safetensors", "/etc/passwd", "a/../b", "", ".", "..", "a\0b", 3, None],
 )
 def test_an_index_that_points_elsewhere_is_refused(tmp_path, place):
     source = copied("awq", "shards", tmp_path)
@@ -310,8 +311,8 @@ def test_names_that_stand_twice_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"the key '{name}' stands twice"):
         folder.load(source)
     index.write_text(text)
-    shutil_copy = (source / "model-00001-of-00002.safetensors").read_bytes()
-    (source / "model-00002-of-00002.safetensors").write_bytes(shutil_copy)
+    first = (source / "model-00001-of-00002.safetensors").read_bytes()
+    (source / "model-00002-of-00002.safetensors").write_bytes(first)
     with pytest.raises(ValueError, match=r"there is no tensor|another file has a tensor"):
         folder.load(source)
 
@@ -395,6 +396,38 @@ def test_configs_that_are_not_read_are_refused(tmp_path, raw, message):
         folder.load(source)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [str(path.parent.relative_to(FILES)) for path in sorted(FILES.glob("*/**/config.json"))],
+)
+def test_folders_of_all_formats_come_back_byte_for_byte(tmp_path, name):
+    """And one changed code changes only tensors of the matrix that it belongs to."""
+    kind, _, own = name.rpartition("/")
+    source = copied(kind, own, tmp_path)
+    loaded = folder.load(source)
+    assert loaded.format is not None
+    folder.save(tmp_path / "new", loaded.tensors, loaded)
+    assert content(tmp_path / "new") == content(source)
+    before = stored(source)
+    for key, array in loaded.tensors.items():
+        if zq.is_quantized(array):
+            codes = np.asarray(array.codes).copy()
+            place = tuple(n - 1 for n in codes.shape)
+            code = int(codes[place])
+            codes[place] = code + 1 if code < array.grid.high else code - 1
+            changed = array.with_codes(jnp.asarray(codes))
+            folder.save(tmp_path / "new", loaded.tensors | {key: changed}, loaded)
+            after = stored(tmp_path / "new")
+            assert len(changed_bits(before, after)) == 1
+            values = zq.dequantize(folder.load(tmp_path / "new").tensors[key])
+            np.testing.assert_array_equal(*bits_of(values, zq.dequantize(changed)))
+
+
+def bits_of(*arrays):
+    """Floats of any kind as float32, which holds them all."""
+    return [np.asarray(array).astype(np.float32) for array in arrays]
+
+
 def test_bitsandbytes_is_one_of_the_formats(tmp_path):
     source = model(
         tmp_path / "model", mixed(), quantization_config={"quant_method": "bitsandbytes"}
@@ -435,12 +468,17 @@ def test_bitsandbytes_folders_are_read_or_refused_with_a_clear_error(tmp_path):
     assert 50 < read < 300
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 def test_loading_takes_the_files_size_once(tmp_path):
     """A 160 MB file of 4 bits and floats: less than 1.1 times its size beyond the process."""
     script = textwrap.dedent("""
-        import resource, sys, time
+        import sys
         import jax, numpy as np
         from zoqo_jax.interop import folder, safetensors
+
+        def memory(what):
+            with open("/proc/self/status") as lines:
+                return next(int(line.split()[1]) for line in lines if line.startswith(what))
 
         path, rng = sys.argv[1], np.random.default_rng(0)
         if sys.argv[2] == "write":
@@ -453,12 +491,12 @@ def test_loading_takes_the_files_size_once(tmp_path):
             safetensors.save(f"{path}/model.safetensors", tensors)
         else:
             small = folder.load(sys.argv[3])  # what is loaded once: JAX, its backend
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            begin = time.perf_counter()
+            begin = memory("VmRSS")
+            with open("/proc/self/clear_refs", "w") as peak:
+                peak.write("5")  # the peak is now
             loaded = folder.load(path)
             jax.block_until_ready(loaded.tensors)
-            seconds = time.perf_counter() - begin
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, seconds)
+            print(memory("VmHWM") - begin)
     """)
     said = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": said}))
@@ -466,10 +504,12 @@ def test_loading_takes_the_files_size_once(tmp_path):
 
     def run(what):
         command = [sys.executable, "-c", script, str(tmp_path), what, str(small)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        # Not with the tests' four devices, which have threads and memory of their own.
+        own = {key: x for key, x in os.environ.items() if not key.startswith(("XLA", "JAX"))}
+        env = own | {"JAX_PLATFORMS": "cpu"}
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
 
     run("write")
     size = (tmp_path / "model.safetensors").stat().st_size
-    kilobytes, seconds = map(float, run("read").split())
-    print(f"{size / 1e6:.0f} MB: {kilobytes * 1024 / size:.3f} of it in memory, {seconds:.2f} s")
-    assert kilobytes * 1024 < 1.1 * size
+    kilobytes = int(run("read"))
+    assert 0.9 * size < kilobytes * 1024 < 1.1 * size

@@ -1,26 +1,26 @@
-"""Quantized arrays of scales and integer zero points: value = scale * (code - zero point)."""
+"""Frames of scales and integer zero points: value = scale * (code - zero point)."""
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 
-from zoqo_jax.grids.arrays import Grid, QuantizedArray
-from zoqo_jax.grids.scales import TwoLevel
+from zoqo_jax.grids.arrays import Grid
+from zoqo_jax.interop.frames import Frame, require_finite
 
-__all__ = ["affine", "check_scales"]
+__all__ = ["affine"]
 
 
 def affine(
-    codes: np.ndarray,
+    name: str,
+    shape: tuple[int, ...],
     scales: np.ndarray,
     zeros: np.ndarray,
     *,
     bits: int,
     length: int,
     block_of: np.ndarray | None = None,
-) -> QuantizedArray:
-    """An array whose groups of columns have a scale and a zero point each.
+) -> Frame:
+    """All of a matrix but its codes, where groups of columns have a scale and a zero point each.
 
     Where all zero points are the same, the grid's levels are counted from it and there is no
     offset; else the offset is the zero point, a byte, times the negative scale. Either way the
@@ -28,37 +28,27 @@ def affine(
     scales of 16 bits, to the last place of float32 for others.
 
     Args:
-        codes: uint8, (outputs, inputs).
+        name: of the tensor.
+        shape: (outputs, inputs), or of a stack of matrices.
         scales: floats, (outputs, groups); the values get their dtype.
-        zeros: uint8, (outputs, groups).
+        zeros: uint8, of the scales' shape.
         bits: width of a code.
         length: how many neighbouring inputs are in a group; the last group may be shorter.
         block_of: the group of each input, int32, (inputs,), where a group is not of neighbours.
 
+    Raises:
+        ValueError: a scale is NaN or infinite; the tensor is named.
+
     Examples:
-        >>> codes = np.array([[0, 15, 8, 8]], np.uint8)
         >>> scales, zeros = np.array([[2.0, 0.5]], np.float16), np.array([[8, 7]], np.uint8)
-        >>> affine(codes, scales, zeros, bits=4, length=2).materialise().tolist()
+        >>> frame = affine("w", (1, 4), scales, zeros, bits=4, length=2)
+        >>> frame.array(np.array([[0, 15, 8, 8]], np.uint8)).materialise().tolist()
         [[-16.0, 14.0, 0.5, 0.5]]
     """
-    first = int(zeros.flat[0]) if zeros.size and (zeros == zeros.flat[0]).all() else 0
+    require_finite(name, scales)
+    first = int(zeros.flat[0]) if (zeros == zeros.flat[0]).all() else 0
     grid = Grid(tuple(float(code - first) for code in range(2**bits)), 0, 2**bits - 1)
-    own = jnp.asarray(scales)
-    offset = None if first or not zeros.any() else TwoLevel(-own, jnp.asarray(zeros))
-    columns = None if block_of is None else jnp.asarray(block_of[None], jnp.int32)
-    return QuantizedArray.from_codes(
-        jnp.asarray(codes),
-        own,
-        offset,
-        grid,
-        (-1, length) if block_of is None else None,
-        scales.dtype,
-        bits=bits,
-        block_of=columns,
-    )
-
-
-def check_scales(name: str, scales: np.ndarray) -> None:
-    """That all scales are finite numbers."""
-    if not np.isfinite(np.asarray(scales, np.float32)).all():
-        raise ValueError(f"tensor {name!r}: a scale is NaN or infinite.")
+    offset = (-scales, zeros) if zeros.any() and not first else None
+    if block_of is None:
+        return Frame(shape, bits, grid, scales, scales.dtype, length, offset)
+    return Frame(shape, bits, grid, scales, scales.dtype, None, offset, block_of=block_of[None])

@@ -24,7 +24,8 @@ import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import words
-from zoqo_jax.interop.affine import affine, check_scales
+from zoqo_jax.interop.affine import affine
+from zoqo_jax.interop.frames import Frame
 from zoqo_jax.interop.protocol import Stored
 
 __all__ = ["Settings", "decode", "encode", "name", "names", "settings"]
@@ -92,17 +93,12 @@ def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[s
 
 def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> QuantizedArray:
     """A matrix from its parts; see `protocol.Format`."""
-    module = name.removesuffix(".weight")
-    scales = parts[f"{module}.scales"]
-    check_scales(f"{module}.scales", scales)
-    codes, zeros = (_unpack(parts[f"{module}.{end}"]) for end in ("qweight", "qzeros"))
-    return affine(
-        np.ascontiguousarray(codes.T),
-        np.ascontiguousarray(scales.T),
-        np.ascontiguousarray(zeros.T),
-        bits=_BITS,
-        length=len(codes) // len(scales),
-    )
+    qweight = parts[f"{name.removesuffix('.weight')}.qweight"]
+
+    def codes(begin: int, end: int) -> np.ndarray:
+        return _unpack(qweight[:, begin // 8 : end // 8]).T
+
+    return _frame(name, parts).array_of(codes, step=8)
 
 
 def encode(
@@ -110,9 +106,18 @@ def encode(
 ) -> dict[str, np.ndarray]:
     """The words with an array's codes; see `protocol.Format`."""
     stored = f"{name.removesuffix('.weight')}.qweight"
-    codes = np.asarray(array.codes).T
+    codes = _frame(name, parts).codes(name, array).T
     eights = codes.reshape(len(codes), -1, 8)[..., _ORDER]
     return {stored: words.pack(eights.reshape(codes.shape), _BITS, parts[stored])}
+
+
+def _frame(name: str, parts: Mapping[str, np.ndarray]) -> Frame:
+    """A matrix without its codes."""
+    module = name.removesuffix(".weight")
+    scales, zeros = parts[f"{module}.scales"], _unpack(parts[f"{module}.qzeros"])
+    shape = scales.shape[1], len(parts[f"{module}.qweight"])
+    length = shape[1] // len(scales)
+    return affine(f"{module}.scales", shape, scales.T, zeros.T, bits=_BITS, length=length)
 
 
 def _unpack(packed: np.ndarray) -> np.ndarray:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zoqo_jax.grids.arrays import Grid
 from zoqo_jax.interop import words
-from zoqo_jax.interop.frames import Frame, require_finite
+from zoqo_jax.interop.affine import affine
+from zoqo_jax.interop.frames import Frame
 
 __all__ = ["Scheme", "frame_of", "scheme_of"]
 
@@ -39,11 +39,7 @@ class Scheme(NamedTuple):
 
 
 def scheme_of(weights: Any, form: Any) -> Scheme:
-    """The scheme that a group of the config describes.
-
-    Args:
-        weights: the group's `weights`.
-        form: the group's `format`.
+    """The scheme that a group's `weights` and `format` describe.
 
     Raises:
         ValueError: a format, type, width, strategy or group size that is not read.
@@ -71,12 +67,7 @@ def scheme_of(weights: Any, form: Any) -> Scheme:
 
 
 def frame_of(name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]) -> Frame:
-    """A matrix of whole numbers: its shape, grid and scales, checked against one another.
-
-    Args:
-        name: of the matrix, NAME.weight.
-        parts: the stored tensors, of dtypes that `compressed_tensors.names` lets pass.
-        schemes: of the config.
+    """A matrix of whole numbers without its codes; its parts are checked against one another.
 
     Raises:
         ValueError: a part has a wrong shape or holds what is not read, or no scheme fits.
@@ -89,17 +80,12 @@ def frame_of(name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Schem
     """
     packed = parts.get(f"{name}_packed")
     shape = parts[name].shape if packed is None else _shape(name, packed, parts)
-    scale = _per_group(f"{name}_scale", parts, shape)
-    require_finite(f"{name}_scale", scale)
-    groups, is_symmetric = scale.shape[-1], f"{name}_zero_point" not in parts
+    scales = _per_group(f"{name}_scale", parts, shape)
+    groups, is_symmetric = scales.shape[-1], f"{name}_zero_point" not in parts
     bits = _fitting(name, packed, shape, groups, is_symmetric, schemes)
-    zeros = _zero_points(name, parts, scale, shape, bits)
-    low = -(2 ** (bits - 1)) if zeros is None else 0
-    grid = Grid(tuple(float(low + n) for n in range(2**bits)), 0, 2**bits - 1)
-    offset = None if zeros is None else (-scale, zeros)
-    block_of = _order(name, parts, shape, groups)
-    block = shape[-1] // groups if groups > 1 and block_of is None else None
-    return Frame(shape, bits, grid, scale, scale.dtype, block, offset, block_of=block_of)
+    zeros = _zero_points(name, parts, scales, shape, bits)
+    order, length = _order(name, parts, shape, groups), shape[-1] // groups
+    return affine(f"{name}_scale", shape, scales, zeros, bits=bits, length=length, block_of=order)
 
 
 def _shape(name: str, packed: np.ndarray, parts: Mapping[str, np.ndarray]) -> tuple[int, ...]:
@@ -156,19 +142,19 @@ def _fitting(
 
 def _zero_points(
     name: str, parts: Mapping[str, np.ndarray], scale: np.ndarray, shape: tuple[int, ...], bits: int
-) -> np.ndarray | None:
-    """The codes whose value is 0, uint8 in the scale's shape; None: the middle one everywhere."""
-    part = f"{name}_zero_point"
+) -> np.ndarray:
+    """The codes whose value is 0, uint8 in the scale's shape: without others the middle one."""
+    part, middle = f"{name}_zero_point", np.uint8(2 ** (bits - 1))
     if part not in parts:
-        return None
-    stored, middle = parts[part], np.uint8(2 ** (bits - 1))
+        return np.full(scale.shape, middle)
+    stored = parts[part]
     if stored.dtype == np.int8:
         if stored.size != scale.size:
             raise ValueError(f"{part} must have shape {scale.shape}, got {stored.shape}.")
         zeros = stored.view(np.uint8).reshape(scale.shape) + middle
         if zeros.max() >= 2**bits:
             raise ValueError(f"{part}: a zero point has more than {bits} bits.")
-        return zeros if stored.any() else None
+        return zeros
     due = (*shape[:-2], -(-shape[-2] * bits // 32), scale.shape[-1])
     if stored.shape != due or scale.shape[:-1] != shape[:-1]:
         raise ValueError(f"{part} must have shape {due}, got {stored.shape}.")
@@ -191,4 +177,4 @@ def _order(
         raise ValueError(f"{part} must be 0 to {groups - 1}, got {order.min()} to {order.max()}.")
     if (order == np.arange(shape[-1]) // (shape[-1] // groups)).all():
         return None
-    return order.astype(np.int32).reshape((1,) * (len(shape) - 1) + order.shape)
+    return order

@@ -132,14 +132,10 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Any) -> Quantiz
         >>> decode("a.weight", parts, (Scheme("I8", 8, None, True),)).materialise().tolist()
         [[-1.5, 2.5]]
     """
-    frame = _frame(name, parts, settings)
-    if name in parts:
-        codes = parts[name].view(np.uint8) + np.uint8(2 ** (frame.bits - 1))
-        if codes.max() >= 2**frame.bits:
-            raise ValueError(f"{name}: a code has more than {frame.bits} bits.")
-        return frame.array(codes)
-    codes = words.unpack(parts[f"{name}_packed"], frame.bits, frame.shape[-1])
-    return frame.array(E2M1.decode(name, codes) if frame.grid == E2M1.grid else codes)
+    frame, stored = _frame(name, parts, settings), parts.get(f"{name}_packed", parts.get(name))
+    assert stored is not None  # `names` has found it
+    rows = stored.reshape(-1, stored.shape[-1])
+    return frame.array_of(lambda begin, end: _codes(name, rows[begin:end], frame))
 
 
 def encode(
@@ -167,6 +163,17 @@ def encode(
     return {f"{name}_packed": words.pack(codes, frame.bits, packed)}
 
 
+def _codes(name: str, stored: np.ndarray, frame: Frame) -> np.ndarray:
+    """The codes of stored rows."""
+    if stored.dtype != np.int8:
+        codes = words.unpack(stored, frame.bits, frame.shape[-1])
+        return E2M1.decode(name, codes) if frame.grid == E2M1.grid else codes
+    codes = stored.view(np.uint8) + np.uint8(2 ** (frame.bits - 1))
+    if codes.max() >= 2**frame.bits:
+        raise ValueError(f"{name}: a code has more than {frame.bits} bits.")
+    return codes
+
+
 def _frame(name: str, parts: Mapping[str, np.ndarray], schemes: Sequence[Scheme]) -> Frame:
     packed = parts.get(f"{name}_packed")
     if packed is not None and packed.dtype == np.uint8:
@@ -183,7 +190,7 @@ def _float_frame(
     is_nv = scale.dtype.name == "float8_e4m3fn"
     length = 16 if is_nv else 32
     if scale.shape != (*shape[:-1], shape[-1] // length) or shape[-1] % length:
-        raise ValueError(f"{part}: of {shape} one for each {length} is due, got {scale.shape}.")
+        raise ValueError(f"{part} must be one for each {length} of {shape}, got {scale.shape}.")
     if length not in {scheme.length for scheme in schemes if scheme.dtype == "U8"}:
         raise ValueError(f"{part}: no scheme of config_groups has group_size {length}.")
     overall = parts.get(f"{name}_global_scale", np.ones(1, np.float32))

@@ -86,6 +86,21 @@ class _Contents(NamedTuple):
         taken = {part for parts in self.parts.values() for part in parts}
         return [name for name in self.places if name not in taken]
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return [*self.parts, *self.plain]
+
+    def size(self, name: str) -> int:
+        """Minus the bytes that are stored of a tensor."""
+        return -sum(self.places[part].size for part in self.parts.get(name, (name,)))
+
+    def read(self, name: str) -> Any:
+        """A tensor, quantized or not."""
+        if name not in self.parts or self.format is None:
+            return as_jax(shards.read(self.places[name]))
+        return self.format.decode(name, self.stored(name), self.settings)
+
 
 def load(path: str | os.PathLike[str]) -> Folder:
     """Read a safetensors file or a folder with one or several, quantized or not.
@@ -110,12 +125,10 @@ def load(path: str | os.PathLike[str]) -> Folder:
     try:
         contents = _contents(path)
         stamps = _stamps(path, contents)
-        tensors: dict[str, Any] = {}
-        for name in contents.parts:
-            assert contents.format is not None
-            tensors[name] = contents.format.decode(name, contents.stored(name), contents.settings)
-        for name in contents.plain:
-            tensors[name] = as_jax(shards.read(contents.places[name]))
+        # The largest first: what is needed beside a tensor while it is read is then least where
+        # most has been read.
+        found = {name: contents.read(name) for name in sorted(contents.names, key=contents.size)}
+        tensors = {name: found[name] for name in contents.names}
     except ValueError as error:
         raise ValueError(_with(path, error)) from error
     name = contents.format.name if contents.format and contents.parts else None
@@ -267,15 +280,14 @@ def _check_kind(name: str, array: Any, contents: _Contents) -> None:
 
 def _changed(name: str, array: Any, contents: _Contents) -> dict[str, np.ndarray]:
     """The stored tensors that a tensor changes."""
-    if name not in contents.parts:
+    if name not in contents.parts or contents.format is None:
         stored = {name: shards.read(contents.places[name])}
         new = {name: np.asarray(array)}
     else:
-        assert contents.format is not None
         stored = contents.stored(name)
         old = contents.format.decode(name, stored, contents.settings)
         _check_same(name, array, old)
-        if np.array_equal(array.codes, old.codes):
+        if np.array_equal(array.packed, old.packed):
             return {}
         new = contents.format.encode(name, array, stored, contents.settings)
     return {part: x for part, x in new.items() if x.tobytes() != stored[part].tobytes()}

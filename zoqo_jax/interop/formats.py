@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from zoqo_jax.interop import awq, gptq, nf4
+from zoqo_jax.interop import awq, compressed_tensors, gptq, mlx, mxfp4, nf4
 from zoqo_jax.interop.protocol import Format
 
 __all__ = ["FORMATS"]
 
-FORMATS: tuple[Format, ...] = (gptq, awq, nf4)
+FORMATS: tuple[Format, ...] = (gptq, awq, compressed_tensors, mxfp4, mlx, nf4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from zoqo_jax.grids.arrays import Grid, QuantizedArray
+from zoqo_jax.grids.arrays import Grid, QuantizedArray, register_with_flax
 from zoqo_jax.grids.scales import TwoLevel
+from zoqo_jax.interop.packed import packed
 
 __all__ = ["Frame", "Numbers", "exponents", "require_finite"]
 
@@ -63,15 +65,38 @@ class Frame(NamedTuple):
             >>> frame.array(np.array([[3, 0, 0, 1]], np.uint8)).codes.tolist()
             [[3, 0, 0, 1]]
         """
-        return QuantizedArray.from_codes(
-            jnp.array(codes),
+        rows = codes.reshape(-1, codes.shape[-1])
+        return self.array_of(lambda begin, end: rows[begin:end])
+
+    def array_of(self, codes: Callable[[int, int], np.ndarray], step: int = 1) -> QuantizedArray:
+        """The tensor whose codes are given some rows at a time.
+
+        Args:
+            codes: `codes(begin, end)` gives those of some rows, uint8 (end - begin, columns); axes
+                but the last count as one.
+            step: `begin` is a multiple of it.
+
+        Examples:
+            >>> grid = Grid((0.0, 1.0, 2.0, 3.0), 0, 3)
+            >>> frame = Frame((2, 4), 2, grid, np.ones((1, 1), np.float16), jnp.float16)
+            >>> frame.array_of(lambda begin, end: np.full((end - begin, 4), 3, np.uint8)).shape
+            (2, 4)
+        """
+        bytes_, bits = packed(codes, self.shape, self.bits, step)
+        groups = self.scale[1] if isinstance(self.scale, tuple) else self.scale
+        block_of = self.block_of
+        if block_of is not None:
+            block_of = block_of.astype(np.uint8 if groups.shape[-1] <= 256 else np.uint16)
+        register_with_flax()
+        return QuantizedArray(
+            bytes_,
             self._on_device(self.scale, self.divides),
             None if self.offset is None else self._on_device(self.offset, False),
             self.grid,
             None if self.block is None else (-1, self.block),
-            self.value_dtype,
-            self.bits,
-            None if self.block_of is None else jnp.array(self.block_of),
+            jnp.dtype(self.value_dtype),
+            bits,
+            block_of=None if block_of is None else jax.device_put(block_of),
         )
 
     def codes(self, name: str, array: QuantizedArray) -> np.ndarray:
@@ -112,12 +137,13 @@ class Frame(NamedTuple):
         return codes
 
     def _on_device(self, numbers: Numbers, divides: bool) -> Any:
+        """Copies, made by NumPy: JAX would compile a program for every shape."""
         if isinstance(numbers, tuple):
-            outer, inner = numbers
+            outer, inner = map(np.array, numbers)
             powers = inner.dtype == ml_dtypes.float8_e8m0fnu
             inner = inner.view(np.uint8) if powers else inner
-            return TwoLevel(jnp.array(outer), jnp.array(inner), divides, powers)
-        return jnp.array(numbers)
+            return TwoLevel(jax.device_put(outer), jax.device_put(inner), divides, powers)
+        return jax.device_put(np.array(numbers))
 
 
 def require_finite(name: str, numbers: np.ndarray) -> None:

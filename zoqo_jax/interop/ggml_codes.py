@@ -43,7 +43,7 @@ def read(form: Type, shape: tuple[int, ...], raw: Any) -> QuantizedArray:
     """
     rows, columns = math.prod(shape[:-1]), shape[-1]
     bits = packing.width(shape, form.bits)
-    planes, row_bytes = _planes(bits, columns), columns // form.length * form.size
+    where, row_bytes = planes(bits, columns), columns // form.length * form.size
     packed = aligned((rows, columns * bits // 8), np.uint8)
     scale = Levels(form.scale, rows, columns // form.length)
     minimum = Levels(form.minimum, rows, columns // form.length) if form.minimum else None
@@ -54,7 +54,7 @@ def read(form: Type, shape: tuple[int, ...], raw: Any) -> QuantizedArray:
         else:
             codes = np.empty((len(blocks), form.length), np.uint8)
             _codes(form, blocks, codes)
-            pack(planes, codes.reshape(end - begin, columns), packed[begin:end])
+            pack(where, codes.reshape(end - begin, columns), packed[begin:end])
         scale.read(blocks, begin, end)
         if minimum:
             minimum.read(blocks, begin, end)
@@ -86,7 +86,7 @@ def written(form: Type, tensor: QuantizedArray, before: Any = None) -> Iterator[
     """
     *leading, columns = tensor.shape
     rows = math.prod(leading)
-    planes, row_bytes = _planes(tensor.bits, columns), columns // form.length * form.size
+    where, row_bytes = planes(tensor.bits, columns), columns // form.length * form.size
     packed = np.asarray(tensor.packed).reshape(rows, -1)
     scales = [stored(form, form.scale, tensor, tensor.scale)]
     if form.minimum and tensor.offset is not None:
@@ -94,7 +94,7 @@ def written(form: Type, tensor: QuantizedArray, before: Any = None) -> Iterator[
     for begin, end in row_ranges(rows, columns):
         blocks = np.zeros(((end - begin) * columns // form.length, form.size), np.uint8)
         codes = np.empty((end - begin, columns), np.uint8)
-        unpack(planes, packed[begin:end], codes)
+        unpack(where, packed[begin:end], codes)
         codes = codes.reshape(-1, form.length)
         if form.ranks:
             old = None if before is None else before[begin * row_bytes : end * row_bytes]
@@ -105,20 +105,25 @@ def written(form: Type, tensor: QuantizedArray, before: Any = None) -> Iterator[
         yield blocks
 
 
-def row_ranges(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """All rows, some at a time: some hundred thousand codes.
+def row_ranges(rows: int, columns: int, step: int = 1) -> Iterator[tuple[int, int]]:
+    """All rows, some at a time: some hundred thousand codes, and a multiple of `step` rows.
 
     Examples:
         >>> list(row_ranges(5, 2**17))
         [(0, 2), (2, 4), (4, 5)]
     """
-    step = max(_CODES_AT_ONCE // columns, 1)
-    for begin in range(0, rows, step):
-        yield begin, min(begin + step, rows)
+    count = -(-max(_CODES_AT_ONCE // columns, 1) // step) * step
+    for begin in range(0, rows, count):
+        yield begin, min(begin + count, rows)
 
 
-def _planes(bits: int, columns: int) -> tuple[Bits, ...]:
-    """Where the codes of a row lie in `QuantizedArray.packed`, whose layout is `packing.py`'s."""
+def planes(bits: int, columns: int) -> tuple[Bits, ...]:
+    """Where the codes of a row lie in `QuantizedArray.packed`, whose layout is `packing.py`'s.
+
+    Examples:
+        >>> [(piece.first, piece.width) for piece in planes(5, 64)]
+        [(0, 4), (32, 1)]
+    """
     found, begin, low = [], 0, 0
     for width in packing.planes(bits):
         length = columns * width // 8

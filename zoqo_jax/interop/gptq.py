@@ -28,7 +28,8 @@ import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import words
-from zoqo_jax.interop.affine import affine, check_scales
+from zoqo_jax.interop.affine import affine
+from zoqo_jax.interop.frames import Frame
 from zoqo_jax.interop.protocol import Stored
 
 __all__ = ["Settings", "decode", "encode", "name", "names", "settings"]
@@ -113,17 +114,37 @@ def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[s
 
 def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> QuantizedArray:
     """A matrix from its parts; see `protocol.Format`."""
+    frame = _frame(name, parts, settings)
+    qweight = parts[f"{name.removesuffix('.weight')}.qweight"]
+
+    def codes(begin: int, end: int) -> np.ndarray:
+        return words.unpack(qweight[:, begin:end].T, frame.bits, frame.shape[1])
+
+    return frame.array_of(codes)
+
+
+def encode(
+    name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Settings
+) -> dict[str, np.ndarray]:
+    """The words with an array's codes; see `protocol.Format`."""
+    frame = _frame(name, parts, settings)
+    stored = f"{name.removesuffix('.weight')}.qweight"
+    packed = words.pack(frame.codes(name, array), frame.bits, parts[stored].T)
+    return {stored: np.ascontiguousarray(packed.T)}
+
+
+def _frame(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Frame:
+    """A matrix without its codes."""
     module = name.removesuffix(".weight")
     qweight, qzeros = parts[f"{module}.qweight"], parts[f"{module}.qzeros"]
     scales, index = parts[f"{module}.scales"], parts.get(f"{module}.g_idx")
     groups, outputs = scales.shape
     bits = _bits(qzeros.shape[1], qzeros.itemsize * 8, outputs, settings)
-    check_scales(f"{module}.scales", scales)
     inputs = qweight.shape[0] * qweight.itemsize * 8 // bits if index is None else len(index)
     length, block_of = _length(inputs, groups, settings), None
     if index is not None:
-        if index.min() < 0 or index.max() >= min(groups, _MOST_GROUPS):
-            most = min(groups, _MOST_GROUPS) - 1
+        most = min(groups, _MOST_GROUPS) - 1
+        if index.min() < 0 or index.max() > most:
             raise ValueError(f"tensor {module}.g_idx must be in [0, {most}].")
         length = int(np.argmax(index != index[0])) or inputs
         has_blocks = groups == -(-inputs // length)
@@ -131,24 +152,9 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Qu
             block_of = index
     zeros = _zeros(qzeros, bits, outputs, settings.is_first_version)
     return affine(
-        words.unpack(qweight.T, bits, inputs),
-        np.ascontiguousarray(scales.T),
-        np.ascontiguousarray(zeros.T),
-        bits=bits,
-        length=length,
-        block_of=block_of,
-    )
-
-
-def encode(
-    name: str, array: QuantizedArray, parts: Mapping[str, np.ndarray], settings: Settings
-) -> dict[str, np.ndarray]:
-    """The words with an array's codes; see `protocol.Format`."""
-    module = name.removesuffix(".weight")
-    qweight, qzeros = parts[f"{module}.qweight"], parts[f"{module}.qzeros"]
-    bits = _bits(qzeros.shape[1], qzeros.itemsize * 8, array.shape[0], settings)
-    packed = words.pack(np.asarray(array.codes), bits, qweight.T)
-    return {f"{module}.qweight": np.ascontiguousarray(packed.T)}
+        f"{module}.scales", (outputs, inputs), scales.T, zeros.T,
+        bits=bits, length=length, block_of=block_of,
+    )  # fmt: skip
 
 
 def _zeros(qzeros: np.ndarray, bits: int, count: int, is_first_version: bool) -> np.ndarray:

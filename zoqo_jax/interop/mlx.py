@@ -114,9 +114,14 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Qu
         >>> array.materialise()[0, :4].tolist()
         [-3.0, -2.0, -1.0, 0.0]
     """
-    frame, codes = _frame(name, parts, settings), _stored_codes(name, parts, settings)
-    small = _FLOATS.get(settings.of(name).mode)
-    return frame.array(codes if small is None else small.decode(name, codes))
+    frame, stored = _frame(name, parts, settings), parts[name]
+    rows, small = stored.reshape(-1, stored.shape[-1]), _FLOATS.get(settings.of(name).mode)
+
+    def codes(begin: int, end: int) -> np.ndarray:
+        found = words.unpack(rows[begin:end], frame.bits)
+        return found if small is None else small.decode(name, found)
+
+    return frame.array_of(codes)
 
 
 def encode(
@@ -138,12 +143,8 @@ def encode(
     codes = _frame(name, parts, settings).codes(name, array)
     layer = settings.of(name)
     if layer.mode in _FLOATS:
-        codes = _FLOATS[layer.mode].encode(codes, _stored_codes(name, parts, settings))
+        codes = _FLOATS[layer.mode].encode(codes, words.unpack(parts[name], layer.bits))
     return {name: words.pack(codes, layer.bits, parts[name])}
-
-
-def _stored_codes(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> np.ndarray:
-    return words.unpack(parts[name], settings.of(name).bits)
 
 
 def _frame(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Frame:

@@ -88,8 +88,9 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Any) -> Quantiz
         >>> decode("w", parts, True).materialise()[0, :4].tolist()
         [1.0, 2.0, 1.0, 2.0]
     """
-    frame = _frame(name, parts)
-    return frame.array(E2M1.decode(name, _nibbles(name, parts)).reshape(frame.shape))
+    frame, blocks = _frame(name, parts), parts[f"{name}_blocks"]
+    rows = blocks.reshape(-1, frame.shape[-1] // 2)
+    return frame.array_of(lambda begin, end: E2M1.decode(name, words.unpack(rows[begin:end], 4)))
 
 
 def encode(
@@ -107,13 +108,10 @@ def encode(
         >>> bool((blocks == parts["w_blocks"]).all())
         True
     """
-    blocks, nibbles = parts[f"{name}_blocks"], _nibbles(name, parts)
+    blocks = parts[f"{name}_blocks"]
+    nibbles = words.unpack(blocks, 4)
     ranks = _frame(name, parts).codes(name, array).reshape(nibbles.shape)
     return {f"{name}_blocks": words.pack(E2M1.encode(ranks, nibbles), 4, blocks)}
-
-
-def _nibbles(name: str, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    return words.unpack(parts[f"{name}_blocks"], 4)
 
 
 def _frame(name: str, parts: Mapping[str, np.ndarray]) -> Frame:

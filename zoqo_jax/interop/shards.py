@@ -145,7 +145,10 @@ def _shards(folder: Path) -> list[tuple[Path, list[str]]]:
         by_file: dict[str, list[str]] = {}
         for name, file in weight_map.items():
             by_file.setdefault(file, []).append(name)
-        shards = [(file, Path(file).name == file and "\0" not in file) for file in by_file]
+        shards = [
+            (file, file not in ("", "..") and Path(file).name == file and "\0" not in file)
+            for file in by_file
+        ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: no index of tensors: {error}.") from error
     for file, is_name in shards:
