@@ -1,10 +1,16 @@
 """GGUF files: beside the gguf package, bit for bit, and against files that lie."""
 
+import os
+import tracemalloc
+import warnings
+
 import gguf as reference
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from test_ggml import KINDS as TYPES
+from test_ggml import legal_bytes
 
 import zoqo_jax as zq
 from zoqo_jax.interop import gguf
@@ -31,7 +37,7 @@ def values(*shape, seed=0):
 
 
 def write(path, tensors, metadata=METADATA):
-    """A file as the gguf package writes it; tensors by name, (values, type)."""
+    """A file as the gguf package writes it; tensors by name, (values, or bytes of blocks, type)."""
     writer = reference.GGUFWriter(path, metadata["general.architecture"])
     adders = {
         bool: writer.add_bool, np.uint32: writer.add_uint32, np.int8: writer.add_int8,
@@ -47,6 +53,8 @@ def write(path, tensors, metadata=METADATA):
     for name, (array, kind) in tensors.items():
         if kind is None:
             writer.add_tensor(name, array)
+        elif array.dtype == np.uint8:
+            writer.add_tensor(name, array, raw_dtype=kind)
         else:
             writer.add_tensor(name, reference.quants.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -122,19 +130,217 @@ def test_moved_codes_come_back(mixed, tmp_path):
     np.testing.assert_array_equal(found, codes)
 
 
-def test_k_quants_become_floats_with_a_warning(tmp_path):
-    rng = np.random.default_rng(0)
-    kind = reference.GGMLQuantizationType.Q6_K
-    raw = rng.integers(0, 60, (2, 210), np.uint8)  # a block of 256 codes takes 210 bytes
-    writer = reference.GGUFWriter(tmp_path / "k.gguf", "llama")
-    writer.add_tensor("k", raw, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.warns(UserWarning, match="1 tensors of type Q6_K were decoded to float32"):
-        tensors = gguf.load(tmp_path / "k.gguf").tensors
-    np.testing.assert_array_equal(tensors["k"], reference.quants.dequantize(raw, kind))
+def of_type(name, rows=2, seed=0):
+    """Random blocks of a type, as `write` takes them."""
+    return legal_bytes(name, rows, seed), reference.GGMLQuantizationType[name]
+
+
+def tables(rows=2):
+    """Random blocks of a type whose numbers are places in a table, as `write` takes them."""
+    kind = reference.GGMLQuantizationType.IQ2_XS  # a block of 256 values takes 74 bytes
+    return np.random.default_rng(0).integers(0, 60, (rows, 74), np.uint8), kind
+
+
+def loaded_and_saved(path, change=lambda tensors: None):
+    """The bytes of a file that was loaded, changed and saved."""
+    tensors, metadata, _ = gguf.load(path)
+    change(tensors)
+    again = path.with_suffix(".again")
+    gguf.save(again, tensors, metadata)
+    return again.read_bytes()
+
+
+def test_every_type_of_codes_comes_back_in_one_file(tmp_path):
+    tensors = {name: of_type(name, rows=3, seed=i) for i, name in enumerate(TYPES)}
+    path = write(tmp_path / "all.gguf", tensors | {"norm": (values(8), None)})
+    found = gguf.load(path).tensors
+    assert all(zq.is_quantized(found[name]) for name in TYPES)
+    for tensor in reference.GGUFReader(path).tensors[:-1]:
+        assert found[tensor.name].shape == tuple(tensor.shape[::-1])
+    assert loaded_and_saved(path) == path.read_bytes()
+
+
+def test_a_changed_code_of_a_mixed_file_changes_its_own_byte(tmp_path):
+    path = write(tmp_path / "m.gguf", {name: of_type(name, rows=3) for name in ("Q4_K", "Q6_K")})
+
+    def change(tensors):
+        codes = tensors["Q4_K"].codes.at[1, 7].set(15 - tensors["Q4_K"].codes[1, 7])
+        tensors["Q4_K"] = tensors["Q4_K"].with_codes(codes)
+
+    old, new = (
+        np.frombuffer(x, np.uint8) for x in (path.read_bytes(), loaded_and_saved(path, change))
+    )
+    start = next(t for t in reference.GGUFReader(path).tensors if t.name == "Q4_K").data_offset
+    assert np.flatnonzero(old != new).tolist() == [start + 144 + 16 + 7]  # a block takes 144 bytes
+    assert (old ^ new).max() == 0x0F
+
+
+def test_tensors_without_codes_become_floats_with_a_warning_and_come_back(tmp_path):
+    path = write(tmp_path / "t.gguf", {"table": tables(), "k": of_type("Q2_K")})
+    told = (
+        "1 tensors have no codes .* type IQ2_XS \\('table'\\), because a number of theirs picks 8"
+    )
+    with pytest.warns(UserWarning, match=told):
+        tensors = gguf.load(path).tensors
+    np.testing.assert_array_equal(tensors["table"], reference.quants.dequantize(*tables()))
+    with pytest.warns(UserWarning, match="no codes"):
+        assert loaded_and_saved(path) == path.read_bytes()
+
+
+def test_tensors_without_codes_that_have_changed_are_saved_as_floats(tmp_path):
+    path = write(tmp_path / "t.gguf", {"table": tables(), "k": of_type("Q2_K")})
+    with pytest.warns(UserWarning, match="no codes"):
+        tensors, metadata, _ = gguf.load(path)
+    tensors["table"] = tensors["table"].at[0, 0].add(1)
+    gguf.save(path, tensors, metadata)  # over the file that it is read from
+    again = gguf.load(path).tensors
+    np.testing.assert_array_equal(again["table"], tensors["table"])
+    np.testing.assert_array_equal(again["k"].codes, tensors["k"].codes)
+
+
+def test_minus_zero_comes_back_where_the_code_is_still_zero(tmp_path):
+    path = write(tmp_path / "z.gguf", {"w": of_type("MXFP4", rows=8)})
+    old = path.read_bytes()
+    tensors, metadata, _ = gguf.load(path)
+    gguf.save(path, tensors, metadata)  # over the file that it is read from
+    assert path.read_bytes() == old
+    with pytest.warns(
+        UserWarning, match="'w': .*z.gguf is no longer the file .* become plus zeros"
+    ):
+        gguf.save(tmp_path / "y.gguf", tensors, metadata)
+    start = next(iter(reference.GGUFReader(path).tensors)).data_offset
+    new = np.frombuffer((tmp_path / "y.gguf").read_bytes(), np.uint8)
+    nibbles = [
+        np.stack([x & 15, x >> 4]) for x in (np.frombuffer(old, np.uint8)[start:], new[start:])
+    ]
+    changed = nibbles[0] != nibbles[1]
+    assert changed.any()
+    assert (nibbles[0][changed] == 8).all()
+    assert not nibbles[1][changed].any()
+    path.unlink()
+    with pytest.warns(UserWarning, match="no longer"):
+        gguf.save(path, tensors, metadata)
+
+
+def test_what_was_never_in_a_file_is_saved_without_a_word(tmp_path):
+    path = write(tmp_path / "z.gguf", {"w": of_type("MXFP4", rows=8)})
+    tensors, metadata, _ = gguf.load(path)
+    gguf.save(tmp_path / "y.gguf", tensors, dict(metadata))
+    again = gguf.load(tmp_path / "y.gguf").tensors["w"]
+    np.testing.assert_array_equal(again.codes, tensors["w"].codes)
+
+
+def test_a_model_in_parts_keeps_minus_zeros(tmp_path):
+    parts = []
+    for number in range(2):
+        path = tmp_path / f"m-0000{number + 1}-of-00002.gguf"
+        metadata = {
+            "general.architecture": "llama", "split.no": np.uint32(number),
+            "split.count": np.uint32(2), "split.tensors.count": np.uint32(2),
+        }  # fmt: skip
+        parts.append(write(path, {f"w{number}": of_type("MXFP4", 4, number)}, metadata))
+    tensors, metadata, _ = gguf.load(parts[0])
+    gguf.save(tmp_path / "whole.gguf", tensors, metadata)
+    for tensor in reference.GGUFReader(tmp_path / "whole.gguf").tensors:
+        expected, _ = of_type("MXFP4", 4, int(tensor.name[1]))
+        np.testing.assert_array_equal(tensor.data, expected)
+
+
+def mutated(whole, rng, number):
+    """A file with bytes cut off, changed, or repeated, or with a number that lies."""
+    content = bytearray(whole)
+    place = rng.integers(0, len(whole))
+    match number % 5:
+        case 0:
+            del content[place:]
+        case 1:
+            content[place : place + 4] = rng.integers(0, 256, 4, np.uint8).tobytes()
+        case 2:
+            content[place : place + 8] = np.uint64(rng.choice([2**63, 2**40, 40])).tobytes()
+        case 3:
+            content[place] ^= 1 << rng.integers(0, 8)
+        case _:
+            content[place:place] = content[place : place + rng.integers(1, 64)]
+    return content
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("Q5_K", "MXFP4") else pytest.mark.slow)
+        for name in (*TYPES, "IQ2_XS")
+    ],
+)
+def test_500_mutated_files_of_each_type_are_read_and_come_back_or_are_refused(tmp_path, name):
+    blocks = tables() if name == "IQ2_XS" else of_type(name)
+    metadata = {"general.architecture": "llama", "a": np.uint32(7), "b": ["one", "two"]}
+    whole = write(tmp_path / "whole.gguf", {"w": blocks}, metadata).read_bytes()
+    rng = np.random.default_rng(list(name.encode()))
+    path, again = tmp_path / "mutated.gguf", tmp_path / "again.gguf"
+    refused = came_back = 0
+    for number in range(500):
+        content = mutated(whole, rng, number)
+        path.write_bytes(content)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                tensors, found, _ = gguf.load(path, tokenizer=False)
+            except ValueError as error:
+                assert str(path) in str(error)
+                refused += 1
+                continue
+            gguf.save(again, tensors, found)
+        assert all("no codes that could be trained" in str(one.message) for one in told)
+        assert again.read_bytes() == content
+        came_back += 1
+    assert refused > 100
+    assert came_back > 50
+
+
+def test_lengths_that_lie_allocate_nothing(tmp_path):
+    whole = write(tmp_path / "a.gguf", {"w": of_type("Q4_K"), "t": tables()}).read_bytes()
+    path, rng = tmp_path / "mutated.gguf", np.random.default_rng(0)
+    with pytest.warns(UserWarning, match="no codes"):
+        gguf.load(tmp_path / "a.gguf")  # the first time, much is imported
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            path.write_bytes(mutated(whole, rng, 2))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    gguf.load(path, tokenizer=False)
+                except ValueError:
+                    continue
+        assert tracemalloc.get_traced_memory()[1] < 2e6  # the file has 2 KB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ZOQO_GEMMA" not in os.environ, reason="ZOQO_GEMMA names no file")
+def test_a_model_as_people_download_it(tmp_path):
+    """Gemma 3 270M Q4_K_M, or another file: every value, and every byte after saving."""
+    path = os.environ["ZOQO_GEMMA"]
+    tensors, metadata, _ = gguf.load(path, tokenizer=False)
+    kinds = set()
+    for tensor in reference.GGUFReader(path).tensors:
+        kinds.add(tensor.tensor_type.name)
+        step = max(2**21 // tensor.data.shape[-1], 1)
+        for begin in range(0, len(tensor.data), step):
+            rows = slice(begin, begin + step)
+            expected = reference.quants.dequantize(tensor.data[rows], tensor.tensor_type)
+            found = tensors[tensor.name]
+            if zq.is_quantized(found):
+                found = found.take_rows(lambda x, rows=rows: x[rows])
+                found = np.asarray(zq.dequantize(found))
+            else:
+                found = np.asarray(found)[rows]
+            np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+    assert {"Q4_K", "Q6_K", "Q5_0", "Q8_0"} <= kinds
+    gguf.save(tmp_path / "again.gguf", tensors, metadata)
+    old, new = (np.memmap(x, np.uint8, mode="r") for x in (path, tmp_path / "again.gguf"))
+    np.testing.assert_array_equal(old, new)
 
 
 def test_mutated_files_are_read_or_refused_with_a_clear_error(mixed, tmp_path):

@@ -17,14 +17,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.grids.scales import TwoLevel
-from zoqo_jax.interop import ggml_codes, ggml_floats
-from zoqo_jax.interop.ggml_scales import aligned
-from zoqo_jax.interop.ggml_types import TYPES, Scales
+from zoqo_jax.interop import ggml_codes, ggml_floats, ggml_plain
+from zoqo_jax.interop.ggml_types import TYPES
 
 __all__ = [
     "MOST_AXES",
@@ -32,7 +29,6 @@ __all__ = [
     "decode",
     "encode",
     "encoded",
-    "has_aliases",
     "is_exact",
     "kind_of",
     "type_name",
@@ -40,11 +36,6 @@ __all__ = [
 
 MOST_AXES = 4
 """The most axes of a tensor."""
-
-_PLAIN = {
-    0: np.dtype("<f4"), 1: np.dtype("<f2"), 24: np.dtype("<i1"), 25: np.dtype("<i2"),
-    26: np.dtype("<i4"), 30: np.dtype(ml_dtypes.bfloat16),
-}  # fmt: skip
 
 
 def is_exact(kind: int) -> bool:
@@ -54,17 +45,7 @@ def is_exact(kind: int) -> bool:
         >>> is_exact(3), is_exact(12), is_exact(16)  # Q4_1, Q4_K, IQ2_XXS
         (True, True, False)
     """
-    return kind in TYPES or kind in _PLAIN
-
-
-def has_aliases(kind: int) -> bool:
-    """Whether two numbers of a type stand for one code, as plus and minus zero do.
-
-    Examples:
-        >>> has_aliases(39), has_aliases(12)  # MXFP4, Q4_K
-        (True, False)
-    """
-    return kind in TYPES and TYPES[kind].has_aliases
+    return kind in TYPES or kind in ggml_plain.DTYPES
 
 
 def type_name(kind: int) -> str:
@@ -116,14 +97,9 @@ def decode(kind: int, shape: tuple[int, ...], raw: Any) -> QuantizedArray | jax.
     """
     if kind in TYPES:
         return ggml_codes.read(TYPES[kind], shape, raw)
-    if kind not in _PLAIN:
+    if kind not in ggml_plain.DTYPES:
         return ggml_floats.decode(kind, shape, raw)
-    values = aligned((math.prod(shape[:-1]), shape[-1]), _PLAIN[kind])
-    row_bytes = values.shape[1] * values.itemsize
-    for begin, end in ggml_codes.row_ranges(*values.shape):
-        part = np.ascontiguousarray(raw[begin * row_bytes : end * row_bytes])
-        values[begin:end] = part.view(values.dtype).reshape(end - begin, -1)
-    return jax.device_put(values.reshape(shape))
+    return ggml_plain.decode(kind, shape, raw)
 
 
 def kind_of(tensor: Any) -> int:
@@ -141,14 +117,15 @@ def kind_of(tensor: Any) -> int:
     if not 1 <= tensor.ndim <= MOST_AXES or not tensor.size:
         raise ValueError(f"it must have 1 to {MOST_AXES} axes, none empty, got {tensor.shape}.")
     if not isinstance(tensor, QuantizedArray):
-        for kind, dtype in _PLAIN.items():
+        for kind, dtype in ggml_plain.DTYPES.items():
             if tensor.dtype == dtype:
                 return kind
         raise ValueError(f"its dtype has no GGUF type, {tensor.dtype}.")
     for kind, form in TYPES.items():
         if tensor.grid.levels != form.grid.levels or tensor.grid.high > form.grid.high:
             continue
-        if _holds(form.scale, tensor.scale) and _holds(form.minimum, tensor.offset):
+        pairs = [(form.scale, tensor.scale), (form.minimum, tensor.offset)]
+        if all(here is None if at is None else at.fits(here) for at, here in pairs):
             bytes_of(kind, tuple(tensor.shape))
             return kind
     raise ValueError(
@@ -198,31 +175,18 @@ def encoded(tensor: Any, kind: int, before: Any = None) -> Iterator[np.ndarray]:
     """
     if kind in TYPES:
         yield from ggml_codes.written(TYPES[kind], tensor, before)
-    elif kind not in _PLAIN:
+    elif kind not in ggml_plain.DTYPES:
         size = bytes_of(kind, tuple(tensor.shape))
         for begin in range(0, size, 2**20):
             yield before[begin : min(begin + 2**20, size)]
     else:
-        values = np.asarray(tensor).astype(_PLAIN[kind], copy=False)
-        yield np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-
-
-def _holds(at: Scales | None, scale: Any) -> bool:
-    """Whether a type has such scales (or minimums) as an array has."""
-    if at is None or scale is None:
-        return at is None and scale is None
-    if not isinstance(scale, TwoLevel):
-        return not at.inner and at.size > at.count
-    if at.inner:
-        return not scale.divides and not scale.powers and scale.inner.dtype == at.number
-    dtype = ml_dtypes.float8_e8m0fnu if scale.powers else scale.inner.dtype
-    return not scale.divides and dtype == at.dtype  # no array has inner float16
+        yield ggml_plain.encoded(tensor, kind)
 
 
 def _layout(kind: int) -> tuple[int, int]:
     """Elements and bytes of a block."""
-    if kind in _PLAIN:
-        return 1, _PLAIN[kind].itemsize
+    if kind in ggml_plain.DTYPES:
+        return 1, ggml_plain.DTYPES[kind].itemsize
     if kind in TYPES:
         return TYPES[kind].length, TYPES[kind].size
     return ggml_floats.layout(kind)

@@ -16,10 +16,10 @@ import numpy as np
 from zoqo_jax.grids import packing
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop.ggml_bits import Bits, pack, unpack
+from zoqo_jax.interop.ggml_blocks import Type
 from zoqo_jax.interop.ggml_scales import Levels, aligned, stored
-from zoqo_jax.interop.ggml_types import Type
 
-__all__ = ["planes", "read", "row_ranges", "written"]
+__all__: list[str] = []  # what ggml.py is made of
 
 _CODES_AT_ONCE = 2**18
 
@@ -84,11 +84,12 @@ def written(form: Type, tensor: QuantizedArray, before: Any = None) -> Iterator[
     Yields:
         uint8 (blocks, bytes of a block).
     """
-    rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    *leading, columns = tensor.shape
+    rows = math.prod(leading)
     where, row_bytes = planes(tensor.bits, columns), columns // form.length * form.size
     packed = np.asarray(tensor.packed).reshape(rows, -1)
     scales = [stored(form, form.scale, tensor, tensor.scale)]
-    if form.minimum:
+    if form.minimum and tensor.offset is not None:
         scales.append(stored(form, form.minimum, tensor, tensor.offset))
     for begin, end in row_ranges(rows, columns):
         blocks = np.zeros(((end - begin) * columns // form.length, form.size), np.uint8)

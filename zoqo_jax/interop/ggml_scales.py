@@ -6,15 +6,14 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
 import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.grids.scales import Scale, TwoLevel
 from zoqo_jax.interop.ggml_bits import pack, unpack
-from zoqo_jax.interop.ggml_types import Scales, Type
+from zoqo_jax.interop.ggml_blocks import Scales, Type
 
-__all__ = ["Levels", "Stored", "aligned", "stored"]
+__all__: list[str] = []  # what ggml.py is made of
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -70,10 +69,8 @@ class Levels:
         """All of them, for an array of this shape."""
         if self._at.size == self._at.count:  # floats of 8 bits, in the place of whole numbers
             one = np.ones((1,) * len(shape), np.float32)
-            powers = self._at.dtype == ml_dtypes.float8_e8m0fnu
-            inner = self._outer.view(np.uint8) if powers else self._outer
-            inner = jax.device_put(inner.reshape(*shape[:-1], -1))
-            return TwoLevel(jax.device_put(one), inner, powers=powers)
+            inner = jax.device_put(self._outer.view(self._at.number).reshape(*shape[:-1], -1))
+            return TwoLevel(jax.device_put(one), inner, powers=self._at.has_powers)
         outer = jax.device_put(self._outer.reshape(*shape[:-1], -1))
         if not self._at.inner:
             return outer
@@ -108,21 +105,22 @@ def stored(form: Type, at: Scales, tensor: QuantizedArray, scale: Scale) -> Stor
     Raises:
         ValueError: they do not fit the type.
     """
-    rows = math.prod(tensor.shape[:-1])
+    *leading, columns = tensor.shape
+    rows = math.prod(leading)
     if not isinstance(scale, TwoLevel):
         return Stored(at, _halves(_per_block(tensor, scale, form.block)).reshape(rows, -1))
-    if tensor.block != (-1, form.block) or scale.shape[-1] * form.block != tensor.shape[-1]:
+    if tensor.block != (-1, form.block) or scale.shape[-1] * form.block != columns:
         raise ValueError(f"{form.block} neighbours must share a scale in {form.name}.")
 
     def of_rows(x: np.ndarray, count: int) -> np.ndarray:
-        return np.broadcast_to(x, (*tensor.shape[:-1], count)).reshape(rows, count)
+        return np.broadcast_to(x, (*leading, count)).reshape(rows, count)
 
     outer, inner = np.asarray(scale.outer), of_rows(np.asarray(scale.inner), scale.shape[-1])
     if not at.inner:
         if (outer != 1).any():
             raise ValueError(f"the outer scale must be 1 in {form.name}, got {outer.ravel()[0]}.")
         return Stored(at, inner)
-    blocks = tensor.shape[-1] // form.length
+    blocks = columns // form.length
     if outer.shape[-1] not in (1, blocks):
         raise ValueError(f"{form.length} neighbours must share an outer scale in {form.name}.")
     numbers = inner.view(np.uint8) + np.uint8(at.zero)

@@ -1,13 +1,18 @@
-"""GGUF, llama.cpp's files: their blocks of 4, 5 and 8 bits are codes here, bit for bit.
+"""GGUF, llama.cpp's files: their blocks of 2 to 8 bits are codes here, bit for bit.
 
     tensors, metadata, tokenizer = gguf.load("model.gguf")
     gguf.save("trained.gguf", tensors, metadata)
 
-What is loaded and saved again unchanged is the identical file. Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 hold
-32 codes a block, with a float16 scale (and minimum) each, and become a `QuantizedArray`; F32, F16
-and BF16 become float arrays. All other types (K-quants and more) are decoded to float32 by the
-`gguf` package, with a warning, and saved as such. A model in parts, NAME-00001-of-00003.gguf and so
-on, is read whole, and saved as one file, as `llama-gguf-split --merge` makes it.
+What is loaded and saved again unchanged is the identical file; a code that has moved changes its
+own bits. Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, the K-quants Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4 and
+TQ2_0 become a `QuantizedArray`, with scales as the file has them; F32, F16 and BF16 become float
+arrays. The other types (IQ1 to IQ3, TQ1_0) have no codes with an order: they are decoded to float32
+by the `gguf` package, with a warning that says why, and saved as they were unless they have
+changed. A model in parts, NAME-00001-of-00003.gguf and so on, is read whole, and saved as one file,
+as `llama-gguf-split --merge` makes it.
+
+In MXFP4 and NVFP4 plus and minus zero are one code. Which of them a zero was is not kept in memory:
+`save` looks it up in the file that the tensors came from, if it is still there.
 
 A file is read without trust: every length is checked against what is left of the file before
 anything is made of it. Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
@@ -26,10 +31,9 @@ import jax
 import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.interop import ggml, gguf_reading, gguf_writing, tokenizing
-from zoqo_jax.interop.files import replacing
-from zoqo_jax.interop.gguf_layout import Layout, alignment_of, naming, padded
-from zoqo_jax.interop.gguf_sources import Stretch, source_of, why_floats
+from zoqo_jax.interop import ggml, gguf_parts, gguf_reading, gguf_writing, tokenizing
+from zoqo_jax.interop.gguf_layout import Layout, alignment_of, naming
+from zoqo_jax.interop.gguf_sources import kept_kind, source_of, why_floats
 
 __all__ = ["File", "Metadata", "load", "parts", "save"]
 
@@ -64,9 +68,9 @@ class File(NamedTuple):
 class Metadata(dict[str, Any]):
     """A dictionary of a file's metadata that also knows how the file was laid out.
 
-    `save` writes the same version again and, where tensors take the bytes that they took, puts them
-    in the same places. A copy, as `dict(metadata)`, does not know, and is saved as version 3 with
-    tensors in order.
+    `save` writes the same version again, puts tensors in the same places if they take the same
+    bytes, and reads minus zeros and tensors without codes again from the file that they came from.
+    A copy, as `dict(metadata)`, does not know, and is saved as version 3 with tensors in order.
 
     Examples:
         >>> import tempfile
@@ -89,8 +93,7 @@ def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
 
     Raises:
         FileNotFoundError: there is no such file, or a part is missing; it is named.
-        ValueError: it is not a whole GGUF file, or of a kind that is not read; the message says
-            where.
+        ValueError: it is not a whole GGUF file, or of a kind that is not read, and where.
 
     Warns:
         UserWarning: tensors were decoded to floats.
@@ -110,37 +113,28 @@ def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
         if not one.is_file():
             raise FileNotFoundError(f"path: there is no file {one}.")
     tensors: dict[str, QuantizedArray | jax.Array] = {}
-    of_parts: list[Metadata] = []
+    read: list[tuple[dict[str, Any], Layout]] = []
     decoded: dict[str, int] = {}
-    sources: dict[str, Stretch] = {}
     for number, one in enumerate(paths):
         with naming(one):
-            found, metadata, other = _read(one)
-            _check_part(metadata, number, len(paths))
+            found, entries, layout, floats = gguf_reading.read(one)
+            gguf_parts.check(entries, number, len(paths))
             if twice := sorted(set(found) & set(tensors)):
                 raise ValueError(f"another part has a tensor {twice[0]!r}, too.")
         tensors |= found
-        of_parts.append(metadata)
-        decoded |= other
-        sources |= metadata.layout.sources
-    path, metadata = paths[0], of_parts[0]
-    if len(paths) > 1:
-        expected = metadata.get("split.tensors.count", len(tensors))
-        if expected != len(tensors):
-            raise ValueError(
-                f"{path}: the parts have {len(tensors)} tensors instead of {expected}."
-            )
-        version = metadata.layout.version
-        metadata = Metadata({k: x for k, x in metadata.items() if not k.startswith("split.")})
-        metadata.layout = Layout(version, sources=sources)
-    words = None
+        read.append((entries, layout))
+        decoded |= floats
+    path, words = paths[0], None
+    with naming(path):
+        entries, layout = gguf_parts.joined(read, len(tensors))
+    metadata = Metadata(entries)
+    metadata.layout = layout
     if tokenizer:
         try:
             words = tokenizing.from_gguf(metadata)
         except ValueError as error:
-            raise ValueError(
-                f"{path}: {error} With tokenizer=False, all else of the file is read."
-            ) from error
+            told = "With tokenizer=False, all else of the file is read."
+            raise ValueError(f"{path}: {error} {told}") from error
     if decoded:
         warnings.warn(why_floats(path, decoded), stacklevel=2)
     return File(tensors, metadata, words)
@@ -175,14 +169,17 @@ def save(
 
     Args:
         path: the file to write.
-        tensors: by name, written in this order. A `QuantizedArray` needs a uniform grid with levels
-            as in Q4_0 (-8..7), Q4_1 (0..15, with an offset), Q5_0, Q5_1 or Q8_0, scales that
-            32 neighbours of the last axis share, and scales and offsets that float16 holds.
+        tensors: by name, written in this order. A `QuantizedArray` needs the grid of one of the
+            types, such as Q4_0 (-8..7) or Q4_1 (0..15, with an offset), scales that as many
+            neighbours of the last axis share as there, and scales and offsets that float16 holds.
         metadata: by key, written in this order, as `load` gives it; see `Metadata` for the version
             and the places of tensors. Python integers become uint32 or int64, floats float32.
 
     Raises:
         ValueError: a tensor or a value that no GGUF type holds, named.
+
+    Warns:
+        UserWarning: the file that minus zeros, or tensors without codes, came from has changed.
 
     Examples:
         >>> import tempfile, jax.numpy as jnp
@@ -191,55 +188,12 @@ def save(
         ...     load(f"{folder}/a.gguf").tensors["norm"].tolist()
         [1.0, 1.0, 1.0]
     """
-    alignment = alignment_of(metadata)
     known = getattr(metadata, "layout", Layout())
     sources = {name: source_of(name, tensor, known.sources) for name, tensor in tensors.items()}
     kinds = {}
     for name, tensor in tensors.items():
         with naming(f"tensors: {name!r}"):
-            source = sources[name]
-            keeps = source is not None and not ggml.is_exact(source.kind)
-            kinds[name] = source.kind if keeps else ggml.kind_of(tensor)
+            kinds[name] = kept_kind(sources[name]) or ggml.kind_of(tensor)
     sizes = {name: ggml.bytes_of(kinds[name], tuple(x.shape)) for name, x in tensors.items()}
-    layout = known.placing(sizes, alignment)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    header = gguf_writing.header(metadata, shapes, kinds, layout)
-    start, gaps = padded(len(header), alignment), iter(layout.gaps)
-    with replacing(path) as file:
-        file.write(header)
-        for name, _, offset in sorted(layout.places, key=lambda place: place[2]):
-            file.write(gguf_writing.filling(start + offset - file.tell(), next(gaps, b"")))
-            with naming(f"tensors: {name!r}"):
-                for part in ggml.encoded(tensors[name], kinds[name], sources[name]):
-                    file.write(np.ascontiguousarray(part))
-        file.write(gguf_writing.filling(start + layout.room - file.tell(), next(gaps, b"")))
-
-
-def _read(path: Path) -> tuple[dict[str, QuantizedArray | jax.Array], Metadata, dict[str, int]]:
-    """Tensors and metadata of one file, and the types of tensors that were decoded to floats."""
-    entries, layout, places = gguf_reading.read(path)
-    metadata = Metadata(entries)
-    metadata.layout = layout
-    tensors = {}
-    for name, (info, stretch) in places.items():
-        with naming(f"tensor {name!r}"):
-            tensors[name] = ggml.decode(info.kind, info.shape, stretch)
-    kinds = {name: info.kind for name, (info, _) in places.items()}
-    return tensors, metadata, {n: kind for n, kind in kinds.items() if not ggml.is_exact(kind)}
-
-
-def _check_part(metadata: Metadata, number: int, count: int) -> None:
-    """That a file is the part that its name says, or a whole model."""
-    said = metadata.get("split.count", 0), metadata.get("split.no", 0)
-    if not all(isinstance(x, int | np.integer) for x in said):
-        raise ValueError(f"split.count and split.no must be whole numbers, got {said!r:.60}.")
-    if count == 1 and said[0] > 1:
-        raise ValueError(
-            f"split.count says that this is one of {said[0]} parts, and then its name must end in "
-            f"-{said[1] + 1:05}-of-{said[0]:05}.gguf, with the others beside it."
-        )
-    if count > 1 and said != (count, number):
-        raise ValueError(
-            f"its name says that it is part {number + 1} of {count}, but split.count is {said[0]} "
-            f"and split.no {said[1]}."
-        )
+    layout = known.placing(sizes, alignment_of(metadata))
+    gguf_writing.write(path, tensors, metadata, kinds, sources, layout)

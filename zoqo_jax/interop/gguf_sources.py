@@ -16,7 +16,7 @@ import numpy as np
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import ggml, ggml_floats
 
-__all__ = ["Stretch", "source_of", "why_floats"]
+__all__: list[str] = []  # what gguf.py is made of
 
 
 class Stretch:
@@ -102,6 +102,11 @@ def source_of(name: str, tensor: Any, sources: Mapping[str, Stretch]) -> Stretch
     ):
         return source
     return None
+
+
+def kept_kind(source: Stretch | None) -> int | None:
+    """The type in which a tensor without codes stays, because it has not changed."""
+    return None if source is None or ggml.is_exact(source.kind) else source.kind
 
 
 def _size(kind: int, tensor: Any) -> int | None:

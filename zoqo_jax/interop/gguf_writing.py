@@ -1,16 +1,54 @@
-"""What a GGUF file begins with, and what lies between its tensors, written."""
+"""A GGUF file, written: what it begins with, its tensors, and what lies between them."""
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from zoqo_jax.interop.gguf_layout import ARRAY, MAGIC, NUMBERS, STRING, Layout
+from zoqo_jax.interop import ggml
+from zoqo_jax.interop.files import replacing
+from zoqo_jax.interop.gguf_layout import ARRAY, MAGIC, NUMBERS, STRING, Layout, naming, padded
+from zoqo_jax.interop.gguf_sources import Stretch
 
-__all__ = ["filling", "header"]
+__all__: list[str] = []  # what gguf.py is made of
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    kinds: Mapping[str, int],
+    sources: Mapping[str, Stretch | None],
+    layout: Layout,
+) -> None:
+    """Write a file.
+
+    Args:
+        path: the file.
+        tensors: by name, in the file's order.
+        metadata: by key, in the file's order.
+        kinds: of tensors, the numbers of their types.
+        sources: of tensors, the bytes that they were read from, or None.
+        layout: of the file, with the places of these tensors.
+
+    Raises:
+        ValueError: a tensor or a value that no GGUF type holds, named.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    first, gaps = header(metadata, shapes, kinds, layout), iter(layout.gaps)
+    start = padded(len(first), layout.alignment)
+    with replacing(path) as file:
+        file.write(first)
+        for name, _, offset in sorted(layout.places, key=lambda place: place[2]):
+            file.write(filling(start + offset - file.tell(), next(gaps, b"")))
+            with naming(f"tensors: {name!r}"):
+                for part in ggml.encoded(tensors[name], kinds[name], sources[name]):
+                    file.write(np.ascontiguousarray(part).data)
+        file.write(filling(start + layout.room - file.tell(), next(gaps, b"")))
 
 
 def header(
