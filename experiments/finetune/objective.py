@@ -16,6 +16,7 @@ from experiments.finetune.programs import programs
 __all__ = [
     "Batch",
     "Scores",
+    "answers",
     "batch_of",
     "continued",
     "evaluator",
@@ -119,18 +120,15 @@ def evaluator(model: Decoder, batch_size: int = 32) -> Callable[[Any, Tokens], S
 
     Data sets that are read by one evaluator share its compiled programs.
     """
-
-    @programs
-    def read(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return zq.quaxify(lambda params: _answered(model, params, batch))(params)
+    read = programs(answers(model))
 
     def evaluate(params: Any, tokens: Tokens) -> Scores:
         if not len(tokens):
             raise ValueError("tokens: there are no examples to read.")
         found = np.zeros((3, len(tokens)), np.float32)
         for places, count in in_order(tokens.lengths, size_of(tokens, batch_size)):
-            answers = read(params, batch_of(tokens, places))
-            found[:, places[:count]] = np.stack(answers)[:, :count]
+            answered = read(params, batch_of(tokens, places))
+            found[:, places[:count]] = np.stack(answered)[:, :count]
         losses, right, said = found
         chooses = len(tokens.words) or tokens.firsts is not None
         words = tuple(said.astype(int).tolist()) if chooses else ()
@@ -151,20 +149,33 @@ def size_of(tokens: Tokens, sequences: int) -> int:
     return max(1, sequences // int(tokens.counts.max()))
 
 
+def answers(model: Decoder) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """A function (quantized or float parameters, batch) -> float32 (examples,) three times.
+
+    They are each example's loss, nats; how right it is: 1 or 0 of choices, else the fraction of
+    tokens that are the likeliest; and the number of the likeliest choice.
+    """
+
+    def read(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return zq.quaxify(lambda params: _answered(model, params, batch))(params)
+
+    return read
+
+
 def log_probabilities(model: Decoder) -> Callable[[Any, Batch], jax.Array]:
-    """A function (params, batch) -> float32 (examples, choices), nats, of each example's choices.
+    """A function (quantized or float parameters, batch) -> float32 (examples, choices), nats.
 
     They are multiplied by the batch's weights, and -inf where an example has no such choice.
     """
 
-    def read(params: Any, batch: Batch) -> jax.Array:
+    def of(params: Any, batch: Batch) -> jax.Array:
         if batch.weights is not None:
             return _of_choices(model, params, batch)
         tokens = batch.tokens if batch.states is None else batch.states
         logits = model.apply({"params": params}, tokens, at=batch.lengths - 1)
         return jax.nn.log_softmax(logits)[:, batch.words]
 
-    return read
+    return lambda params, batch: zq.quaxify(lambda params: of(params, batch))(params)
 
 
 def continued(

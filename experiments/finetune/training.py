@@ -328,6 +328,11 @@ def _training_tokens(texts: data.Texts, model: Checkpoint, config: Config) -> da
         )
     tokens = data.encode_for(texts, model, config.normalise)
     short = np.flatnonzero(tokens.lengths <= config.max_tokens)
+    if len(short) < len(tokens):
+        say(
+            f"data: {len(tokens) - len(short)} of {len(tokens)} training examples have more than "
+            f"max_tokens={config.max_tokens} and are left out"
+        )
     if len(short) < config.batch_size:
         raise ValueError(
             f"batch_size must be at most {len(short)}, the training examples of at most "

@@ -28,7 +28,8 @@ def of(texts: Texts, tokenizer: Any, window: int, templates: model_templates.Tem
     Raises:
       ValueError: a conversation that the template refuses, or that is longer than the window.
     """
-    written = [turns.of(templates.fitting(chat), chat) for chat in texts.chats]
+    chats = texts.chats
+    written = [turns.of(templates.fitting(chat), chat) for chat in chats]
     origins = [i for i, some in enumerate(written) for _ in some]
     flat = [_bare(one, *_added(tokenizer)) for some in written for one in some]
     encodings = tokenizer.encode_batch([one.text for one in flat])
@@ -37,10 +38,11 @@ def of(texts: Texts, tokenizer: Any, window: int, templates: model_templates.Tem
     learnt = [_learnt(encoding, one, ends) for encoding, one in zip(encodings, flat, strict=True)]
     for i, some in zip(origins, learnt, strict=True):
         if not some.any():
-            raise ValueError(f"{texts.chats[i].place}: answers must have tokens, and have none.")
+            raise ValueError(f"{chats[i].place}: answers must have tokens, and have none.")
     begins = [int(np.flatnonzero(some)[0]) for some in learnt]
-    prompts = [f"{texts.chats[i].place}: {texts.prompts[i]}" for i in origins]
-    tokens = checked(prompts, [one.ids for one in encodings], begins, window)
+    prompts, places = ([x[i] for i in origins] for x in (texts.prompts, [c.place for c in chats]))
+    ids = [one.ids for one in encodings]
+    tokens = checked(prompts, ids, begins, window, places=places)
     return dataclasses.replace(tokens, learnt=learnt, origins=np.array(origins, np.int32))
 
 

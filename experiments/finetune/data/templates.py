@@ -60,6 +60,7 @@ class Template:
         self, source: str, bos: str = "", eos: str = "", now: datetime.datetime = NOW
     ) -> None:
         self._variables = {"bos_token": bos, "eos_token": eos, "enable_thinking": True}
+        self._variables["date_string"] = now.strftime("%d %b %Y")
         self._mark = secrets.token_hex(8)
         self._template, self._error = compiled(source, self._marked, now)
         self._reads_parts: str | None = None  # found at the first conversation
@@ -119,7 +120,8 @@ class Template:
     def _fitting(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages as the template reads them: contents, and who may speak."""
         if self._reads_parts is None:
-            self._reads_parts, self._reads_system = self._find_parts(), self._find_system()
+            self._reads_parts = self._find_parts()
+            self._reads_system = self._find_system()
         if not self._reads_system:
             messages = without_system(messages)
         return [put(message, self._reads_parts) for message in messages]

@@ -96,6 +96,7 @@ def checked(
     window: int,
     *,
     is_prompt: bool = False,
+    places: Sequence[str] = (),
 ) -> Tokens:
     """Examples of one sequence each, of a length that the model can read.
 
@@ -105,14 +106,15 @@ def checked(
       begins: where their completions begin.
       window: the most tokens that the model reads.
       is_prompt: whether nothing follows the prompts.
+      places: where each was read, for messages, too.
 
     Raises:
       ValueError: one is empty, too long, or has no completion; it is named.
     """
-    for prompt, ids, begin in zip(prompts, sequences, begins, strict=True):
+    for i, (prompt, ids, begin) in enumerate(zip(prompts, sequences, begins, strict=True)):
         if not 0 < begin <= len(ids) <= window or (begin == len(ids) and not is_prompt):
             raise ValueError(
-                f"an example must have 1 to {window} tokens, prompt and completion at least one "
+                f"{places[i] + ': ' if places else ''}an example must have 1 to {window} tokens, prompt and completion at least one "
                 f"each, got {len(ids)}: {prompt[:60]!r}."
             )
     arrays, none = [np.array(ids, np.int32) for ids in sequences], np.zeros(0, np.int32)

@@ -9,9 +9,9 @@ answers thought. Such a conversation becomes one example for each answer, as the
 """
 
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from experiments.finetune.data.templates import Template
+from experiments.finetune.data.templates import Template, Written
 from experiments.finetune.data.texts import Chat
 
 __all__ = ["Turns", "of"]
@@ -56,35 +56,39 @@ def of(template: Template, chat: Chat) -> list[Turns]:
 def _of(template: Template, chat: Chat) -> list[Turns]:
     learnt = [place for place, is_learnt in enumerate(chat.learnt) if is_learnt]
 
-    def written(count: int, asks: bool = False) -> str:
-        return template.write(
-            chat.messages[:count], tools=chat.tools, asks=asks, variables=chat.variables
-        ).text
+    def written(count: int, asks: bool = False, **variables: Any) -> Written:
+        messages, variables = chat.messages[:count], variables | chat.variables
+        return template.write(messages, tools=chat.tools, asks=asks, variables=variables)
 
-    whole, marked = template.write(
-        chat.messages[: learnt[-1] + 1], tools=chat.tools, variables=chat.variables
-    )
+    whole, marked = written(learnt[-1] + 1)
     if marked is not None:
         return [Turns(whole, _of_marks(chat, learnt, marked))]
     turns = []
     for place in learnt:
-        text = whole if place == learnt[-1] else written(place + 1)
-        begin = written(place, asks=True)
-        if not text.startswith(begin):
-            common = sum(
-                1 for _ in takewhile(lambda x: x[0] == x[1], zip(begin, text, strict=False))
-            )
-            raise ValueError(
-                f"the model's chat template begins an answer with {begin[common:][:40]!r}, but "
-                f"writes {text[common:][:40]!r} for message {place + 1}: what is learnt would not "
-                "be what is asked. Write prompts and completions as text."
-            )
-        if len(text) == len(begin):
-            raise ValueError(f"the model's chat template leaves out message {place + 1}.")
-        turns.append(Turns(text, [(len(begin), len(text))]))
+        text = whole if place == learnt[-1] else written(place + 1).text
+        begin = written(place, asks=True).text
+        if not text.startswith(begin):  # answers without thoughts may begin otherwise
+            unthinking = written(place, asks=True, enable_thinking=False).text
+            begin = unthinking if text.startswith(unthinking) else begin
+        turns.append(Turns(text, [(_checked(begin, text, place + 1), len(text))]))
     if all(whole.startswith(turn.text) for turn in turns):
         return [Turns(whole, [span for turn in turns for span in turn.spans])]
     return turns
+
+
+def _checked(begin: str, text: str, number: int) -> int:
+    """Where a message begins in a text, which must go on from where the message is asked for."""
+    if not text.startswith(begin):
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(begin, text, strict=False))
+        common = sum(1 for _ in same)
+        raise ValueError(
+            f"the model's chat template begins an answer with {begin[common:][:40]!r}, but writes "
+            f"{text[common:][:40]!r} for message {number}: what is learnt would not be what is "
+            "asked. Write prompts and completions as text."
+        )
+    if len(text) == len(begin):
+        raise ValueError(f"the model's chat template leaves out message {number}.")
+    return len(begin)
 
 
 def _of_marks(
@@ -93,9 +97,11 @@ def _of_marks(
     """The spans that the template marked, of the messages that are learnt."""
     messages = chat.messages[: learnt[-1] + 1]
     spoken = [place for place, one in enumerate(messages) if one["role"] == "assistant"]
+    if spoken == learnt:
+        return marked
     if len(marked) != len(spoken):
         raise ValueError(
-            f"the model's chat template marks {len(marked)} answers of {len(spoken)}: there must "
-            "be one {% generation %} block for each."
+            f"the model's chat template marks {len(marked)} spans in {len(spoken)} answers, so "
+            "that those with weight 0 cannot be told from the others."
         )
     return [span for place, span in zip(spoken, marked, strict=True) if place in learnt]
