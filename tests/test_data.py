@@ -1,4 +1,4 @@
-"""Data as people have them: conversations, choices of several tokens, CSV, files for dev and test."""
+"""Data as people have them: conversations, choices of several tokens, CSV, files of their own."""
 
 import dataclasses
 import json
@@ -237,7 +237,7 @@ def test_a_model_without_a_template_says_what_to_do(tmp_path):
         written(tmp_path / "b.jsonl", {"messages": [U, {**A, "content": "a" * 300}]})
     )
     model = loading.load(sentence_piece(tmp_path / "b.gguf"))
-    with pytest.raises(ValueError, match=r"1 to 256 tokens.*b\.jsonl, line 1: user: Hi"):
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: .* 1 to 256 tokens.* got 316"):
         data.encode_for(longer, model)
 
 
@@ -279,9 +279,7 @@ def by_hand(model, texts, normalise):
 
 
 @pytest.mark.parametrize("normalise", ["none", "tokens", "letters"])
-def test_choices_of_several_tokens_are_scored_by_their_log_probabilities(
-    model, tmp_path, normalise
-):
+def test_choices_of_several_tokens_have_the_log_probabilities_of_all(model, tmp_path, normalise):
     texts = data.load_whole(written(tmp_path / "a.jsonl", *QUESTIONS))
     tokens = data.encode_for(texts, model, normalise)
     assert len(tokens) == 3 and tokens.counts.tolist() == [3, 2, 4]
@@ -323,13 +321,11 @@ def test_single_words_are_chosen_at_one_position_or_apart_alike(model):
 
 
 def test_choices_that_are_the_same_tokens_are_refused(model):
-    # One more space is one more token; none at all is none: the tokenizer puts one there.
+    from tokenizers import normalizers
+
     texts = data.Texts(["a"], (), [0], [], [("b", " b", "b ")])
     assert len(data.encode_for(texts, model).sequences) == 3
     tokenizer = tokenizing.from_gguf(tiny_model.sentence_piece_metadata())
-    tokenizer.normalizer = type(tokenizer.normalizer)([])
-    from tokenizers import normalizers
-
     tokenizer.normalizer = normalizers.Lowercase()
     same = data.Texts(["a"], (), [0], [], [("b", "B")])
     with pytest.raises(ValueError, match=r"choices must be different tokens, got \('b', 'B'\)"):

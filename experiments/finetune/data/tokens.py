@@ -113,9 +113,10 @@ def checked(
     """
     for i, (prompt, ids, begin) in enumerate(zip(prompts, sequences, begins, strict=True)):
         if not 0 < begin <= len(ids) <= window or (begin == len(ids) and not is_prompt):
+            where = f"{places[i]}: " if places else ""
             raise ValueError(
-                f"{places[i] + ': ' if places else ''}an example must have 1 to {window} tokens, prompt and completion at least one "
-                f"each, got {len(ids)}: {prompt[:60]!r}."
+                f"{where}an example must have 1 to {window} tokens, prompt and completion at least "
+                f"one each, got {len(ids)}: {prompt[:60]!r}."
             )
     arrays, none = [np.array(ids, np.int32) for ids in sequences], np.zeros(0, np.int32)
     return Tokens(arrays, np.array(begins, np.int32), np.zeros(len(arrays), np.int32), none)
