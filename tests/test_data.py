@@ -441,5 +441,24 @@ def test_the_scoring_command_says_and_writes(model, tmp_path, capsys):
         assert line["tokens"] == (2 if "prompt" in one else tokens.learnt[0].sum()) <= counted
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_damaged_files_are_read_or_refused(tmp_path, name):
+    table = 'prompt,choices,answer\n"a\nb","[""c"", ""d""]",1\n'
+    talk = {"messages": [U, {**A, "weight": 1}], "tools": [{}], "chat_template_kwargs": {}}
+    whole = (table if name == "a.csv" else lines(talk, talk)).encode()
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(500):
+        content = bytearray(whole)
+        for place in rng.integers(0, len(whole), rng.integers(1, 4)):
+            content[place] = rng.choice(list(b'{}[]":,0\n\\x\xff\x00'))
+        (tmp_path / name).write_bytes(content[: rng.integers(1, len(content) + 40)])
+        try:
+            data.load_whole(str(tmp_path / name))
+        except ValueError as error:
+            refused += 1
+            assert name in str(error)
+    assert refused > 100
+
+
 def test_settings_name_what_the_data_know():
     assert settings.Normalise == data.Normalise
