@@ -14,7 +14,7 @@ from experiments.command import Stopped
 from experiments.files import claimed, plain, read_json, write_json
 from zoqo_jax.interop.files import replacing
 
-__all__ = ["Row", "Store", "changed", "storing"]
+__all__ = ["Row", "Store", "changed", "defaults", "storing"]
 
 
 class Store:
@@ -24,6 +24,7 @@ class Store:
       path: of JSON, or of arrays if it ends with ".npz".
       settings: what the results depend on.
       name: what the file calls these.
+      usual: of settings that older files do not have, what they were; see `defaults`.
 
     Attributes:
       content: the results in the file; none if these depend on other settings.
@@ -42,12 +43,18 @@ class Store:
       ({'accuracy': 0.5}, {}, 'another bits, 4 instead of 8')
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], name: str = "settings") -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        name: str = "settings",
+        usual: dict[str, Any] | None = None,
+    ) -> None:
         self.path, self._name, self._settings = path, name, plain(settings)
         self._holds_arrays = path.suffix == ".npz"
         self.content = _read_arrays(path, name) if self._holds_arrays else read_json(path)
         found = self.content.pop(name, {}) if self.content else self._settings
-        self.changed = changed(found, self._settings)
+        self.changed = changed(found, self._settings, usual)
         self.content = {} if self.changed else self.content
 
     def write(self, **results: Any) -> None:
@@ -99,15 +106,42 @@ class Row:
         """
         config = dataclasses.asdict(dataclasses.replace(self.config, seed=seed))
         settings = {name: x for name, x in config.items() if name not in leave_out}
-        return Store(folder / f"{self.stem(seed)}{ending}", settings)
+        path = folder / f"{self.stem(seed)}{ending}"
+        return Store(path, settings, usual=defaults(self.config))
 
 
-def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first setting that is another now, in words; empty where none is."""
+def changed(
+    before: dict[str, Any], now: dict[str, Any], usual: dict[str, Any] | None = None
+) -> str:
+    """The first setting that is another now, in words; empty where none is.
+
+    Args:
+      before: settings by name.
+      now: settings by name.
+      usual: what those of `now` were where `before` does not name them, being older than they are.
+
+    Example:
+      >>> changed({"bits": 4}, {"bits": 4, "dev": ""}, {"dev": ""})
+      ''
+      >>> changed({"bits": 4}, {"bits": 4, "dev": "dev.csv"}, {"dev": ""})
+      "another dev, '' instead of 'dev.csv'"
+    """
+    before = {**{name: x for name, x in (usual or {}).items() if name in now}, **before}
     for name in {**now, **before}:
         if before.get(name) != now.get(name):
             return f"another {name}, {before.get(name)!r} instead of {now.get(name)!r}"
     return ""
+
+
+def defaults(config: Any) -> dict[str, Any]:
+    """The defaults of a dataclass's settings; of one added later, what leaves all as it was.
+
+    Example:
+      >>> defaults(Row("mnist", "ZO-SignSGD", None))
+      {'seeds': 1}
+    """
+    fields = dataclasses.fields(config)
+    return plain({x.name: x.default for x in fields if x.default is not dataclasses.MISSING})
 
 
 @contextmanager

@@ -297,11 +297,8 @@ def test_a_folder_of_another_run_is_left_alone(files, codes_run):
         run(config(files, codes_run[0].output, **CODES, steps=2))
 
 
-def test_a_choice_of_two_tokens_is_refused(files):
+def test_examples_longer_than_the_window_are_refused(files):
     tokenizer = gguf.load(files[0]).tokenizer
-    texts = data.Texts(["a"], (" bad", " awful"), [0], [])
-    with pytest.raises(ValueError, match="' awful' is 6 to this tokenizer"):
-        data.encode(texts, tokenizer, 8)
     with pytest.raises(ValueError, match="1 to 2 tokens"):
         data.encode(data.Texts(["abc"], (" bad",), [0], []), tokenizer, 2)
 

@@ -5,12 +5,14 @@ from typing import Any, Literal
 
 from experiments import settings
 
-__all__ = ["Config", "Method", "Query", "Rounding", "Train"]
+__all__ = ["Config", "Method", "Normalise", "Query", "Rounding", "Train"]
 
-# Those of `zq.caq_zo`, which a test compares: importing it takes seconds, and --help none.
+# Those of `zq.caq_zo` and of `data.encode`, which a test compares: importing them takes seconds,
+# and --help none.
 Query = Literal["aligned", "off_grid"]
 Rounding = Literal["stochastic", "nearest", "error_feedback", "threshold", "significant"]
 
+Normalise = Literal["none", "tokens", "letters"]
 Method = Literal["zoqo", "caq_zo", "quzo", "qes", "qzo", "mezo", "zo_signsgd", "adam"]
 Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
@@ -29,7 +31,14 @@ class Config:
       model: a GGUF file of the llama or qwen2 architecture, a folder of safetensors (llama, qwen2,
         opt; 4-bit by bitsandbytes or floats), "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION", such a
         folder on Hugging Face's hub, or "smollm2", the file that `make finetune` installs.
-      data: "reviews" (bundled), "tfds:sst2", or a file or folder, see `data.load`.
+      data: "reviews" (bundled), "tfds:sst2", or a file, .jsonl, .csv or .tsv, or a folder with one
+        for each of train, dev and test, see docs/finetune.md; of a single file, a tenth each is for
+        dev and test.
+      dev: a file (or another `data`, whose dev examples are taken) of dev examples of its own;
+        empty: they are among those of `data`.
+      test: the same for test examples.
+      normalise: what the log-probability of a choice of several tokens is divided by before choices
+        are compared: "none", its "tokens", or its "letters".
       output: folder of all that the run writes; a run that was interrupted goes on there.
       train: "codes", the file's own quantized matrices in place; "lora", adapters beside them; or
         "scales", what the codes of a GGUF file are multiplied by.
@@ -84,6 +93,9 @@ class Config:
     model: str
     output: str
     data: str = "reviews"
+    dev: str = ""
+    test: str = ""
+    normalise: Normalise = "none"
     train: Train = "codes"
     method: Method = "zoqo"
     steps: int = 200
@@ -175,6 +187,9 @@ class Config:
             **dict.fromkeys(("bits", "grid", "range"), not adapters or floats),
             **dict.fromkeys(("rank", "alpha"), not adapters),
             **dict.fromkeys(("output", "cache"), True),
+            "dev": not self.dev,
+            "test": not self.test,
+            "normalise": self.normalise == "none",
         }
         return {name: x for name, x in found.items() if not drops.get(name)}
 

@@ -21,7 +21,7 @@ from experiments.command import whole
 from experiments.files import claimed, plain, read_json, writable, write_json
 from experiments.finetune.config import Config
 from experiments.finetune.objective import Scores
-from experiments.store import changed
+from experiments.store import changed, defaults
 
 __all__ = ["Folder", "Progress"]
 
@@ -60,13 +60,15 @@ class Folder:
 
     def __init__(self, config: Config) -> None:
         self.path, self._steps = Path(config.output), config.steps
-        self._settings = plain(dataclasses.asdict(config))
+        self._settings, self._usual = plain(dataclasses.asdict(config)), defaults(config)
         self._cache, self._exits = config.cache, ExitStack()
 
     def __enter__(self) -> "Folder":
         other = self._other()
         with ExitStack() as exits:
-            exits.enter_context(claimed("output", self.path, lambda name: bool(other)))
+            # Tables put the scores there that runs of one model begin with.
+            ours = {"before.json"}.__contains__ if not other else bool
+            exits.enter_context(claimed("output", self.path, ours))
             if self._cache:
                 writable("cache", Path(self._cache) / "states")
             self._exits = exits.pop_all()
@@ -99,7 +101,7 @@ class Folder:
                 "empty folder."
             )
         here = {**other, "output": self._settings["output"]}  # a folder may be moved
-        if other and (words := changed(here, self._settings)):
+        if other and (words := changed(here, self._settings, self._usual)):
             raise ValueError(
                 f"output: {self.path} holds a run with {words}: name another folder, or delete "
                 "this one."

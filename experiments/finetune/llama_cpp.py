@@ -27,13 +27,15 @@ class Asked:
     Attributes:
       model: a GGUF file, such as `model.gguf` of a run, or "smollm2", the file that `make finetune`
         installs.
-      data: as for `experiments.finetune`; examples with choices.
+      data: as for `experiments.finetune`; examples with choices of one token each.
+      dev: a file of dev examples; empty: they are among those of `data`.
       examples: how many dev examples; 0: all.
       seed: of which.
     """
 
     model: str
     data: str = "reviews"
+    dev: str = ""
     examples: int = 200
     seed: int = 0
 
@@ -72,10 +74,14 @@ def compare(asked: Asked, *, progress: bool = True) -> Both:
     checkpoint = loading.load(asked.model)
     if checkpoint.path.is_dir():
         raise ValueError(f"model must be a GGUF file, got the folder {checkpoint.path}.")
-    texts = data.load(asked.data, "dev").sample(asked.examples, asked.seed)
-    if not texts.choices:
-        raise ValueError(f"data must have choices, {asked.data} has completions.")
-    tokens = data.encode(texts, checkpoint.tokenizer, checkpoint.architecture.context)
+    source = asked.dev or asked.data
+    texts = data.load_whole(source, "dev") if asked.dev else data.load(source, "dev")
+    texts = texts.sample(asked.examples, asked.seed)
+    if texts.kind != "choices":
+        raise ValueError(f"data must have choices, {source} has {texts.kind}.")
+    tokens = data.encode_for(texts, checkpoint)
+    if not len(tokens.words):
+        raise ValueError(f"data must have choices of one token each, {source} has longer ones.")
     ours = objective.evaluator(checkpoint.decoder)(checkpoint.params, tokens)
     prompts = [ids.tolist() for ids in tokens.sequences]
     theirs = answers(str(checkpoint.path), prompts, tokens.words.tolist(), progress=progress)

@@ -201,9 +201,7 @@ def _examples(outcome: Outcome, count: int = 4) -> str:
     groups = texts.compared(before, after)
     rows = [
         [
-            texts.prompts[i].replace("|", "\\|"),
-            texts.choices[before[i]],
-            texts.choices[after[i]],
+            *map(_cell, (texts.prompts[i], texts.of(i)[before[i]], texts.of(i)[after[i]])),
             name,
         ]
         for name, places in groups.items()
@@ -214,6 +212,11 @@ def _examples(outcome: Outcome, count: int = 4) -> str:
     counts = ", ".join(f"{len(places)} {name}" for name, places in groups.items())
     head = ["prompt", "before", "after", ""]
     return f"\nOf {len(after)} test examples: {counts}.\n\n{markdown.table(head, rows)}\n"
+
+
+def _cell(text: str) -> str:
+    """A text as a cell of a table, which has one line."""
+    return text.replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
 
 
 def _draw(outcome: Outcome, path: Path) -> None:

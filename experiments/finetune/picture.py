@@ -55,7 +55,9 @@ def summary(run: Path) -> dict[str, Any]:
     """
     names = ("config", "outcome", "before", "after")
     config, outcome, *scores = (json.loads((run / f"{name}.json").read_text()) for name in names)
-    texts = data.load(config["data"], "test").sample(config["test_examples"], config["seed"])
+    own = config.get("test", "")
+    texts = data.load_whole(own, "test") if own else data.load(config["data"], "test")
+    texts = texts.sample(config["test_examples"], config["seed"])
     base, trained = files.find(config["model"]), run / "model.gguf"
     return {
         "scores": {when: outcome[when] for when in ("before", "after")},

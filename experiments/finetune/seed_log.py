@@ -60,7 +60,7 @@ def rebuild(path: Path, model: str) -> tuple[Config, Checkpoint, Any]:
     return config, part, zq.replay(adapt(part, config), log, transformation(config))
 
 
-_PLACES = ("model", "data", "output", "cache")
+_PLACES = ("model", "data", "dev", "test", "output", "cache")
 
 
 def _digest(path: Path) -> str:

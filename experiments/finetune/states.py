@@ -57,10 +57,8 @@ def with_states(
       folder: where to keep the states; what was computed before is found again.
       progress: whether to show a progress bar.
     """
-    width = below.architecture.width
-    states = States(
-        folder / f"{_digest(below, tokens)}.states", list(map(len, tokens.sequences)), width
-    )
+    width, lengths = below.architecture.width, list(map(len, tokens.sequences))
+    states = States(folder / f"{_digest(below, tokens)}.states", lengths, width)
     if not states.path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(states.path) as file:
@@ -73,10 +71,11 @@ def _compute(below: Checkpoint, tokens: Tokens, states: States, file: Any, progr
     def read(params: Any, batch: np.ndarray) -> jax.Array:
         return zq.quaxify(lambda params: below.decoder.apply({"params": params}, batch))(params)
 
+    lengths = list(map(len, tokens.sequences))
     with tqdm(
-        total=len(tokens), desc="reading with frozen layers", unit="example", disable=not progress
+        total=len(lengths), desc="reading with frozen layers", unit="example", disable=not progress
     ) as bar:
-        for places, count in in_order(tokens, _BATCH):
+        for places, count in in_order(lengths, _BATCH):
             found = np.asarray(read(below.params, padded([tokens.sequences[i] for i in places])))
             for place, state in zip(places[:count], found, strict=False):
                 file.seek(int(states.begins[place]) * states.width * 4)

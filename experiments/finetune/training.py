@@ -102,16 +102,15 @@ class _Run:
         self.parts = Parts.of(self.params, config)
         trained, self.rest = self.parts.split(self.params)
         self.shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in trained]
-        texts = data.load_all(config.data)
+        texts = data.load_all(config.data, config.dev, config.test)
         for part, count in (("dev", config.dev_examples), ("test", config.test_examples)):
             texts[part] = texts[part].sample(count, config.seed)
         self.test_texts, self.remarks = texts["test"], data.remarks(texts)
         for remark in self.remarks:
             say(f"data: {remark}")
         tokens = {"train": _training_tokens(texts["train"], all_layers, config)}
-        window = all_layers.architecture.context
         for part in ("dev", "test"):
-            tokens[part] = data.encode(texts[part], all_layers.tokenizer, window)
+            tokens[part] = data.encode_for(texts[part], all_layers, config.normalise)
             if not len(tokens[part]):
                 raise ValueError(f"data: {config.data} has no {part} examples.")
         self.counts = {part: len(some) for part, some in tokens.items()}
@@ -121,7 +120,7 @@ class _Run:
             for part in tokens:
                 tokens[part] = states.with_states(below, tokens[part], cache, progress=progress)
         self.examples = tokens["train"]
-        self.lengths = np.array([len(ids) for ids in self.examples.sequences])
+        self.lengths = self.examples.lengths
         evaluate = objective.evaluator(self.model.decoder)  # one, so that both compile it once
         self.dev = functools.partial(evaluate, tokens=tokens["dev"])
         self.test = functools.partial(evaluate, tokens=tokens["test"])
@@ -327,8 +326,13 @@ def _training_tokens(texts: data.Texts, model: Checkpoint, config: Config) -> da
         raise ValueError(
             f"max_tokens must be at most {window}, the model's context, got {config.max_tokens}."
         )
-    tokens = data.encode(texts, model.tokenizer, window)
-    short = np.flatnonzero([len(ids) <= config.max_tokens for ids in tokens.sequences])
+    tokens = data.encode_for(texts, model, config.normalise)
+    short = np.flatnonzero(tokens.lengths <= config.max_tokens)
+    if len(short) < len(tokens):
+        say(
+            f"data: {len(tokens) - len(short)} of {len(tokens)} training examples have more than "
+            f"max_tokens={config.max_tokens} and are left out"
+        )
     if len(short) < config.batch_size:
         raise ValueError(
             f"batch_size must be at most {len(short)}, the training examples of at most "

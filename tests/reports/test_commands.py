@@ -31,6 +31,7 @@ import tiny_model  # noqa: E402
 _HELP = {  # what each command's help lists first and must be given
     "experiments.finetune": ("model", ["model", "output"]),
     "experiments.attack": ("bits", []),
+    "experiments.finetune.score": ("model", ["model"]),
     "experiments.finetune.replay": ("log", ["log", "model", "output"]),
 }
 

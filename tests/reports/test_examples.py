@@ -69,8 +69,7 @@ def test_choices_after_a_space_are_the_words_that_follow_it():
     assert words(found.words, model) == ["▁terrible", "▁great"]
     assert words(found.sequences[0], model) == ["<s>", "▁It", "▁was"]
     mixed = Texts(["It was ", "It was("], ("g", "t"), [1, 0], [])
-    with pytest.raises(ValueError, match=r"same tokens after every prompt, but 'g' .*'It was\('"):
-        data.encode(mixed, model, 64)
+    assert not len(data.encode(mixed, model, 64).words)  # other tokens after another prompt
     with pytest.raises(ValueError, match="model: it comes without a tokenizer"):
         data.encode(mixed, None, 64)
 
@@ -120,7 +119,7 @@ FINE = {"prompt": "a", "completion": "b"}
         ("a.jsonl", lines({**FINE, "prompt": " \t"}), "line 1: the prompt is empty"),
         ("a.jsonl", lines({**FINE, "completion": ""}), "line 1: the completion is empty"),
         ("a.jsonl", lines({"prompt": "a", "text": "b"}), "line 1: wants 'choices' and an 'answer'"),
-        ("a.jsonl", lines({"prompt": "a", **CHOICES}, FINE), r"line 2: choices must be the same"),
+        ("a.jsonl", lines({"prompt": "a", **CHOICES}, FINE), "line 2: has completions, where"),
         ("a.jsonl", lines({**FINE, **CHOICES}), "line 1: has 'choices' and a 'completion'"),
         ("a.jsonl", lines({"prompt": "a", "choices": "ab", "answer": 0}), "must be a list of str"),
         ("a.jsonl", lines({"prompt": "a", "choices": 5, "answer": 0}), "must be a list of str"),
