@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import zoqo_jax as zq
-from experiments.finetune.models.loading import MODULES
+from experiments.finetune.models.families import MODULES
 from zoqo_jax.interop import bitsandbytes, gguf, tokenizing
 
 WIDTH, HIDDEN, HEADS, KV_HEADS, DEPTH = 32, 64, 4, 2, 2
