@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int8, Int16, Int32
 from zoqo_jax.directions import entries
 from zoqo_jax.directions.base import Direction
 from zoqo_jax.directions.matmul import Dot, Thresholds, correct_slices, depends_on
-from zoqo_jax.grids.arrays import QuantizedArray, cut
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.grids.packing import cut
 from zoqo_jax.xla import random_bits
 
 __all__ = ["Columns", "Guide"]

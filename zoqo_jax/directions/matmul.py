@@ -17,6 +17,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
 from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.grids.scales import map_float
 from zoqo_jax.xla import compiler
 
 __all__ = [
@@ -235,7 +236,8 @@ def one_by_one(fn: Any, size: int, batched: PyTree, operands: PyTree) -> tuple[A
 
 def depends_on(x: Array, array: QuantizedArray) -> QuantizedArray:
     """The same array, not to be decoded before `x` is known."""
-    return dataclasses.replace(array, scale=compiler.depends_on(x, array.scale))
+    scale = map_float(lambda scale: compiler.depends_on(x, scale), array.scale)
+    return dataclasses.replace(array, scale=scale)
 
 
 def lay_along(v: Array, axes: Sequence[int], ndim: int, dtype: Any) -> Array:

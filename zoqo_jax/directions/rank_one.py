@@ -31,6 +31,7 @@ from zoqo_jax.directions.matmul import (
     mean_and_half_difference,
 )
 from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.grids.scales import multiplied_out
 from zoqo_jax.xla import compiler, random_bits
 
 __all__ = ["RankOne"]
@@ -97,7 +98,7 @@ class RankOne(Direction):
         """The signs that all rows of a Rademacher direction share."""
         if self.signs is not None:
             return self.signs[1]
-        columns = array.packed.shape[-1] if array.ndim else 1
+        columns = array.part_length if array.ndim else 1
         row = random_bits.shared(self.rows)
         by_part = [
             random_bits.signs(random_bits.part(row, i), columns, entries.ENTRY)
@@ -209,7 +210,7 @@ def _by_low_rank(
     a = direction.row_signs() * direction.query_side
     b = direction.column_signs(array)
     m = direction.radius_in_codes(array).reshape(-1)[0]
-    scale = array.scale.reshape(-1)[0].astype(jnp.float32)
+    scale = multiplied_out(array.scale).reshape(-1)[0].astype(jnp.float32)
     out = dot(depends_on(x, array).materialise(), x)
     wide = out.dtype if out.dtype.itemsize > x.dtype.itemsize else x.dtype
     along = _along(a.astype(wide), b.astype(wide), x.astype(wide), dot)

@@ -4,8 +4,7 @@ A code `n` is an unsigned integer; its value is `scale * levels[n] + offset` wit
 offset) for a tensor, a channel or a block. Optimizers move codes and never leave
 `grid.low .. grid.high`. How a scale is found is the business of `quantization.py`.
 
-Codes of few levels share bytes: two 4-bit codes, or four 2-bit codes, each. JAX has a uint4 of its
-own, but XLA's CPU backend writes it element by element, a hundred times slower than bytes.
+Codes of few levels share bytes (`packing.py`). Scales may have two levels (`scales.py`).
 """
 
 from __future__ import annotations
@@ -26,10 +25,13 @@ import quax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Int16, Integer, PyTree, UInt8
 
+from zoqo_jax.grids import packing
+from zoqo_jax.grids.packing import cut
+from zoqo_jax.grids.scales import Scale, TwoLevel, multiplied_out
+
 __all__ = [
     "Grid",
     "QuantizedArray",
-    "cut",
     "dequantize",
     "freeze",
     "is_float_array",
@@ -130,31 +132,34 @@ class QuantizedArray(quax.ArrayValue):
 
     Invariants:
 
-    - `packed` holds `per_byte` codes in each byte, 8 / per_byte bits wide: as many (4, 2 or 1) as
-      fit the grid and divide the last axis of a matrix or stack of them. The last axis is cut into
-      `per_byte` equal parts, and byte j holds the j-th code of each, the first part's lowest;
+    - `packed` holds codes of `bits` bits as `packing.py` lays them out: the last axis is cut into
+      `per_byte` equal parts, whose j-th codes share byte j;
     - every code lies in `grid.low .. grid.high`;
     - `scale`, and `offset` unless it is None, have as many axes as `codes`. Along each axis they
       are 1 long (shared), as long as `codes` (one each), or, along `block[0]` (counted from the
-      end), one for each `block[1]` neighbours with the last block cut short;
+      end), one for each `block[1]` neighbours with the last block cut short, or, with `block_of`,
+      one for each group of columns;
     - the value is `scale * levels[codes] + offset`, computed in float32 and rounded once to
       `value_dtype`;
     - where `offset` is the zero point of a uniform grid, `scale` has at most 16 significant bits,
       so the product is exact in float32 and zero stays exactly a level, fused multiply-add or not.
 
-    As a pytree its leaves are `packed`, `scale` and `offset`; the rest is static. Make one with
-    `from_codes`, or from floats with a `Quantizer`.
+    As a pytree its leaves are `packed`, `scale`, `offset` and `block_of`; the rest is static. Make
+    one with `from_codes`, or from floats with a `Quantizer`.
 
     Attributes:
         packed: bytes; `codes` unpacks them.
-        scale: value units per level unit; zero where a whole block was zero.
-        offset: value units, or None for 0.
+        scale: value units per level unit; zero where a whole block was zero, and of either sign.
+            An array, or a `TwoLevel`.
+        offset: value units, as `scale`, or None for 0.
         grid: levels and legal codes.
         block: (negative axis, length) or None.
         value_dtype: dtype of the values, float16, bfloat16, float32 or (where JAX has it) float64.
-        per_byte: codes in a byte.
+        bits: width of a code in `packed`.
         has_copies: whether `scale` and `offset` are copies of one number each, made for a scan.
         label: what `explain` calls it, while it looks.
+        block_of: the group of each column, where neighbours do not share one, (1, columns) for a
+            matrix: GPTQ orders groups by activation.
         is_frozen: whether transformations leave it alone, as they do floats; see `freeze`.
 
     Examples:
@@ -167,27 +172,41 @@ class QuantizedArray(quax.ArrayValue):
     """
 
     packed: UInt8[Array, "..."]
-    scale: Float[Array, "..."]
-    offset: Float[Array, "..."] | None
+    scale: Scale
+    offset: Scale | None
     grid: Grid = eqx.field(static=True)
     block: tuple[int, int] | None = eqx.field(static=True)
     value_dtype: Any = eqx.field(static=True)
-    per_byte: int = eqx.field(static=True, default=1)
+    bits: int = eqx.field(static=True, default=8)
     has_copies: bool = eqx.field(static=True, default=False)
     label: str = eqx.field(static=True, default="")
+    block_of: Integer[Array, "..."] | None = None
     is_frozen: bool = eqx.field(static=True, default=False)
 
     @classmethod
     def from_codes(
         cls,
         codes: Integer[Array, "..."],
-        scale: Float[Array, "..."],
-        offset: Float[Array, "..."] | None,
+        scale: Scale,
+        offset: Scale | None,
         grid: Grid,
         block: tuple[int, int] | None = None,
         value_dtype: Any = jnp.float32,
+        bits: int | None = None,
+        block_of: Integer[Array, "..."] | None = None,
     ) -> QuantizedArray:
         """An array of the given codes, which must be legal, in the logical shape.
+
+        Args:
+            codes: of any integer dtype.
+            scale: as the attribute.
+            offset: as the attribute.
+            grid: levels and legal codes.
+            block: as the attribute.
+            value_dtype: of the values.
+            bits: width of a code in memory, 2 to 8, or more where the last axis does not divide so;
+                by default 2, 4 or 8, as fits the grid.
+            block_of: as the attribute.
 
         Examples:
             >>> grid = Grid((-1.0, 0.0, 1.0, 2.0), 0, 3)
@@ -195,32 +214,54 @@ class QuantizedArray(quax.ArrayValue):
             Array([[3, 0]], dtype=uint8)
         """
         register_with_flax()
-        per_byte = _per_byte(grid, codes.shape)
-        packed = _pack([cut(codes, i, per_byte) for i in range(per_byte)])
-        return cls(packed, scale, offset, grid, block, jnp.dtype(value_dtype), per_byte)
+        least = 8 if bits is None else bits
+        if bits is None:
+            least = next((n for n in (2, 4) if len(grid.levels) <= 2**n), 8)
+            widths: tuple[int, ...] = (2, 4, 8)
+        elif not 2 <= bits <= 8 or len(grid.levels) > 2**bits:
+            raise ValueError(f"bits must be in [2, 8] and hold {grid}, got {bits}.")
+        else:
+            widths = packing.WIDTHS
+        width = packing.width(codes.shape, least, widths)
+        packed = packing.pack(codes, width)
+        if block_of is not None:
+            groups = scale.shape[-1]
+            block_of = block_of.astype(jnp.uint8 if groups <= 256 else jnp.uint16)
+        dtype = jnp.dtype(value_dtype)
+        return cls(packed, scale, offset, grid, block, dtype, width, block_of=block_of)
 
     def __repr__(self) -> str:
         def kind(x: Any) -> str:
+            if isinstance(x, TwoLevel):
+                return f"{kind(x.outer)} {'/' if x.divides else '*'} {kind(x.inner)}"
             return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else repr(x)
 
         block = "" if self.block is None else f", block={self.block}"
         offset = "" if self.offset is None else f", offset={kind(self.offset)}"
         scale = f"scale={kind(self.scale)}{offset}{block}"
-        packed = f"uint{8 // self.per_byte}{list(self.shape)}"
+        packed = f"uint{self.bits}{list(self.shape)}"
         return f"QuantizedArray({packed}, {self.grid}, {scale})"
 
     def aval(self) -> ShapedArray:
         """The shape and dtype that JAX code sees."""
         *leading, last = self.packed.shape or (None,)
-        shape = () if last is None else (*leading, last * self.per_byte)
+        shape = () if last is None else (*leading, last * 8 // self.bits)
         return ShapedArray(shape, self.value_dtype)
+
+    @property
+    def per_byte(self) -> int:
+        """How many parts of the last axis share bytes."""
+        return packing.parts(self.bits)
+
+    @property
+    def part_length(self) -> int:
+        """How long a part is."""
+        return self.shape[-1] // self.per_byte
 
     @property
     def codes(self) -> UInt8[Array, "..."]:
         """The codes, one a byte, in the logical shape."""
-        if self.per_byte == 1:
-            return self.packed
-        return jnp.concatenate([self._unpacked(i) for i in range(self.per_byte)], axis=-1)
+        return packing.unpack(self.packed, self.bits)
 
     @property
     def parts(self) -> list[QuantizedArray]:
@@ -234,17 +275,16 @@ class QuantizedArray(quax.ArrayValue):
         offset = None if self.offset is None else self.part_of(self.offset, i)
         block = None if self.block is None else (self.block[0], self._length_in_parts)
         scale = self.part_of(self.scale, i)
-        codes = self._unpacked(i)
-        return QuantizedArray(codes, scale, offset, self.grid, block, self.value_dtype)
+        codes = packing.part(self.packed, self.bits, i)
+        block_of = None if self.block_of is None else cut(self.block_of, i, self.per_byte)
+        return QuantizedArray(
+            codes, scale, offset, self.grid, block, self.value_dtype, block_of=block_of
+        )
 
-    def _unpacked(self, i: Array | int) -> UInt8[Array, "..."]:
-        """The i-th code of every byte."""
-        width = 8 // self.per_byte
-        return (self.packed >> jnp.asarray(i * width, jnp.uint8)) & (2**width - 1)
-
-    def part_of(self, per_block: Array, i: Array | int) -> Array:
+    def part_of(self, per_block: Array | TwoLevel, i: Array | int) -> Array:
         """What `part(i)` has of something in `scale`'s shape."""
-        if per_block.shape[-1] == 1:
+        per_block = multiplied_out(per_block)
+        if per_block.shape[-1] == 1 or self.block_of is not None:
             return per_block
         axis, length = self.block or (0, 1)
         if axis == -1:
@@ -258,7 +298,7 @@ class QuantizedArray(quax.ArrayValue):
         """How long blocks are in `parts`: cut further where one would lie in two of them."""
         axis, length = self.block or (0, 1)
         cuts = axis == -1 and self.scale.shape[-1] > 1
-        return math.gcd(length, self.packed.shape[-1]) if cuts else length
+        return math.gcd(length, self.part_length) if cuts else length
 
     def materialise(self) -> Array:
         """The values."""
@@ -279,13 +319,17 @@ class QuantizedArray(quax.ArrayValue):
 
     def decode(self, codes: Array) -> Float[Array, "..."]:
         """Values of other codes of the same shape, under this array's scale, in `value_dtype`."""
-        values = self.broadcast_scales(self.scale).astype(jnp.float32) * self.grid.at(codes)
+        scale = self.broadcast_scales(self.scale).astype(jnp.float32)
+        values = scale * self.grid.at(codes)
         if self.offset is not None:
             values = values + self.broadcast_scales(self.offset).astype(jnp.float32)
         return values.astype(self.value_dtype)
 
-    def broadcast_scales(self, per_block: Array) -> Array:
+    def broadcast_scales(self, per_block: Array | TwoLevel) -> Array:
         """Repeat something in `scale`'s shape, or shorter, so that it broadcasts with `codes`."""
+        per_block = multiplied_out(per_block)
+        if self.block_of is not None and per_block.shape[-1] > 1:
+            return self._of_groups(per_block)
         if self.block is None:
             return per_block
         axis, length = self.block
@@ -297,6 +341,20 @@ class QuantizedArray(quax.ArrayValue):
         longer = jnp.broadcast_to(jnp.expand_dims(per_block, axis + 1), shape)
         shape[axis : axis + 2] = [shape[axis] * length]
         return jax.lax.slice_in_dim(longer.reshape(shape), 0, self.shape[axis], axis=axis)
+
+    def _of_groups(self, per_group: Array) -> Array:
+        """Something in `scale`'s shape, for each column that of its group."""
+        ndim = max(per_group.ndim, self.block_of.ndim)
+        group, per_group = (
+            x.reshape((1,) * (ndim - x.ndim) + x.shape) for x in (self.block_of, per_group)
+        )
+        rows = jnp.broadcast_shapes(group.shape[:-1], per_group.shape[:-1])
+        group = jnp.broadcast_to(group, (*rows, group.shape[-1]))
+        per_group = jnp.broadcast_to(per_group, (*rows, per_group.shape[-1]))
+        # Legal by what made it: a check for each column would cost as much as the look-up.
+        return jnp.take_along_axis(
+            per_group, group.astype(jnp.int32), axis=-1, mode="promise_in_bounds"
+        )
 
     def take_rows(self, fn: Callable[[Array], Array]) -> QuantizedArray:
         """The array of rearranged, picked or repeated rows, the last axis staying as it is.
@@ -312,15 +370,23 @@ class QuantizedArray(quax.ArrayValue):
                 like = jax.ShapeDtypeStruct((*self.shape[:-1], x.shape[-1]), x.dtype)
                 new = jax.eval_shape(fn, like)  # shared rows stay shared
                 return x.reshape((1,) * (len(new.shape) - 1) + x.shape[-1:])
-            spread = x if self._has_whole_rows and self.block else self.broadcast_scales(x)
+            is_short = (self._has_whole_rows and self.block) or self.block_of is not None
+            spread = x if is_short else self.broadcast_scales(x)
             return fn(jnp.broadcast_to(spread, (*self.shape[:-1], spread.shape[-1])))
 
+        scale, offset = self.scale, self.offset
+        if not self._has_whole_rows:  # of two levels, each row gets products of its own
+            scale, offset = (
+                multiplied_out(scale),
+                None if offset is None else multiplied_out(offset),
+            )
         return dataclasses.replace(
             self,
             packed=fn(self.packed),
-            scale=per_block(self.scale),
-            offset=per_block(self.offset),
+            scale=jax.tree.map(per_block, scale),
+            offset=jax.tree.map(per_block, offset),
             block=self.block if self._has_whole_rows else None,
+            block_of=per_block(self.block_of),
         )
 
     @property
@@ -330,14 +396,11 @@ class QuantizedArray(quax.ArrayValue):
 
     def take_columns(self, places: Integer[Array, " k"]) -> QuantizedArray:
         """The array of picked columns, each code in a byte of its own."""
-        length = self.packed.shape[-1]
-        width = 8 // self.per_byte
-        shift = ((places // length) * width).astype(jnp.uint8)
-        codes = (jnp.take(self.packed, places % length, axis=-1) >> shift) & (2**width - 1)
+        codes = packing.take(self.packed, self.bits, places)
 
-        def per_block(x: Array | None) -> Array | None:
+        def per_block(x: Scale | None) -> Array | None:
             if x is None or x.shape[-1] == 1:
-                return x
+                return x if x is None else multiplied_out(x)
             return jnp.take(self.broadcast_scales(x), places, axis=-1)
 
         block = None if self._has_whole_rows else self.block
@@ -346,15 +409,15 @@ class QuantizedArray(quax.ArrayValue):
 
     def with_codes(self, codes: Integer[Array, "..."]) -> QuantizedArray:
         """The same array at other codes, which must be legal."""
-        packed = _pack([cut(codes, i, self.per_byte) for i in range(self.per_byte)])
-        return dataclasses.replace(self, packed=packed)
+        return dataclasses.replace(self, packed=packing.pack(codes, self.bits))
 
     def stepped(self, steps: list[Integer[Array, "..."]]) -> QuantizedArray:
         """The same array a number of codes on, kept on the grid; a step for each of `parts`."""
         low, high = self.grid.low, self.grid.high
         pairs = zip(self.parts, steps, strict=True)
         moved = [part.packed.astype(jnp.int16) + step.astype(jnp.int16) for part, step in pairs]
-        return dataclasses.replace(self, packed=_pack([jnp.clip(n, low, high) for n in moved]))
+        parts = [jnp.clip(n, low, high) for n in moved]
+        return dataclasses.replace(self, packed=packing.pack_parts(parts, self.bits))
 
 
 class _WholeOrNothing:
@@ -389,13 +452,18 @@ class _WholeOrNothing:
                 "alone (zoqo_jax.on_floats), or freeze the codes (zoqo_jax.freeze)."
             )
         fields["packed"] = jnp.zeros(packed.shape, jnp.uint8)
-        for name in ("scale", "offset"):
-            if isinstance(fields.get(name), jax.Array | np.ndarray):
-                fields[name] = jnp.zeros_like(fields[name])
+        for name in ("scale", "offset", "block_of"):
+            fields[name] = jax.tree.map(_zeros, fields.get(name))
+
+
+def _zeros(x: Any) -> Any:
+    return jnp.zeros_like(x) if isinstance(x, jax.Array | np.ndarray) else x
 
 
 def _is_masked(child: Any) -> bool:
     """Whether a mask of optax has taken a child of an array away."""
+    if isinstance(child, TwoLevel):
+        return _is_masked(child.outer) and _is_masked(child.inner)
     return isinstance(child, optax.MaskedNode)
 
 
@@ -405,15 +473,21 @@ QuantizedArray.is_frozen = _WholeOrNothing()
 def register_with_flax() -> None:
     """Let `flax.serialization` take quantized arrays apart, once somebody has imported Flax.
 
-    The codes, scale and offset are serialized; grid and block come from the array restored to.
+    Codes, scales and offsets are serialized; grid and block come from the array restored to.
     """
     flax = sys.modules.get("flax.serialization")
     if flax is None or flax.is_serializable(QuantizedArray):
         return
 
     def to_state(array: QuantizedArray) -> dict[str, Any]:
-        names = ("packed", "scale", "offset")
-        return {name: getattr(array, name) for name in names if getattr(array, name) is not None}
+        named: dict[str, Any] = {}
+        for name in ("packed", "scale", "offset", "block_of"):
+            x = getattr(array, name)
+            if isinstance(x, TwoLevel):
+                named |= {f"{name}.outer": x.outer, f"{name}.inner": x.inner}
+            elif x is not None:
+                named[name] = x
+        return named
 
     def from_state(array: QuantizedArray, state: dict[str, Any]) -> QuantizedArray:
         here = to_state(array)
@@ -425,33 +499,16 @@ def register_with_flax() -> None:
         if extra:
             raise ValueError(f"state must hold {sorted(here)}, got {extra[0]!r} as well.")
         new = {name: jnp.asarray(state[name], own.dtype) for name, own in here.items()}
+        for name in ("scale", "offset"):
+            if isinstance(getattr(array, name), TwoLevel):
+                levels = {level: new.pop(f"{name}.{level}") for level in ("outer", "inner")}
+                new[name] = dataclasses.replace(getattr(array, name), **levels)
         return dataclasses.replace(array, **new)
 
     flax.register_serialization_state(QuantizedArray, to_state, from_state)
 
 
 register_with_flax()
-
-
-def _per_byte(grid: Grid, shape: tuple[int, ...]) -> int:
-    """How many codes of a grid to keep in a byte of an array of this shape."""
-    fits = {1: 256, 2: 16, 4: 4}
-    may = [n for n, levels in fits.items() if len(grid.levels) <= levels]
-    return max(n for n in may if n == 1 or (len(shape) > 1 and shape[-1] % n == 0))
-
-
-def cut(x: Array, i: Array | int, count: int) -> Array:
-    """The i-th of `count` equal parts of the last axis."""
-    if count == 1:
-        return x
-    length = x.shape[-1] // count
-    return jax.lax.dynamic_slice_in_dim(x, i * length, length, axis=-1)
-
-
-def _pack(parts: list[Array]) -> UInt8[Array, "..."]:
-    width = 8 // len(parts)
-    shifted = (part.astype(jnp.uint8) << (i * width) for i, part in enumerate(parts))
-    return functools.reduce(jnp.bitwise_or, shifted)
 
 
 def is_quantized(leaf: Any) -> bool:

@@ -255,20 +255,24 @@ def _sliceable(leaf: Any) -> Any:
     if block is not None and block[0] == -leaf.ndim:  # blocks of layers: a scale for every layer
         spread = {name: _spread(getattr(leaf, name), leaf) for name in ("scale", "offset")}
         return dataclasses.replace(leaf, **spread, block=None)
-    scale, offset = (_spread_leading(x, leaf) for x in (leaf.scale, leaf.offset))
-    return dataclasses.replace(leaf, scale=scale, offset=offset, has_copies=leaf.has_one_scale)
+    scale, offset, block_of = jax.tree.map(
+        lambda x: _spread_leading(x, leaf), (leaf.scale, leaf.offset, leaf.block_of)
+    )
+    return dataclasses.replace(
+        leaf, scale=scale, offset=offset, block_of=block_of, has_copies=leaf.has_one_scale
+    )
 
 
 def _spread(per_block: Array | None, array: QuantizedArray) -> Array | None:
     return None if per_block is None else array.broadcast_scales(per_block)
 
 
-def _spread_leading(per_block: Array | None, array: QuantizedArray) -> Array | None:
+def _spread_leading(per_block: Array, array: QuantizedArray) -> Array:
     """Repeat along the axis that a scan walks, a stack's first.
 
     Never along the last, within which draws depend on what is shared (`random_bits.bernoulli`).
     """
-    if per_block is None or per_block.shape[0] != 1:
+    if per_block.shape[0] != 1:
         return per_block
     return jnp.broadcast_to(per_block, (array.shape[0], *per_block.shape[1:]))
 
@@ -380,6 +384,4 @@ def _specs(x: Any, spec: Any) -> PyTree | None:
     if isinstance(x, PerturbedArray):
         direction = jax.tree.map(lambda leaf: along(leaf.shape), x.direction)
         return dataclasses.replace(x, array=_specs(array, spec), direction=direction)
-    offset = None if x.offset is None else along(x.offset.shape)
-    packed, scale = along(x.packed.shape), along(x.scale.shape)
-    return dataclasses.replace(x, packed=packed, scale=scale, offset=offset)
+    return jax.tree.map(lambda leaf: along(leaf.shape), x)

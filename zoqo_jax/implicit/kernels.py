@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int8, Integer
 
 from zoqo_jax.directions import Boundary, check_choice, displace
 from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.grids.scales import multiplied_out
 
 __all__ = ["Tiles", "decoded_product", "rank_one_product", "supports"]
 
@@ -174,6 +175,10 @@ def _check(x: Array, array: QuantizedArray, transposed: bool, tiles: Tiles | Non
 
 def _obstacle(array: QuantizedArray) -> str | None:
     """Why the kernel does not take an array, or None."""
+    if array.bits not in (2, 4, 8):
+        return f"its codes of {array.bits} bits lie in several planes"
+    if array.block_of is not None:
+        return "neighbouring columns do not share scales"
     if array.ndim != 2 or array.size == 0:
         return "it is no matrix, or an empty one"
     if array.packed.size >= _MOST_BYTES:
@@ -419,6 +424,8 @@ def _product(
 ) -> Array:
     """Lay the operands out, and run the kernel on every tile of the result."""
     sides, tokens, _ = x.shape
+    offset = None if array.offset is None else multiplied_out(array.offset)
+    array = dataclasses.replace(array, scale=multiplied_out(array.scale), offset=offset)
     (rows, columns), parts = array.packed.shape, array.per_byte
     if tokens == 0:
         return jnp.zeros((sides, 0, array.shape[0 if transposed else 1]), x.dtype)

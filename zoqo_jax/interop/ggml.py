@@ -1,87 +1,80 @@
 """ggml's tensor types: how codes and floats lie in the bytes of a GGUF file.
 
-Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 hold 32 codes a block, with a float16 scale (and minimum) each, and
-become a `QuantizedArray`, bit for bit; F32, F16, BF16 and whole numbers are arrays. Everything else
-is decoded by the `gguf` package.
+Types whose codes have an order become a `QuantizedArray`, bit for bit: Q4_0, Q4_1, Q5_0, Q5_1 and
+Q8_0, the K-quants Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4, NVFP4 and TQ2_0 (`ggml_types.py` says how
+each lies in bytes). F32, F16, BF16 and whole numbers are arrays. Everything else is decoded by the
+`gguf` package, with one of the reasons in `ggml_floats.py`.
+
+Values are those of the `gguf` package bit for bit: scale, minimum and level have so few bits that
+their products are exact in float32, and only the last sum rounds. One exception: an MXFP4 value
+below 2^-126, which float32 holds as a subnormal number, and which XLA may take for 0.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from zoqo_jax.grids.arrays import Grid, QuantizedArray
+from zoqo_jax.grids.arrays import QuantizedArray
+from zoqo_jax.grids.scales import TwoLevel
+from zoqo_jax.interop import ggml_codes, ggml_floats
+from zoqo_jax.interop.ggml_scales import aligned
+from zoqo_jax.interop.ggml_types import TYPES, Scales
 
-__all__ = ["MOST_AXES", "bytes_of", "decode", "encode", "is_exact", "kind_of", "type_name"]
+__all__ = [
+    "MOST_AXES",
+    "bytes_of",
+    "decode",
+    "encode",
+    "encoded",
+    "has_aliases",
+    "is_exact",
+    "kind_of",
+    "type_name",
+]
 
 MOST_AXES = 4
 """The most axes of a tensor."""
 
-_BLOCK = 32
 _PLAIN = {
     0: np.dtype("<f4"), 1: np.dtype("<f2"), 24: np.dtype("<i1"), 25: np.dtype("<i2"),
     26: np.dtype("<i4"), 30: np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
 
 
-class _Format(NamedTuple):
-    """How a block of 32 codes lies in bytes: scale, minimum, fifth bits, the rest of the codes."""
-
-    name: str
-    bits: int
-    zero: int  # the code whose level is 0
-    has_minimum: bool
-
-    @property
-    def grid(self) -> Grid:
-        levels = tuple(float(n - self.zero) for n in range(2**self.bits))
-        return Grid(levels, 0, 2**self.bits - 1)
-
-    @property
-    def head(self) -> int:
-        """Bytes of scale and minimum."""
-        return 4 if self.has_minimum else 2
-
-    @property
-    def size(self) -> int:
-        """Bytes of a block."""
-        return self.head + _BLOCK * self.bits // 8
-
-
-_FORMATS = {
-    2: _Format("Q4_0", 4, 8, False),
-    3: _Format("Q4_1", 4, 0, True),
-    6: _Format("Q5_0", 5, 16, False),
-    7: _Format("Q5_1", 5, 0, True),
-    8: _Format("Q8_0", 8, 128, False),
-}
-
-
 def is_exact(kind: int) -> bool:
     """Whether tensors of a type are read as what they are, and not only decoded to floats.
 
     Examples:
-        >>> is_exact(3), is_exact(12)  # Q4_1, Q4_K
+        >>> is_exact(3), is_exact(12), is_exact(16)  # Q4_1, Q4_K, IQ2_XXS
+        (True, True, False)
+    """
+    return kind in TYPES or kind in _PLAIN
+
+
+def has_aliases(kind: int) -> bool:
+    """Whether two numbers of a type stand for one code, as plus and minus zero do.
+
+    Examples:
+        >>> has_aliases(39), has_aliases(12)  # MXFP4, Q4_K
         (True, False)
     """
-    return kind in _FORMATS or kind in _PLAIN
+    return kind in TYPES and TYPES[kind].has_aliases
 
 
 def type_name(kind: int) -> str:
     """What ggml calls a type.
 
     Examples:
-        >>> type_name(2), type_name(8)
-        ('Q4_0', 'Q8_0')
+        >>> type_name(2), type_name(12)
+        ('Q4_0', 'Q4_K')
     """
-    if kind in _FORMATS:
-        return _FORMATS[kind].name
-    return _package().GGMLQuantizationType(kind).name
+    return TYPES[kind].name if kind in TYPES else ggml_floats.name(kind)
 
 
 def bytes_of(kind: int, shape: tuple[int, ...]) -> int:
@@ -102,11 +95,18 @@ def bytes_of(kind: int, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // block * size
 
 
-def decode(kind: int, shape: tuple[int, ...], raw: np.ndarray) -> QuantizedArray | jax.Array:
+def decode(kind: int, shape: tuple[int, ...], raw: Any) -> QuantizedArray | jax.Array:
     """A tensor of its `bytes_of` bytes.
 
+    Args:
+        kind: the type's number.
+        shape: of the tensor.
+        raw: its bytes, uint8; or anything whose slices are such arrays, so that a large tensor need
+            not be in memory in both forms.
+
     Raises:
-        ValueError: a scale is not finite, or the `gguf` package does not decode the type.
+        ValueError: a scale is not finite, a code is not legal, or the `gguf` package does not
+            decode the type.
 
     Examples:
         >>> raw = np.float16([0.5]).tobytes() + bytes([0x98] * 16)  # Q4_0: codes 8, then 9
@@ -114,17 +114,16 @@ def decode(kind: int, shape: tuple[int, ...], raw: np.ndarray) -> QuantizedArray
         >>> array.codes[0, ::16].tolist(), array.materialise()[0, ::16].tolist()
         ([8, 9], [0.0, 0.5])
     """
-    if kind in _PLAIN:
-        return jnp.asarray(np.array(raw).view(_PLAIN[kind]).reshape(shape))
-    if kind in _FORMATS:
-        return _codes(_FORMATS[kind], shape, np.asarray(raw))
-    package = _package()
-    rows = np.array(raw).reshape(math.prod(shape[:-1]), -1)
-    try:
-        values = package.quants.dequantize(rows, package.GGMLQuantizationType(kind))
-    except (NotImplementedError, KeyError) as error:
-        raise ValueError(f"{type_name(kind)} cannot be decoded.") from error
-    return jnp.asarray(values.reshape(shape), jnp.float32)
+    if kind in TYPES:
+        return ggml_codes.read(TYPES[kind], shape, raw)
+    if kind not in _PLAIN:
+        return ggml_floats.decode(kind, shape, raw)
+    values = aligned((math.prod(shape[:-1]), shape[-1]), _PLAIN[kind])
+    row_bytes = values.shape[1] * values.itemsize
+    for begin, end in ggml_codes.row_ranges(*values.shape):
+        part = np.ascontiguousarray(raw[begin * row_bytes : end * row_bytes])
+        values[begin:end] = part.view(values.dtype).reshape(end - begin, -1)
+    return jax.device_put(values.reshape(shape))
 
 
 def kind_of(tensor: Any) -> int:
@@ -134,6 +133,7 @@ def kind_of(tensor: Any) -> int:
         ValueError: there is none.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> from zoqo_jax import Quantizer
         >>> type_name(kind_of(Quantizer(4, block=32)(jnp.ones((2, 64)))))
         'Q4_0'
@@ -145,9 +145,10 @@ def kind_of(tensor: Any) -> int:
             if tensor.dtype == dtype:
                 return kind
         raise ValueError(f"its dtype has no GGUF type, {tensor.dtype}.")
-    for kind, form in _FORMATS.items():
-        same = tensor.grid.levels == form.grid.levels
-        if same and form.has_minimum == (tensor.offset is not None):
+    for kind, form in TYPES.items():
+        if tensor.grid.levels != form.grid.levels or tensor.grid.high > form.grid.high:
+            continue
+        if _holds(form.scale, tensor.scale) and _holds(form.minimum, tensor.offset):
             bytes_of(kind, tuple(tensor.shape))
             return kind
     raise ValueError(
@@ -160,91 +161,67 @@ def encode(tensor: Any, kind: int) -> bytes:
     """A tensor's bytes, in the type that `kind_of` gave.
 
     Raises:
-        ValueError: scales that 32 neighbours do not share, or that float16 does not hold.
+        ValueError: scales that a block's codes do not share, or that float16 does not hold.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> from zoqo_jax import Quantizer
         >>> array = Quantizer(4, block=32, scale_dtype=jnp.float16)(jnp.ones((1, 32)))
         >>> raw = encode(array, kind_of(array))
         >>> len(raw), set(raw[2:])  # a scale, then two codes of 15 in each byte
         (18, {255})
     """
-    if kind in _PLAIN:
-        return np.asarray(tensor).astype(_PLAIN[kind], copy=False).tobytes()
-    form = _FORMATS[kind]
-    blocks = (*tensor.shape[:-1], tensor.shape[-1] // _BLOCK)
-    head = [_per_block(tensor, tensor.scale)]
-    if form.has_minimum:
-        head.append(_per_block(tensor, tensor.offset))
-    parts: list[np.ndarray] = [np.stack(head, axis=-1).view(np.uint8)]
-    codes = np.asarray(tensor.codes).reshape(*blocks, _BLOCK)
-    if form.bits == 8:
-        parts.append(codes - np.uint8(form.zero))
+    return b"".join(part.tobytes() for part in encoded(tensor, kind))
+
+
+def encoded(tensor: Any, kind: int, before: Any = None) -> Iterator[np.ndarray]:
+    """A tensor's bytes, some rows at a time.
+
+    Args:
+        tensor: the tensor.
+        kind: the type that `kind_of` gave; or, of floats, that which `before` has, whose values
+            they must still be.
+        before: the bytes that it was read from, or anything whose slices are. Of two numbers that
+            stand for one code, plus and minus zero, the one that is there is kept.
+
+    Raises:
+        ValueError: scales that a block's codes do not share, or that float16 does not hold.
+
+    Yields:
+        uint8 arrays.
+
+    Examples:
+        >>> before = np.array([127] + [0x08] * 16, np.uint8)  # MXFP4: zeros, every second -0
+        >>> array = decode(39, (1, 32), before)
+        >>> [next(encoded(array, 39, raw))[0, 1].item() for raw in (None, before)]
+        [0, 8]
+    """
+    if kind in TYPES:
+        yield from ggml_codes.written(TYPES[kind], tensor, before)
+    elif kind not in _PLAIN:
+        size = bytes_of(kind, tuple(tensor.shape))
+        for begin in range(0, size, 2**20):
+            yield before[begin : min(begin + 2**20, size)]
     else:
-        if form.bits == 5:
-            parts.append(np.packbits(codes >> 4, axis=-1, bitorder="little"))
-        low, high = np.split(codes & 15, 2, axis=-1)
-        parts.append(low | high << 4)
-    return np.concatenate(parts, axis=-1).tobytes()
+        values = np.asarray(tensor).astype(_PLAIN[kind], copy=False)
+        yield np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _codes(form: _Format, shape: tuple[int, ...], raw: np.ndarray) -> QuantizedArray:
-    blocks = raw.reshape(*shape[:-1], shape[-1] // _BLOCK, form.size)
-    heads = np.ascontiguousarray(blocks[..., : form.head]).view("<f2")
-    if not np.isfinite(heads).all():
-        raise ValueError("a scale is NaN or infinite.")
-    rest = blocks[..., form.head :]
-    if form.bits == 8:
-        codes = rest + np.uint8(form.zero)  # signed bytes, modulo 256
-    else:
-        nibbles = rest[..., -_BLOCK // 2 :]
-        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
-    if form.bits == 5:
-        codes |= np.unpackbits(rest[..., :4], axis=-1, bitorder="little") << 4
-    minimum = jnp.asarray(heads[..., 1]) if form.has_minimum else None
-    codes, scale = jnp.asarray(codes.reshape(shape)), jnp.asarray(heads[..., 0])
-    return QuantizedArray.from_codes(codes, scale, minimum, form.grid, block=(-1, _BLOCK))
-
-
-def _per_block(tensor: QuantizedArray, numbers: Any) -> np.ndarray:
-    """A scale or offset for every 32 codes, float16 (*rows, blocks)."""
-    numbers = np.asarray(numbers)
-    if tensor.block == (-1, _BLOCK) and numbers.shape[-1] * _BLOCK == tensor.shape[-1]:
-        blocks = np.broadcast_to(numbers, (*tensor.shape[:-1], numbers.shape[-1]))
-    else:
-        spread = np.broadcast_to(
-            np.asarray(tensor.broadcast_scales(jnp.asarray(numbers))), tensor.shape
-        )
-        each = spread.reshape(*tensor.shape[:-1], -1, _BLOCK)
-        if (each != each[..., :1]).any():
-            raise ValueError(f"{_BLOCK} neighbours must share a scale.")
-        blocks = each[..., 0]
-    halves = blocks.astype("<f2")
-    if (halves.astype(np.float64) != blocks.astype(np.float64)).any():
-        raise ValueError(
-            "float16 does not hold its scales: quantize it with scale_dtype=jnp.float16."
-        )
-    return np.ascontiguousarray(halves)
+def _holds(at: Scales | None, scale: Any) -> bool:
+    """Whether a type has such scales (or minimums) as an array has."""
+    if at is None or scale is None:
+        return at is None and scale is None
+    if not isinstance(scale, TwoLevel):
+        return not at.inner and at.size > at.count
+    if at.inner:
+        return not scale.divides and scale.inner.dtype == at.number
+    return not scale.divides and scale.inner.dtype == at.dtype  # no array has inner float16
 
 
 def _layout(kind: int) -> tuple[int, int]:
     """Elements and bytes of a block."""
     if kind in _PLAIN:
         return 1, _PLAIN[kind].itemsize
-    if kind in _FORMATS:
-        return _BLOCK, _FORMATS[kind].size
-    package = _package()
-    try:
-        return package.GGML_QUANT_SIZES[package.GGMLQuantizationType(kind)]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"there is no tensor type {kind}.") from error
-
-
-def _package() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            "tensors of this type are decoded by the gguf package: pip install 'zoqo_jax[interop]'."
-        ) from error
-    return gguf
+    if kind in TYPES:
+        return TYPES[kind].length, TYPES[kind].size
+    return ggml_floats.layout(kind)

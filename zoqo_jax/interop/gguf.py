@@ -17,32 +17,23 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.interop import ggml, tokenizing
+from zoqo_jax.interop import ggml, gguf_reading, gguf_writing, tokenizing
 from zoqo_jax.interop.files import replacing
+from zoqo_jax.interop.gguf_layout import Layout, alignment_of, naming, padded
+from zoqo_jax.interop.gguf_sources import Stretch, source_of, why_floats
 
 __all__ = ["File", "Metadata", "load", "parts", "save"]
 
-_MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
-_STRING, _ARRAY = 8, 9
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
-_NUMBERS = {
-    number: np.dtype(kind)
-    for number, kind in {
-        0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
-        10: "<u8", 11: "<i8", 12: "<f8",
-    }.items()
-}  # fmt: skip
 
 
 class File(NamedTuple):
@@ -86,24 +77,7 @@ class Metadata(dict[str, Any]):
         ({'general.name': 'one'}, 3)
     """
 
-    layout: _Layout
-
-
-class _Layout(NamedTuple):
-    """What a file has beyond tensors and metadata."""
-
-    version: int = _VERSION
-    alignment: int = 0  # 0: no layout but the usual one
-    places: tuple[tuple[str, int, int], ...] = ()  # name, bytes and offset of each tensor
-    room: int = 0  # bytes from the padded header to the end; negative: the header is not padded
-    gaps: tuple[bytes, ...] = ()  # bytes before, between and after tensors, where they are not 0
-
-
-class _Info(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    kind: int
-    offset: int
+    layout: Layout
 
 
 def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
@@ -136,16 +110,19 @@ def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
         if not one.is_file():
             raise FileNotFoundError(f"path: there is no file {one}.")
     tensors: dict[str, QuantizedArray | jax.Array] = {}
-    of_parts, decoded = [], []
+    of_parts: list[Metadata] = []
+    decoded: dict[str, int] = {}
+    sources: dict[str, Stretch] = {}
     for number, one in enumerate(paths):
-        with _naming(one):
+        with naming(one):
             found, metadata, other = _read(one)
             _check_part(metadata, number, len(paths))
             if twice := sorted(set(found) & set(tensors)):
                 raise ValueError(f"another part has a tensor {twice[0]!r}, too.")
         tensors |= found
         of_parts.append(metadata)
-        decoded += other
+        decoded |= other
+        sources |= metadata.layout.sources
     path, metadata = paths[0], of_parts[0]
     if len(paths) > 1:
         expected = metadata.get("split.tensors.count", len(tensors))
@@ -155,7 +132,7 @@ def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
             )
         version = metadata.layout.version
         metadata = Metadata({k: x for k, x in metadata.items() if not k.startswith("split.")})
-        metadata.layout = _Layout(version)
+        metadata.layout = Layout(version, sources=sources)
     words = None
     if tokenizer:
         try:
@@ -165,11 +142,7 @@ def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> File:
                 f"{path}: {error} With tokenizer=False, all else of the file is read."
             ) from error
     if decoded:
-        warnings.warn(
-            f"{path}: {len(decoded)} tensors of type {', '.join(sorted(set(decoded)))} were "
-            "decoded to float32: they have no codes of their own, and are saved as floats.",
-            stacklevel=2,
-        )
+        warnings.warn(why_floats(path, decoded), stacklevel=2)
     return File(tensors, metadata, words)
 
 
@@ -218,68 +191,41 @@ def save(
         ...     load(f"{folder}/a.gguf").tensors["norm"].tolist()
         [1.0, 1.0, 1.0]
     """
-    alignment = _alignment(metadata)
-    kinds = {name: _named(name, ggml.kind_of, tensor) for name, tensor in tensors.items()}
+    alignment = alignment_of(metadata)
+    known = getattr(metadata, "layout", Layout())
+    sources = {name: source_of(name, tensor, known.sources) for name, tensor in tensors.items()}
+    kinds = {}
+    for name, tensor in tensors.items():
+        with naming(f"tensors: {name!r}"):
+            source = sources[name]
+            keeps = source is not None and not ggml.is_exact(source.kind)
+            kinds[name] = source.kind if keeps else ggml.kind_of(tensor)
     sizes = {name: ggml.bytes_of(kinds[name], tuple(x.shape)) for name, x in tensors.items()}
-    layout = _layout_of(sizes, alignment, getattr(metadata, "layout", _Layout()))
-    header = bytearray(struct.pack("<4sIQQ", _MAGIC, layout.version, len(tensors), len(metadata)))
-    for key, value in metadata.items():
-        header += _string_bytes(key) + _value_bytes(key, value)
-    for name, _, offset in layout.places:
-        shape = tuple(reversed(tensors[name].shape))
-        header += _string_bytes(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-        header += struct.pack("<IQ", kinds[name], offset)
-    start, gaps = _padded(len(header), alignment), iter(layout.gaps)
+    layout = known.placing(sizes, alignment)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    header = gguf_writing.header(metadata, shapes, kinds, layout)
+    start, gaps = padded(len(header), alignment), iter(layout.gaps)
     with replacing(path) as file:
         file.write(header)
         for name, _, offset in sorted(layout.places, key=lambda place: place[2]):
-            _fill(file, start + offset, next(gaps, b""))
-            file.write(_named(name, ggml.encode, tensors[name], kinds[name]))
-        _fill(file, start + layout.room, next(gaps, b""))
+            gguf_writing.fill(file, start + offset, next(gaps, b""))
+            with naming(f"tensors: {name!r}"):
+                for part in ggml.encoded(tensors[name], kinds[name], sources[name]):
+                    file.write(np.ascontiguousarray(part))
+        gguf_writing.fill(file, start + layout.room, next(gaps, b""))
 
 
-def _read(path: Path) -> tuple[dict[str, QuantizedArray | jax.Array], Metadata, list[str]]:
-    """Tensors and metadata of one file, and the types that were decoded to floats."""
-    if not path.stat().st_size:
-        raise ValueError("the file is empty.")
-    data = np.memmap(path, np.uint8, mode="r")
-    cursor = _Cursor(data)
-    version, entries, infos = _header(cursor)
-    alignment = _alignment(entries)
-    for info in infos:
-        if info.offset % alignment:
-            raise ValueError(f"tensor {info.name!r}: offset {info.offset} is not aligned.")
-    start = _padded(cursor.place, alignment)
-    _check_places(infos, len(data) - start)
-    sizes = [ggml.bytes_of(info.kind, info.shape) for info in infos]
+def _read(path: Path) -> tuple[dict[str, QuantizedArray | jax.Array], Metadata, dict[str, int]]:
+    """Tensors and metadata of one file, and the types of tensors that were decoded to floats."""
+    entries, layout, places = gguf_reading.read(path)
     metadata = Metadata(entries)
-    places = tuple((x.name, size, x.offset) for x, size in zip(infos, sizes, strict=True))
-    gaps = _gaps(data, cursor.place, infos, start)
-    metadata.layout = _Layout(version, alignment, places, len(data) - start, gaps)
-    tensors = {info.name: _tensor(info, data[start + info.offset :]) for info in infos}
-    return tensors, metadata, [ggml.type_name(i.kind) for i in infos if not ggml.is_exact(i.kind)]
-
-
-def _gaps(data: np.ndarray, begin: int, infos: list[_Info], start: int) -> tuple[bytes, ...]:
-    """What lies between the header's end, the tensors and the file's end, if it is not all zero."""
-    found = []
-    for info in sorted(infos, key=lambda info: info.offset):
-        found.append(data[begin : start + info.offset])
-        begin = start + info.offset + ggml.bytes_of(info.kind, info.shape)
-    found.append(data[begin:])
-    return tuple(gap.tobytes() for gap in found) if any(gap.any() for gap in found) else ()
-
-
-def _layout_of(sizes: dict[str, int], alignment: int, known: _Layout) -> _Layout:
-    """Where tensors go: to the places that they had, or one after another, padded."""
-    same = list(sizes.items()) == [(name, size) for name, size, _ in known.places]
-    if same and known.alignment == alignment:
-        return known
-    places, end = [], 0
-    for name, size in sizes.items():
-        places.append((name, size, end))
-        end += _padded(size, alignment)
-    return _Layout(known.version, alignment, tuple(places), end)
+    metadata.layout = layout
+    tensors = {}
+    for name, (info, stretch) in places.items():
+        with naming(f"tensor {name!r}"):
+            tensors[name] = ggml.decode(info.kind, info.shape, stretch)
+    kinds = {name: info.kind for name, (info, _) in places.items()}
+    return tensors, metadata, {n: kind for n, kind in kinds.items() if not ggml.is_exact(kind)}
 
 
 def _check_part(metadata: Metadata, number: int, count: int) -> None:
@@ -297,185 +243,3 @@ def _check_part(metadata: Metadata, number: int, count: int) -> None:
             f"its name says that it is part {number + 1} of {count}, but split.count is {said[0]} "
             f"and split.no {said[1]}."
         )
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """With the file's name in errors."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-class _Cursor:
-    """Reads one thing after another, and never past the end."""
-
-    def __init__(self, data: np.ndarray) -> None:
-        self._data, self.place = data, 0
-
-    @property
-    def left(self) -> int:
-        return len(self._data) - self.place
-
-    def take(self, count: int) -> bytes:
-        if count > self.left:
-            raise ValueError(
-                f"the file ends too early: {count} bytes wanted at {self.place}, {self.left} left."
-            )
-        self.place += count
-        return self._data[self.place - count : self.place].tobytes()
-
-    def number(self, kind: str | np.dtype) -> Any:
-        kind = np.dtype(kind)
-        return np.frombuffer(self.take(kind.itemsize), kind)[0]
-
-    def count(self, least: int) -> int:
-        """How many things of at least so many bytes follow."""
-        count = int(self.number("<u8"))
-        if count * least > self.left:
-            raise ValueError(
-                f"the file ends too early: {count} items at {self.place}, {self.left} bytes left."
-            )
-        return count
-
-    def string(self) -> str | bytes:
-        raw = self.take(self.count(1))
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return raw
-
-    def name(self) -> str:
-        name = self.string()
-        if isinstance(name, bytes) or not name:
-            raise ValueError(f"a name must be UTF-8 and not empty, got {name[:40]!r}.")
-        return name
-
-    def value(self, kind: int) -> Any:
-        if kind in _NUMBERS:
-            number = self.number("<u1" if kind == 7 else _NUMBERS[kind])
-            return _bool(number) if kind == 7 else number
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            raise ValueError(f"there is no value type {kind} (at {self.place}).")
-        kind = int(self.number("<u4"))
-        if kind in _NUMBERS:
-            count = self.count(_NUMBERS[kind].itemsize)
-            return np.frombuffer(self.take(count * _NUMBERS[kind].itemsize), _NUMBERS[kind])
-        if kind != _STRING:
-            raise ValueError(f"arrays of value type {kind} are not read (at {self.place}).")
-        return [self.string() for _ in range(self.count(8))]
-
-
-def _bool(number: Any) -> bool:
-    if number > 1:
-        raise ValueError(f"a bool must be 0 or 1, got {number}.")
-    return bool(number)
-
-
-def _header(cursor: _Cursor) -> tuple[int, dict[str, Any], list[_Info]]:
-    """The version, metadata, and what tensors there are."""
-    if cursor.take(min(4, cursor.left)) != _MAGIC:
-        raise ValueError("this is no GGUF file: it does not begin with 'GGUF'.")
-    version = int(cursor.number("<u4"))
-    if version not in (2, 3):
-        raise ValueError(f"version must be 2 or 3, and little-endian, got {version}.")
-    tensor_count, pair_count = cursor.count(24), cursor.count(13)
-    metadata: dict[str, Any] = {}
-    for _ in range(pair_count):
-        key = cursor.name()
-        if key in metadata:
-            raise ValueError(f"the key {key!r} is there twice.")
-        metadata[key] = cursor.value(int(cursor.number("<u4")))
-    return version, metadata, [_info(cursor) for _ in range(tensor_count)]
-
-
-def _alignment(metadata: Mapping[str, Any]) -> int:
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
-    if not isinstance(alignment, int | np.integer):
-        raise ValueError(f"general.alignment must be a whole number, got {alignment!r:.40}.")
-    if not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment must be a power of two from 8 on, got {alignment}.")
-    return int(alignment)
-
-
-def _info(cursor: _Cursor) -> _Info:
-    name = cursor.name()
-    axes = int(cursor.number("<u4"))
-    if not 1 <= axes <= ggml.MOST_AXES:
-        raise ValueError(f"tensor {name!r} must have 1 to {ggml.MOST_AXES} axes, got {axes}.")
-    shape = tuple(int(cursor.number("<u8")) for _ in range(axes))[::-1]
-    if not all(shape):
-        raise ValueError(f"tensor {name!r} must not be empty, got the shape {shape}.")
-    kind, offset = int(cursor.number("<u4")), int(cursor.number("<u8"))
-    try:
-        ggml.bytes_of(kind, shape)
-    except ValueError as error:
-        raise ValueError(f"tensor {name!r}: {error}") from error
-    return _Info(name, shape, kind, offset)
-
-
-def _check_places(infos: list[_Info], room: int) -> None:
-    """That tensors have names of their own, lie in the file, and share no byte."""
-    if len({info.name for info in infos}) < len(infos):
-        raise ValueError("two tensors have the same name.")
-    end = 0
-    for info in sorted(infos, key=lambda info: info.offset):
-        if info.offset < end:
-            raise ValueError(f"tensor {info.name!r} overlaps another.")
-        end = info.offset + ggml.bytes_of(info.kind, info.shape)
-        if end > room:
-            raise ValueError(
-                f"the file ends too early: tensor {info.name!r} of shape {info.shape} wants bytes "
-                f"up to {end}, there are {max(room, 0)}."
-            )
-
-
-def _tensor(info: _Info, data: np.ndarray) -> QuantizedArray | jax.Array:
-    try:
-        return ggml.decode(info.kind, info.shape, data[: ggml.bytes_of(info.kind, info.shape)])
-    except ValueError as error:
-        raise ValueError(f"tensor {info.name!r}: {error}") from error
-
-
-def _named(name: str, fn: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function says of a tensor, with the tensor's name in its errors."""
-    try:
-        return fn(*arguments)
-    except ValueError as error:
-        raise ValueError(f"tensors: {name!r}: {error}") from error
-
-
-def _padded(count: int, alignment: int) -> int:
-    return -(-count // alignment) * alignment
-
-
-def _string_bytes(text: str | bytes) -> bytes:
-    raw = text if isinstance(text, bytes) else text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _value_bytes(key: str, value: Any) -> bytes:
-    """A value with its type before it."""
-    if isinstance(value, str | bytes):
-        return struct.pack("<I", _STRING) + _string_bytes(value)
-    if isinstance(value, list | tuple) and all(isinstance(x, str | bytes) for x in value):
-        strings = b"".join(map(_string_bytes, value))
-        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + strings
-    if type(value) is int:
-        value = np.uint32(value) if 0 <= value < 2**32 else np.int64(value)
-    array = np.asarray(np.float32(value) if type(value) is float else value)
-    numbers = [number for number, dtype in _NUMBERS.items() if array.dtype == dtype]
-    if not numbers or array.ndim > 1:
-        raise ValueError(f"metadata: {key!r} has a value without GGUF type, {value!r:.60}.")
-    if array.ndim == 0:
-        return struct.pack("<I", numbers[0]) + array.tobytes()
-    return struct.pack("<IIQ", _ARRAY, numbers[0], len(array)) + array.tobytes()
-
-
-def _fill(file: BinaryIO, place: int, gap: bytes) -> None:
-    """Write up to a place what was there before, or zeros."""
-    count = max(place - file.tell(), 0)
-    file.write(gap if len(gap) == count else bytes(count))

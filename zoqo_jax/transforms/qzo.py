@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32, PRNGKeyArray, PyTree, UInt32
 
 from zoqo_jax import directions
 from zoqo_jax.grids.arrays import is_quantized, is_trained, no_update, trained_leaves
+from zoqo_jax.grids.scales import float_part, map_float
 from zoqo_jax.implicit.rules import quaxify
 from zoqo_jax.transforms import floats, queries, sizing, stepping
 from zoqo_jax.transforms.applying import apply_updates
@@ -116,7 +117,7 @@ def qzo(
     mean = float(np.float32(1 / num_queries))
 
     def init(params: PyTree) -> State:
-        scales = [leaf.scale for leaf in trained_leaves(params).values()]
+        scales = [float_part(leaf.scale) for leaf in trained_leaves(params).values()]
         state = initial_state(key, num_queries)
         return state if sized is None else sized.begin(state, scales)
 
@@ -134,7 +135,8 @@ def qzo(
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
         own_key = step_key(state)
         noise_of = Directions(query_keys(state), num_queries, noise)
-        scales = [leaf.scale.astype(jnp.float32) if is_trained(leaf) else None for leaf in leaves]
+        floats_of = [float_part(leaf.scale) if is_trained(leaf) else None for leaf in leaves]
+        scales = [None if x is None else x.astype(jnp.float32) for x in floats_of]
 
         if sized is None:
             mu, eta = value_at(radius, state.count), value_at(learning_rate, state.count)
@@ -149,8 +151,8 @@ def qzo(
                 moved = [
                     leaf
                     if scale is None
-                    else dataclasses.replace(
-                        leaf, scale=scale + side * reach(query, i) * noise_of.draw(query, i, scale)
+                    else _with_floats(
+                        leaf, scale + side * reach(query, i) * noise_of.draw(query, i, scale)
                     )
                     for i, (leaf, scale) in enumerate(zip(leaves, scales, strict=True))
                 ]
@@ -195,12 +197,11 @@ def qzo(
             words = random_bits.words(rows, scale.shape[-1] if scale.ndim else 1, 0).reshape(
                 scale.shape
             )
-            moved = _rounded_at_random(words, moved, leaves[i].scale.dtype)
-            delta = (moved.astype(jnp.float32) - scale).astype(moved.dtype)
-            return dataclasses.replace(zeros, scale=delta)
+            moved = _rounded_at_random(words, moved, floats_of[i].dtype)
+            return _with_floats(zeros, (moved.astype(jnp.float32) - scale).astype(moved.dtype))
 
         changes = [change(i) for i in range(len(leaves))]
-        after = floats.count_moved(after, [x.scale for x in changes if is_trained(x)])
+        after = floats.count_moved(after, [float_part(x.scale) for x in changes if is_trained(x)])
         made = treedef.unflatten(changes)
         if sized is not None and differences is None:
             moved = apply_updates(params, made)
@@ -209,6 +210,11 @@ def qzo(
         return made, after
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_floats(leaf: Any, moved: Array) -> Any:
+    """A quantized leaf with other scales, or another outer level of them."""
+    return dataclasses.replace(leaf, scale=map_float(lambda _: moved, leaf.scale))
 
 
 def _rounded_at_random(

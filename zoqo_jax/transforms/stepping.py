@@ -26,8 +26,8 @@ import optax
 from jaxtyping import Array, Float, Int32, Key, PRNGKeyArray, PyTree
 
 from zoqo_jax import directions
-from zoqo_jax.directions import Contribution, Direction, Guide
-from zoqo_jax.grids import projection
+from zoqo_jax.directions import Contribution, Direction, Guide, matmul
+from zoqo_jax.grids import packing, projection
 from zoqo_jax.grids.arrays import (
     QuantizedArray,
     cut,
@@ -393,8 +393,7 @@ class Steps:
     ) -> tuple[Array, Any, Array]:
         """A leaf's new bytes, what error feedback keeps, and the counts of `_counts`."""
         if array.ndim < 2 or array.size <= _CHUNK:
-            scale = compiler.depends_on(step.info.log, array.scale)
-            array = dataclasses.replace(array, scale=scale)
+            array = matmul.depends_on(step.info.log, array)
             return self._piece(step, leaf, keys, array, kept, 0, jnp.array([True]), None)
         rows = array.shape[0]
         few = max(_CHUNK // (array.size // rows), 1)
@@ -429,7 +428,7 @@ class Steps:
             return rows if few is None else jax.lax.dynamic_slice_in_dim(rows, start, few)
 
         make = functools.partial(self.move, step, leaf, keys[:, leaf], array, kept, pick)
-        packed, kept = compiler.materialized(make, array.scale)  # not made for the counts again
+        packed, kept = compiler.materialized(make, array.packed)  # not made for the counts again
         return packed, kept, _counts(take_rows(pick, array), packed, is_new)
 
     # What is done for every leaf is compiled once for all leaves of like shape: a leaf's number is
@@ -547,28 +546,56 @@ def _counts(
 
     Some bytes at a time: XLA's CPU backend makes floats of all that a sum counts (9 bytes a code).
     """
-    low, high = before.grid.low, before.grid.high
-    width = 8 // before.per_byte
+    few = min(_COUNTED, packed.size)
+    if not few:
+        return jnp.zeros(2, jnp.float32)
+    if len(packing.planes(before.bits)) > 1:
+        return _counts_by_row(before, packed, is_new)
     old, new = before.packed.reshape(-1), packed.reshape(-1)
     first = (~is_new).sum() * (old.size // max(is_new.size, 1))  # new bytes are the last ones
 
     def of_bytes(start: Array, few: int) -> Array:
         a, b = (jax.lax.dynamic_slice_in_dim(x, start, few) for x in (old, new))
-        counts = jnp.zeros((2, few), jnp.uint8)
-        for i in range(before.per_byte):
-            m, n = ((x >> (i * width)) & (2**width - 1) for x in (a, b))
-            counts = counts + jnp.stack([m != n, (n == low) | (n == high)]).astype(jnp.uint8)
+        counts = _moved_and_at_edges(before, a, b)
         return jnp.where(start + jnp.arange(few) >= first, counts, jnp.uint8(0))
 
-    few = min(_COUNTED, old.size)
-    if not few:
-        return jnp.zeros(2, jnp.float32)
     whole, rest = divmod(old.size, few)
     add = lambda i, counts: counts + of_bytes(i * few, few).astype(jnp.uint16)  # noqa: E731
     zero = compiler.zeros(jax.ShapeDtypeStruct((2, few), jnp.uint16), old, new)
     counts = jax.lax.fori_loop(0, whole, add, zero).sum(axis=1, dtype=jnp.float32)
     if rest:
         counts = counts + of_bytes(jnp.int32(whole * few), rest).sum(axis=1, dtype=jnp.float32)
+    return counts
+
+
+def _counts_by_row(
+    before: QuantizedArray, packed: Array, is_new: Array
+) -> Float[Array, "moved_and_at_edges"]:
+    """The same where a code's bits lie in several bytes of its row."""
+    old, new = (x.reshape(-1, x.shape[-1]) for x in (before.packed, packed))
+    first = (~is_new).sum() * (len(old) // max(is_new.size, 1))  # new rows are the last ones
+    few = min(max(_COUNTED // old.shape[1], 1), len(old))
+    zero = compiler.zeros(jax.ShapeDtypeStruct((2,), jnp.float32), old, new)
+
+    def add(i: Array, counts: Array) -> Array:
+        start = jnp.minimum(i * few, len(old) - few)
+        a, b = (jax.lax.dynamic_slice_in_dim(x, start, few) for x in (old, new))
+        here = start + jnp.arange(few)
+        is_counted = (here >= i * few) & (here >= first)  # the last rows may come a second time
+        found = _moved_and_at_edges(before, a, b) * is_counted[:, None].astype(jnp.uint8)
+        return counts + found.sum(axis=(1, 2), dtype=jnp.float32)
+
+    return jax.lax.fori_loop(0, -(-len(old) // few), add, zero)
+
+
+def _moved_and_at_edges(before: QuantizedArray, a: Array, b: Array) -> Array:
+    """Of bytes before and after, in how many of their codes each differs, and is at an edge."""
+    low, high = before.grid.low, before.grid.high
+    counts: Array | None = None
+    for i in range(before.per_byte):
+        m, n = (packing.part(x, before.bits, i) for x in (a, b))
+        more = jnp.stack([m != n, (n == low) | (n == high)]).astype(jnp.uint8)
+        counts = more if counts is None else counts + more
     return counts
 
 
