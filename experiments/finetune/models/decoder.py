@@ -147,7 +147,7 @@ def _scanned(layers: type[nn.Module], length: int, sight: _Sight) -> Callable[..
         layers,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast if sight.kind is None else by_layer,
+        in_axes=nn.broadcast if sight.kind is None else (by_layer,),
         length=length,
     )
 
