@@ -1,7 +1,6 @@
 """Families of decoders: beside transformers and llama.cpp, and files of several types."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import pytest
 
 import zoqo_jax as zq
 from experiments.finetune.models import Decoder, loading
-from zoqo_jax.interop import safetensors
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -40,9 +40,10 @@ def of_scores(tokens: Sequence[str], scores: np.ndarray) -> list[tuple[str, str]
         return []
     whole, left, right = _cuts(tokens)
     rank = np.unique(-scores, return_inverse=True)[1]
-    if len(np.unique(whole)) > 1 and len(np.unique(rank[whole])) == 1:
+    if (whole[1:] != whole[:-1]).any() and (rank[whole] == rank[whole[:1]]).all():
         raise ValueError("tokenizer.ggml.scores must differ: they say what is put together first.")
-    order = np.lexsort((right, left, rank[whole]))
+    order = np.argsort(left * len(tokens) + right)
+    order = order[np.argsort(rank[whole[order]], kind="stable")]
     texts = np.array(tokens, object)
     return list(zip(texts[left[order]].tolist(), texts[right[order]].tolist(), strict=True))
 

@@ -1,8 +1,9 @@
 """Tokenizers from the metadata of GGUF files, made with the `tokenizers` package.
 
 Byte-level byte-pair encoding ("gpt2": SmolLM2, Llama 3, Qwen 2 and 3, Mistral's "tekken") and
-SentencePiece's ("llama": Llama 2, TinyLlama, Gemma, the first Mistral). Words are split, and tokens of beginning and end added, as llama.cpp does it
-(src/llama-vocab.cpp): its defaults hold where the metadata say nothing.
+SentencePiece's ("llama": Llama 2, TinyLlama, Gemma, the first Mistral). Words are split, and tokens
+of beginning and end added, as llama.cpp does it (src/llama-vocab.cpp): its defaults hold where the
+metadata say nothing.
 """
 
 from __future__ import annotations

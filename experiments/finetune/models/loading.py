@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.finetune.models import from_metadata, from_settings, places, segments
 from experiments.finetune.models.architecture import Architecture
@@ -127,7 +128,7 @@ def _part(checkpoint: Checkpoint, span: range) -> Checkpoint:
 
     def get(place: str, number: int) -> Any:
         stack, i = leaves[place, number]
-        return jax.tree.map(lambda x: x[i], stack)
+        return jax.tree.map(lambda x: np.asarray(x)[i], stack)
 
     kinds = [segments.kind_of({place: get(place, i) for place in places}) for i in span]
     cut = segments.cut(kinds, span.start)

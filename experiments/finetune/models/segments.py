@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["Segment", "arranged", "cut", "is_plain", "kind_of", "place_of", "stack", "unstack"]
 
@@ -163,7 +164,8 @@ def stack(leaves: list[Any]) -> Any:
             "layers must be alike to be stacked, but a tensor has another type or shape in some: "
             f"{leaves[0]!r:.80}."
         )
-    return jax.tree.map(lambda *parts: jnp.stack(parts), *leaves)
+    # By NumPy: XLA would compile a program for each shape, longer than a file takes to read.
+    return jax.tree.map(lambda *parts: jnp.asarray(np.stack(parts)), *leaves)
 
 
 def unstack(leaf: Any) -> list[Any]:
