@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import family_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +62,18 @@ def apart(found, expected):
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
+def changes_of(arch):
+    """What one could have overlooked in a family."""
+    usual = {
+        "local": (), "local_rope_base": 0.0, "rope_factors": (), "attention_cap": 0.0,
+        "logit_cap": 0.0, "query_scalar": 0.0, "embedding_scale": 1.0,
+    }  # fmt: skip
+    found = [{name: x} for name, x in usual.items() if getattr(arch, name) not in (x, 1.0)]
+    if arch.query_scalar == arch.head_width:
+        found.remove({"query_scalar": 0.0})
+    return [*found, {"activation": "silu"}] if arch.activation == "gelu" else found
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,14 +93,39 @@ def test_logits_are_those_of_transformers(family, tmp_path):
 
     checkpoint = loading.load(tmp_path)
     assert apart(logits(checkpoint), expected) < 1e-4
-    arch = checkpoint.architecture
-    for change in (
-        {"local": ()} if arch.local else {},
-        {"local_rope_base": 0.0} if arch.local_rope_base else {},
-        {"rope_factors": ()} if arch.rope_factors else {},
-        {"attention_cap": 0.0} if arch.attention_cap else {},
-        {"logit_cap": 0.0} if arch.logit_cap else {},
-        {"query_scalar": 0.0} if arch.query_scalar else {},
-        {"activation": "silu"} if arch.activation == "gelu" else {},
-    ):  # the test could tell
-        assert not change or apart(logits(checkpoint, **change), expected) > 1e-3, change
+    for change in changes_of(checkpoint.architecture):  # the test could tell
+        assert apart(logits(checkpoint, **change), expected) > 1e-3, change
+
+
+def probabilities_of_llama_cpp(path, tokens):
+    """Log-probabilities of the next token, by token: of the 300 likeliest.
+
+    Attention is computed in float32, so that nothing is rounded but gelu, which is in a table.
+    """
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel = str(path), 512, 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    question = {"prompt": tokens, "n_predict": 1, "temperature": 0, "n_probs": 300}
+    answer = xllamacpp.Server(params).handle_completions(question)
+    (first,) = answer["choices"][0]["logprobs"]["content"]
+    return {one["id"]: one["logprob"] for one in first["top_logprobs"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", family_files.FAMILIES)
+def test_probabilities_are_those_of_llama_cpp(tmp_path, family):
+    path = family_files.write(tmp_path / "a.gguf", family, spread=1.5)
+    tokens = np.random.default_rng(1).integers(3, family_files.VOCABULARY, (1, 40))
+    checkpoint = loading.load(path)
+    theirs = probabilities_of_llama_cpp(path, tokens[0].tolist())
+    assert len(theirs) == 300
+
+    def off(**changes):
+        found = np.asarray(jax.nn.log_softmax(logits(checkpoint, tokens, **changes)[0, -1]))
+        return np.abs(found[list(theirs)] - list(theirs.values())).max()
+
+    assert off() < (0.005 if "gemma" in family else 1e-4)
+    for change in changes_of(checkpoint.architecture):
+        assert off(**change) > 0.05, change

@@ -21,9 +21,13 @@ _READ = {
 }  # fmt: skip
 _READ_BY_GEMMA = {
     "gemma2": {
-        "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+        "attention.sliding_window", "attention.sliding_window_pattern", "attn_logit_softcapping",
+        "final_logit_softcapping",
     },
-    "gemma3": {"attention.sliding_window", "rope.freq_base_swa"},
+    "gemma3": {
+        "attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa",
+        "final_logit_softcapping",
+    },
 }  # fmt: skip
 _SAYS_NOTHING = {
     # About the vocabulary and how the file was made; what only yarn and longrope, which are
@@ -125,11 +129,14 @@ def _refuse_unread(
 def _of_gemma(kind: str, known: Family, number: Callable[..., Any]) -> dict[str, Any]:
     """Windows and caps, and what llama.cpp takes for those that a file leaves out."""
     window = number("attention.sliding_window", 4096 if kind == "gemma2" else 0)
-    found = {"window": window, "local": local_of(known.global_every) if window else ()}
+    every = number("attention.sliding_window_pattern", known.global_every)
+    found = {"window": window, "local": local_of(every) if window else ()}
     if kind == "gemma2":
         found["attention_cap"] = number("attn_logit_softcapping", 50.0)
         found["logit_cap"] = number("final_logit_softcapping", 30.0)
-    else:
+        return found
+    found["logit_cap"] = number("final_logit_softcapping", 0.0)
+    if window:
         found["local_rope_base"] = number("rope.freq_base_swa", 10_000.0)
     return found
 
