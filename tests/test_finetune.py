@@ -135,6 +135,58 @@ def test_the_last_layers_are_trained_on_what_those_below_say(files, tmp_path):
     assert scores.said == tuple(outcome.after.said)
 
 
+@pytest.fixture(scope="module")
+def mixed(files, tmp_path_factory):
+    """A model whose values and down-projections have more bits in two of four layers."""
+
+    def bits_of(name, layer):
+        return {"attn_v": 8, "ffn_down": 5}.get(name, 4) if layer in (0, 2) else 4
+
+    path = tmp_path_factory.mktemp("mixed") / "mixed.gguf"
+    model = tiny_model.write_model(path, bits_of=bits_of, depth=4)
+    return str(model), files[1]
+
+
+@pytest.mark.parametrize("layers", [0, slow(3)])
+def test_all_matrices_of_a_file_of_several_types_are_trained(mixed, tmp_path, layers):
+    chosen = config(mixed, tmp_path, steps=3, density=0.5, layers=layers)
+    outcome = run(chosen)
+    cut = {0: ((0, 2, 2),), 3: ((1, 1, 1), (2, 1, 1), (3, 1, 1))}[layers]
+    assert outcome.model.segments == cut
+    trained = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+    expected = {f"blk.{i}.{name}" for i in range(4 - (layers or 4), 4) for name in trained}
+    assert changed_by(tmp_path, mixed) == expected
+    assert_log_rebuilds(outcome, chosen)
+
+    # The file that was written holds, in each layer's place, what was trained.
+    whole = loading.load(tmp_path / "model.gguf")
+    again = loading.split(whole, layers)[1].params
+    for one, other in zip(
+        jax.tree.leaves(outcome.params), jax.tree.leaves(adapt_like(again, chosen)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def adapt_like(params, chosen):
+    """Parameters with what does not train frozen, as a run has them."""
+    whole = loading.load(chosen.model)
+    return adapt(loading.split(whole, chosen.layers)[1]._replace(params=params), chosen)
+
+
+@pytest.mark.slow
+def test_adapters_of_a_file_of_several_types_have_their_layers_names(mixed, tmp_path):
+    from safetensors.numpy import load_file
+
+    chosen = config(mixed, tmp_path, **ADAPTERS)
+    outcome = run(chosen)
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(found) == 2 * 2 * 4  # A and B of q and v
+    for layer in range(4):
+        v = outcome.params["layers"]["0"][str(layer % 2)]["v"]["weight"]
+        name = f"base_model.model.model.layers.{layer}.self_attn.v_proj.lora_B.weight"
+        np.testing.assert_array_equal(found[name], zq.dequantize(v.b)[layer // 2])
+
+
 def test_codes_of_a_folder_are_trained_in_place(files, tmp_path):
     folder = tiny_model.write_folder(tmp_path / "tiny")
     chosen = config(files, tmp_path / "run", model=str(folder), targets=("q", "down"), steps=3)

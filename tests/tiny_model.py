@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import zoqo_jax as zq
-from experiments.finetune.models.loading import MODULES
+from experiments.finetune.models.families import MODULES
 from zoqo_jax.interop import bitsandbytes, gguf, tokenizing
 
 WIDTH, HIDDEN, HEADS, KV_HEADS, DEPTH = 32, 64, 4, 2, 2
@@ -47,9 +47,10 @@ def sentence_piece_metadata(words=("great", "terrible", "It", "was")):
     }
 
 
-def write_model(path, seed=0, words=None, **changes):
+def write_model(path, seed=0, words=None, bits_of=lambda name, layer: 4, depth=DEPTH, **changes):
     """A model of the llama architecture with Q4_0 matrices and a Q8_0 embedding.
 
+    Other layers, and other bits of a matrix in a layer (4, 5 or 8: Q4_0, Q5_0, Q8_0) may be given.
     Metadata of another tokenizer, and of all else, may be given; of those, None takes a key away.
     """
     rng = np.random.default_rng(seed)
@@ -57,7 +58,7 @@ def write_model(path, seed=0, words=None, **changes):
     vocabulary = len(words["tokenizer.ggml.tokens"])
     metadata = {
         "general.architecture": "llama",
-        "llama.block_count": DEPTH,
+        "llama.block_count": depth,
         "llama.context_length": 64,
         "llama.embedding_length": WIDTH,
         "llama.feed_forward_length": HIDDEN,
@@ -80,11 +81,11 @@ def write_model(path, seed=0, words=None, **changes):
         "ffn_down": (WIDTH, HIDDEN),
     }  # fmt: skip
     tensors = {"token_embd.weight": codes(8, vocabulary, WIDTH)}
-    for layer in range(DEPTH):
+    for layer in range(depth):
         for name in ("attn_norm", "ffn_norm"):
             tensors[f"blk.{layer}.{name}.weight"] = np.ones(WIDTH, np.float32)
         for name, shape in shapes.items():
-            tensors[f"blk.{layer}.{name}.weight"] = codes(4, *shape)
+            tensors[f"blk.{layer}.{name}.weight"] = codes(bits_of(name, layer), *shape)
     tensors["output_norm.weight"] = np.ones(WIDTH, np.float32)
     gguf.save(path, tensors, metadata)
     return path

@@ -15,7 +15,8 @@ from experiments import footprint, markdown
 from experiments.files import write_json, write_text
 from experiments.finetune import seed_log
 from experiments.finetune.config import Config
-from experiments.finetune.models.loading import Checkpoint, module_names, unstack
+from experiments.finetune.models.loading import Checkpoint, module_names
+from experiments.finetune.models.segments import place_of, unstack
 from experiments.finetune.training import Outcome
 from zoqo_jax.grids.arrays import is_trained
 from zoqo_jax.implicit.lora import is_lora
@@ -86,9 +87,8 @@ def _put_back(tensors: dict[str, Any], checkpoint: Checkpoint, params: Any) -> N
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=zq.is_quantized):
         if not is_trained(leaf):
             continue
-        name = checkpoint.names["/".join(str(key.key) for key in path)]
-        for number, layer in zip(checkpoint.span, unstack(leaf), strict=True):
-            place = name.format(number)
+        places = checkpoint.places_of("/".join(str(key.key) for key in path))
+        for (_, place), layer in zip(places, unstack(leaf), strict=True):
             moved = {"packed": layer.packed, "scale": layer.scale}
             tensors[place] = dataclasses.replace(tensors[place], **moved)
 
@@ -96,15 +96,17 @@ def _put_back(tensors: dict[str, Any], checkpoint: Checkpoint, params: Any) -> N
 def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params: Any) -> None:
     """An adapter as PEFT reads it, in float32."""
     folder.mkdir(exist_ok=True)
-    tensors, targets = {}, set()
-    for name, module in module_names(checkpoint).items():
-        leaf = params["layers"][name]["weight"]
+    tensors, targets, modules = {}, set(), module_names(checkpoint)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"], is_leaf=is_lora):
         if not is_lora(leaf):
             continue
+        place, numbers = place_of("/".join(key.key for key in path), checkpoint.segments)
+        name = place.removesuffix("/weight")
+        module = modules[name]
         targets.add(module.rpartition(".")[2])
         for factor, kind in ((leaf.a, "A"), (leaf.b, "B")):
             layers = np.asarray(zq.dequantize(factor))
-            for number, layer in zip(checkpoint.span, layers, strict=True):
+            for number, layer in zip(numbers, layers, strict=True):
                 place = f"base_model.model.{module.format(number)}.lora_{kind}.weight"
                 tensors[place] = _half_split(layer, name, kind, checkpoint)
     safetensors.save(folder / "adapter_model.safetensors", tensors)

@@ -21,12 +21,12 @@ def adapt(checkpoint: Checkpoint, config: Config) -> Any:
     """
     params = checkpoint.params
     for name in config.targets:
-        if name not in params["layers"]:
+        if f"layers/{name}/weight" not in checkpoint.names:
             raise ValueError(f"targets: {config.model} has no {name!r}.")
 
     def is_chosen(path: tuple[Any, ...], leaf: Any) -> bool:
         keys = [getattr(key, "key", None) for key in path]
-        return keys[0] == "layers" and keys[1] in config.matrices and keys[-1] == "weight"
+        return keys[0] == "layers" and keys[-2] in config.matrices and keys[-1] == "weight"
 
     if config.train == "scales" and checkpoint.path.is_dir():
         raise ValueError(f"train='scales' needs a GGUF file, got the folder {checkpoint.path}.")

@@ -16,6 +16,7 @@ import zoqo_jax as zq
 from experiments.finetune import outputs
 from experiments.finetune.config import Config
 from experiments.finetune.models import loading
+from experiments.finetune.models.families import GGUF_NAMES
 from experiments.finetune.parts import adapt
 from zoqo_jax.implicit.lora import is_factor
 from zoqo_jax.interop import gguf, safetensors
@@ -75,7 +76,7 @@ def write_gguf(path, folder):
     found = loading.load(folder)
     params, kv_heads = found.params, settings["num_key_value_heads"]
     tensors = {}
-    for place, name in loading._GGUF.items():
+    for place, name in GGUF_NAMES.items():
         leaf = params
         for step in place.split("/"):
             leaf = leaf.get(step, {})

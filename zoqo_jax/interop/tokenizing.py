@@ -1,8 +1,9 @@
 """Tokenizers from the metadata of GGUF files, made with the `tokenizers` package.
 
-Byte-level byte-pair encoding ("gpt2": SmolLM2, Llama 3, Qwen2) and SentencePiece's ("llama": Llama
-2, TinyLlama). Words are split, and tokens of beginning and end added, as llama.cpp does it
-(src/llama-vocab.cpp): its defaults hold where the metadata say nothing.
+Byte-level byte-pair encoding ("gpt2": SmolLM2, Llama 3, Qwen 2 and 3, Mistral's "tekken") and
+SentencePiece's ("llama": Llama 2, TinyLlama, Gemma, the first Mistral). Words are split, and tokens
+of beginning and end added, as llama.cpp does it (src/llama-vocab.cpp): its defaults hold where the
+metadata say nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from zoqo_jax.interop import merges
 
 __all__ = ["from_folder", "from_gguf"]
 
@@ -23,6 +26,11 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _CONTRACTIONS = "'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
+_BIG, _SMALL = r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]"  # of ASCII's; all other letters are both
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_BIG}*{_SMALL}+|[^\r\n\p{{L}}\p{{N}}]?{_BIG}+{_SMALL}*|\p{{N}}|"
+    rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}"
 
 
@@ -41,6 +49,7 @@ _SPLITS = {
     "llama-bpe": _Split((_LLAMA3,), whole_words=True, adds_bos=True),
     "smaug-bpe": _Split((_LLAMA3,)),
     "qwen2": _Split((_QWEN2,)),
+    "tekken": _Split((_TEKKEN,), whole_words=True, adds_bos=True),
 }
 _SPLITS |= {
     same: _SPLITS[name]
@@ -164,12 +173,12 @@ def _split(metadata: Mapping[str, Any]) -> _Split:
 def _byte_level(
     package: Any, metadata: Mapping[str, Any], tokens: Sequence[str], split: _Split
 ) -> Any:
-    merges = []
+    pairs = []
     for line in _texts(metadata, "tokenizer.ggml.merges"):
         left, _, right = line.partition(" ")
-        merges.append((left, right))
+        pairs.append((left, right))
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = _checked(package, vocabulary, merges, ignore_merges=split.whole_words)
+    tokenizer = _checked(package, vocabulary, pairs, ignore_merges=split.whole_words)
     makers = package.pre_tokenizers
     steps = [makers.Split(package.Regex(pattern), "isolated") for pattern in split.patterns]
     steps.append(makers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -181,19 +190,10 @@ def _byte_level(
 def _sentence_piece(package: Any, metadata: Mapping[str, Any], tokens: Sequence[str]) -> Any:
     scores = _numbers(metadata, "tokenizer.ggml.scores", len(tokens))
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    found = []
-    for token, score in zip(tokens, scores, strict=True):
-        for cut in range(1, len(token)):  # every way of making the token of two others
-            left, right = token[:cut], token[cut:]
-            if left in vocabulary and right in vocabulary:
-                found.append((-score, vocabulary[left], vocabulary[right], left, right))
-    merges = [pair[3:] for pair in sorted(found)]
-    made = {left + right for left, right in merges}
-    if len(made) > 1 and len({score for score, *_ in found}) == 1:
-        raise ValueError("tokenizer.ggml.scores must differ: they say what is put together first.")
+    pairs = merges.of_scores(tokens, scores)
     unknown = tokens[_number(metadata, "tokenizer.ggml.unknown_token_id", len(tokens))]
     tokenizer = _checked(
-        package, vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True
+        package, vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     normal, decode = package.normalizers, package.decoders
     prefixed = _flag(metadata, "tokenizer.ggml.add_space_prefix", True)

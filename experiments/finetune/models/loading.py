@@ -12,23 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from experiments.finetune.models import architectures, places
-from experiments.finetune.models.decoder import Architecture, Decoder
+from experiments.finetune.models import from_metadata, from_settings, places, segments
+from experiments.finetune.models.architecture import Architecture
+from experiments.finetune.models.decoder import Decoder
+from experiments.finetune.models.families import FAMILIES, GGUF_NAMES, MODULES
+from experiments.finetune.models.segments import Segment
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import bitsandbytes, gguf
 
-__all__ = [
-    "MODULES",
-    "Checkpoint",
-    "load",
-    "load_gguf",
-    "load_hugging_face",
-    "module_names",
-    "split",
-    "stack",
-    "unstack",
-]
+__all__ = ["Checkpoint", "load", "load_gguf", "load_hugging_face", "module_names", "split"]
 
 
 class Checkpoint(NamedTuple):
@@ -36,12 +30,14 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       architecture: of the whole decoder.
-      params: for `Decoder.apply`; matrices may be a `QuantizedArray`, layers are stacked.
+      params: for `Decoder.apply`; matrices may be a `QuantizedArray`, layers are stacked (see
+        `segments.py`).
       tokenizer: a `tokenizers.Tokenizer`.
       path: of the file or folder.
       metadata: of the file.
-      names: the file's name of each leaf of `params`, by '/'-joined path; with "{}" for the layer.
-      span: the numbers of the layers in `params`.
+      names: the file's name of each parameter, by '/'-joined place; with "{}" for the layer, whose
+        places are those of a model of one stack ("layers/q/weight").
+      segments: how the layers in `params` are cut into stacks.
     """
 
     architecture: Architecture
@@ -50,70 +46,28 @@ class Checkpoint(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     names: dict[str, str]
-    span: range
+    segments: tuple[Segment, ...]
+
+    @property
+    def span(self) -> range:
+        """The numbers of the layers in `params`."""
+        return range(self.segments[0].begin, self.segments[-1].end)
 
     @property
     def decoder(self) -> Decoder:
         """What reads `params`."""
-        return Decoder(self.architecture, self.span)
+        plain = segments.is_plain(self.segments)
+        return Decoder(self.architecture, self.span, () if plain else self.segments)
 
+    def places_of(self, path: str) -> list[tuple[int, str]]:
+        """The number and the file's name of each layer that a leaf of `params["layers"]` holds.
 
-MODULES = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
-"""What Hugging Face's Llama and Qwen2 call a layer's matrices."""
-
-
-def _linear(layer: str, modules: Mapping[str, str]) -> dict[str, str]:
-    """The names of linear maps' weights and biases in a checkpoint, by place in `params`."""
-    return {
-        f"layers/{ours}/{kind}": f"{layer}.{theirs}.{kind}"
-        for ours, theirs in modules.items()
-        for kind in ("weight", "bias")
-    }
-
-
-_GGUF = {
-    "embedding": "token_embd.weight",
-    "output": "output.weight",
-    "norm/scale": "output_norm.weight",
-    "layers/attention_norm/scale": "blk.{}.attn_norm.weight",
-    "layers/mlp_norm/scale": "blk.{}.ffn_norm.weight",
-    **_linear(
-        "blk.{}",
-        {
-            "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
-            "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
-        },
-    ),
-}  # fmt: skip
-_LLAMA = {
-    "embedding": "model.embed_tokens.weight",
-    "output": "lm_head.weight",
-    "norm/scale": "model.norm.weight",
-    "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-    "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-    **_linear("model.layers.{}", MODULES),
-}
-_OPT = {
-    "embedding": "model.decoder.embed_tokens.weight",
-    "positions": "model.decoder.embed_positions.weight",
-    "output": "lm_head.weight",
-    "norm/scale": "model.decoder.final_layer_norm.weight",
-    "norm/bias": "model.decoder.final_layer_norm.bias",
-    "layers/attention_norm/scale": "model.decoder.layers.{}.self_attn_layer_norm.weight",
-    "layers/attention_norm/bias": "model.decoder.layers.{}.self_attn_layer_norm.bias",
-    "layers/mlp_norm/scale": "model.decoder.layers.{}.final_layer_norm.weight",
-    "layers/mlp_norm/bias": "model.decoder.layers.{}.final_layer_norm.bias",
-    **_linear(
-        "model.decoder.layers.{}",
-        {
-            "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-            "o": "self_attn.out_proj", "up": "fc1", "down": "fc2",
-        },
-    ),
-}  # fmt: skip
+        Args:
+          path: '/'-joined keys of the leaf in `params`.
+        """
+        place, numbers = segments.place_of(path.removeprefix("layers/"), self.segments)
+        name = self.names[f"layers/{place}"]
+        return [(number, name.format(number)) for number in numbers]
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -133,7 +87,7 @@ def load(path: str | Path) -> Checkpoint:
 
 def module_names(checkpoint: Checkpoint) -> dict[str, str]:
     """What transformers calls each matrix of a model's layers, "{}" for the layer, by our names."""
-    names = checkpoint.names if checkpoint.path.is_dir() else _LLAMA
+    names = checkpoint.names if checkpoint.path.is_dir() else FAMILIES["llama"].names
     return {
         name: names[f"layers/{name}/weight"].removesuffix(".weight")
         for name in MODULES
@@ -153,11 +107,42 @@ def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint | None, Checkp
     if count in (0, depth):
         return None, checkpoint
 
-    def part(span: range) -> Checkpoint:
-        layers = jax.tree.map(lambda x: x[span.start : span.stop], checkpoint.params["layers"])
-        return checkpoint._replace(params={**checkpoint.params, "layers": layers}, span=span)
+    parts = range(depth - count), range(depth - count, depth)
+    below, model = (_part(checkpoint, span) for span in parts)
+    return below, model
 
-    return part(range(depth - count)), part(range(depth - count, depth))
+
+def _part(checkpoint: Checkpoint, span: range) -> Checkpoint:
+    """Some of a checkpoint's layers, cut anew: those of one part may all be alike."""
+    layers, now = checkpoint.params["layers"], checkpoint.segments
+    if segments.is_plain(now):
+        within = slice(span.start - now[0].begin, span.stop - now[0].begin)
+        cut = (Segment(span.start, 1, len(span)),)
+        found = jax.tree.map(lambda x: x[within], layers)
+        return checkpoint._replace(params={**checkpoint.params, "layers": found}, segments=cut)
+    leaves: dict[tuple[str, int], tuple[Any, int]] = {}  # a stack, and where a layer is in it
+    for path, leaf in _by_path(layers).items():
+        place, numbers = segments.place_of(path, now)
+        leaves |= {(place, number): (leaf, i) for i, number in enumerate(numbers)}
+    places = list(dict.fromkeys(place for place, _ in leaves))
+
+    def get(place: str, number: int) -> Any:
+        stack, i = leaves[place, number]
+        return jax.tree.map(lambda x: np.asarray(x)[i], stack)
+
+    kinds = [segments.kind_of({place: get(place, i) for place in places}) for i in span]
+    cut = segments.cut(kinds, span.start)
+    found = segments.arranged(cut, places, get)
+    return checkpoint._replace(params={**checkpoint.params, "layers": found}, segments=cut)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Arrays, quantized or not, by their '/'-joined keys."""
+    is_leaf = lambda x: isinstance(x, QuantizedArray)  # noqa: E731
+    return {
+        "/".join(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    }
 
 
 def load_hugging_face(folder: str | Path) -> Checkpoint:
@@ -176,18 +161,21 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
         raise FileNotFoundError(f"model: there is no config.json in {folder}.")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        arch = architectures.of_hugging_face(settings)
+        family, arch = from_settings.family(settings), from_settings.architecture(settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     tensors, _ = bitsandbytes.load(folder)
-    table = dict(_OPT if settings["model_type"] == "opt" else _LLAMA)
+    table = dict(family.names)
     copies = {table.pop("output")} if arch.tied else set()
+    if family.scales_embedding and table["embedding"] in tensors:
+        # Transformers rounds the factor to the dtype of the weights.
+        scale = float(jnp.asarray(arch.embedding_scale, tensors[table["embedding"]].dtype))
+        arch = dataclasses.replace(arch, embedding_scale=scale)
     try:
-        params, names = _tree(tensors, table, arch, copies)
+        params, names, cut = _tree(tensors, table, arch, copies, family.norms_plus)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    tokenizer = _tokenizer(folder)
-    return Checkpoint(arch, params, tokenizer, folder, settings, names, range(arch.depth))
+    return Checkpoint(arch, params, _tokenizer(folder), folder, settings, names, cut)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -202,7 +190,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def load_gguf(path: str | Path) -> Checkpoint:
-    """A decoder from a GGUF file of the llama or qwen2 architecture, or from all of its parts.
+    """A decoder from a GGUF file of a family in `families.py`, or from all of its parts.
 
     Raises:
       ValueError: another architecture, tensors or metadata that do not make a decoder, or metadata
@@ -211,8 +199,8 @@ def load_gguf(path: str | Path) -> Checkpoint:
     path = gguf.parts(path)[0]
     file = gguf.load(path)
     try:
-        arch = architectures.of_gguf(file)
-        params, names = _tree(file.tensors, _GGUF, arch, {"rope_freqs.weight"})
+        arch = from_metadata.architecture(file)
+        params, names, cut = _tree(file.tensors, GGUF_NAMES, arch, {"rope_freqs.weight"})
         count = file.tokenizer.get_vocab_size() if file.tokenizer else 0
         if count > arch.vocabulary:
             raise ValueError(
@@ -220,39 +208,61 @@ def load_gguf(path: str | Path) -> Checkpoint:
             )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return Checkpoint(arch, params, file.tokenizer, path, file.metadata, names, range(arch.depth))
+    return Checkpoint(arch, params, file.tokenizer, path, file.metadata, names, cut)
 
 
 def _tree(
-    tensors: Mapping[str, Any], table: Mapping[str, str], arch: Architecture, apart: set[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors as `Decoder.apply` takes them, stacked by layer, and where each went."""
-    params: dict[str, Any] = {}
-    names, used = {}, set(apart)
+    tensors: dict[str, Any],
+    table: Mapping[str, str],
+    arch: Architecture,
+    apart: set[str],
+    norms_plus: float = 0.0,
+) -> tuple[dict[str, Any], dict[str, str], tuple[Segment, ...]]:
+    """The tensors as `Decoder.apply` takes them, where each went, and how layers are stacked.
+
+    Tensors are taken out of the dictionary, so that none is held beside the stack that it is in.
+    """
     expected = _shapes(arch)
-    for place, name in table.items():
-        if place not in expected:
-            continue
-        of_layers = [name.format(i) for i in range(arch.depth)] if "{}" in name else [name]
-        missing = [one for one in of_layers if one not in tensors]
-        if missing:
-            raise ValueError(f"there is no tensor {missing[0]}.")
-        found = [tensors[one] for one in of_layers]
-        leaf = stack(found) if "{}" in name else found[0]
-        if tuple(leaf.shape) != expected[place]:
-            shape = expected[place][1:] if "{}" in name else expected[place]
-            raise ValueError(f"tensor {of_layers[0]} must be {shape}, got {found[0].shape}.")
-        *folders, last = place.split("/")
-        folder = params
-        for step in folders:
-            folder = folder.setdefault(step, {})
-        folder[last] = _in_float32(leaf)
-        names[place] = name
-        used.update(of_layers)
-    unknown = sorted(name for name in set(tensors) - used if not name.endswith("inv_freq"))
+    names = {place: name for place, name in table.items() if place in expected}
+
+    def found(place: str, name: str) -> Any:
+        if name not in tensors:
+            raise ValueError(f"there is no tensor {name}.")
+        shape = expected[place][1:] if place.startswith("layers/") else expected[place]
+        leaf = tensors[name]
+        if tuple(leaf.shape) != shape:
+            raise ValueError(f"tensor {name} must be {shape}, got {leaf.shape}.")
+        tensors[name] = leaf = _in_float32(leaf)
+        return leaf + norms_plus if norms_plus and place.endswith("norm/scale") else leaf
+
+    of_layers = [place.removeprefix("layers/") for place in names if place.startswith("layers/")]
+    layers = [
+        {place: found(f"layers/{place}", names[f"layers/{place}"].format(i)) for place in of_layers}
+        for i in range(arch.depth)
+    ]
+    params = _nested(
+        {place: found(place, name) for place, name in names.items() if "{}" not in name}
+    )
+    used = {name.format(i) for name in names.values() for i in range(arch.depth)}
+    unknown = sorted(x for x in set(tensors) - used - apart if not x.endswith("inv_freq"))
     if unknown:
         raise ValueError(f"tensors without a place in the decoder: {', '.join(unknown[:3])}.")
-    return params, names
+    cut = segments.cut([segments.kind_of(layer) for layer in layers])
+    tensors.clear()
+    params["layers"] = segments.arranged(cut, of_layers, lambda place, i: layers[i].pop(place))
+    return params, names, cut
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of dictionaries by '/'-joined keys."""
+    tree: dict[str, Any] = {}
+    for place, leaf in leaves.items():
+        *folders, last = place.split("/")
+        folder = tree
+        for step in folders:
+            folder = folder.setdefault(step, {})
+        folder[last] = leaf
+    return tree
 
 
 def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -270,24 +280,3 @@ def _in_float32(leaf: Any) -> Any:
     if isinstance(leaf, QuantizedArray):
         return dataclasses.replace(leaf, value_dtype=jnp.dtype(jnp.float32))
     return jnp.asarray(leaf, jnp.float32)
-
-
-def stack(leaves: list[Any]) -> Any:
-    """Arrays of one shape and grid on a new first axis.
-
-    Raises:
-      ValueError: they differ.
-    """
-    kinds = [jax.tree.structure(leaf) for leaf in leaves]
-    shapes = [leaf.shape for leaf in leaves]
-    if any(kind != kinds[0] for kind in kinds) or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(
-            "layers must be alike to be scanned, but a tensor has another type or shape in some: "
-            f"{leaves[0]!r:.80}."
-        )
-    return jax.tree.map(lambda *parts: jnp.stack(parts), *leaves)
-
-
-def unstack(leaf: Any) -> list[Any]:
-    """What `stack` stacked."""
-    return [jax.tree.map(lambda x, i=i: x[i], leaf) for i in range(leaf.shape[0])]
