@@ -28,9 +28,10 @@ class Config:
     """Settings of one run. Where 0 is said to be allowed, it takes the method's default.
 
     Attributes:
-      model: a GGUF file of the llama or qwen2 architecture, a folder of safetensors (llama, qwen2,
-        opt; 4-bit by bitsandbytes or floats), "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION", such a
-        folder on Hugging Face's hub, or "smollm2", the file that `make finetune` installs.
+      model: a GGUF file, or a folder of safetensors in floats or as GPTQ, AWQ, compressed-tensors,
+        MLX or bitsandbytes have it, of a Llama, Mistral, Qwen 2 or 3, Gemma 2 or 3, or (a folder)
+        OPT; "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION", such a folder on Hugging Face's hub; or
+        "smollm2", the file that `make finetune` installs.
       data: "reviews" (bundled), "tfds:sst2", or a file, .jsonl, .csv or .tsv, or a folder with one
         for each of train, dev and test, see docs/finetune.md; of a single file, a tenth each is for
         dev and test.

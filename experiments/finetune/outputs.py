@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from experiments.finetune.models.segments import place_of, unstack
 from experiments.finetune.training import Outcome
 from zoqo_jax.grids.arrays import is_trained
 from zoqo_jax.implicit.lora import is_lora
-from zoqo_jax.interop import bitsandbytes, gguf, safetensors
+from zoqo_jax.interop import safetensors
 
 __all__ = ["write", "write_trained"]
 
@@ -66,31 +65,23 @@ def write_trained(folder: Path, config: Config, model: Checkpoint, params: Any) 
 def _write_model(folder: Path, checkpoint: Checkpoint, params: Any) -> Path:
     """The same kind of checkpoint as the one that was read, with trained codes or scales."""
     source = checkpoint.path
-    if source.is_file():
-        tensors = gguf.load(source, tokenizer=False).tensors
-        _put_back(tensors, checkpoint, params)
-        gguf.save(folder / "model.gguf", tensors, checkpoint.metadata)
-        return folder / "model.gguf"
-    tensors, companions = bitsandbytes.load(source)
-    _put_back(tensors, checkpoint, params)
-    trained = folder / "model"
-    trained.mkdir(exist_ok=True)
-    bitsandbytes.save(trained / "model.safetensors", tensors, companions)
-    for settings in source.glob("*.json"):
-        if not settings.name.endswith(".index.json"):  # one file needs no index of shards
-            shutil.copy(settings, trained)
+    model = zq.load(source, tokenizer=False)
+    trained = folder / ("model.gguf" if source.is_file() else "model")
+    zq.save(trained, _put_back(model.tensors, checkpoint, params), model)
     return trained
 
 
-def _put_back(tensors: dict[str, Any], checkpoint: Checkpoint, params: Any) -> None:
-    """Give a file's tensors the trained codes and scales, by their names there."""
+def _put_back(tensors: dict[str, Any], checkpoint: Checkpoint, params: Any) -> dict[str, Any]:
+    """A file's tensors that were trained, with the trained codes and scales, by their names."""
+    found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=zq.is_quantized):
         if not is_trained(leaf):
             continue
         places = checkpoint.places_of("/".join(str(key.key) for key in path))
         for (_, place), layer in zip(places, unstack(leaf), strict=True):
             moved = {"packed": layer.packed, "scale": layer.scale}
-            tensors[place] = dataclasses.replace(tensors[place], **moved)
+            found[place] = dataclasses.replace(tensors[place], **moved)
+    return found
 
 
 def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params: Any) -> None:

@@ -87,7 +87,9 @@ def _answers(texts: data.Texts, before: list[int], after: list[int]) -> dict[str
 
 def _compared(base: Path, trained: Path) -> dict[str, Any]:
     """Two GGUF files: their sizes, how many codes differ, and whether anything else does."""
-    import zoqo_jax as zq  # with JAX, which drawing alone does not need
+    import jax  # which drawing alone does not need
+
+    import zoqo_jax as zq
     from zoqo_jax.interop import gguf
 
     old, new = (gguf.load(path, tokenizer=False).tensors for path in (base, trained))
@@ -99,10 +101,8 @@ def _compared(base: Path, trained: Path) -> dict[str, Any]:
         steps = np.abs(np.asarray(new[name].codes, int) - np.asarray(tensor.codes, int))
         codes, moved = codes + steps.size, moved + int((steps > 0).sum())
         by_one += int((steps == 1).sum())
-        parts = [(getattr(tensor, part), getattr(new[name], part)) for part in ("scale", "offset")]
-        others += not all(
-            np.array_equal(*map(np.asarray, pair)) for pair in parts if pair[0] is not None
-        )
+        rest = [jax.tree.leaves((array.scale, array.offset)) for array in (tensor, new[name])]
+        others += not all(map(np.array_equal, *rest))
     return {
         "bytes": [path.stat().st_size for path in (base, trained)],
         "codes": codes,

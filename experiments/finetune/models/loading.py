@@ -5,7 +5,6 @@ the file, which is read again for that: nothing is held twice.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import zoqo_jax as zq
 from experiments.finetune.models import from_metadata, from_settings, places, segments
 from experiments.finetune.models.architecture import Architecture
 from experiments.finetune.models.decoder import Decoder
 from experiments.finetune.models.families import FAMILIES, GGUF_NAMES, MODULES
 from experiments.finetune.models.segments import Segment
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.interop import bitsandbytes, gguf
+from zoqo_jax.interop import gguf
 
 __all__ = ["Checkpoint", "load", "load_gguf", "load_hugging_face", "module_names", "split"]
 
@@ -148,8 +148,8 @@ def _by_path(tree: Any) -> dict[str, Any]:
 def load_hugging_face(folder: str | Path) -> Checkpoint:
     """A decoder from a folder with config.json, safetensors and tokenizer.json.
 
-    4-bit tensors of bitsandbytes become a `QuantizedArray`, with values in float32 instead of those
-    rounded to the checkpoint's dtype.
+    Quantized tensors (see `zq.load`) become a `QuantizedArray`, with values in float32 instead of
+    those rounded to the checkpoint's dtype.
 
     Raises:
       FileNotFoundError: one of them is missing.
@@ -159,12 +159,13 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"model: there is no config.json in {folder}.")
+    model = zq.load(folder)
+    settings = model.metadata
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
         family, arch = from_settings.family(settings), from_settings.architecture(settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    tensors, _ = bitsandbytes.load(folder)
+    tensors = model.tensors
     table = dict(family.names)
     copies = {table.pop("output")} if arch.tied else set()
     if family.scales_embedding and table["embedding"] in tensors:
@@ -175,18 +176,7 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
         params, names, cut = _tree(tensors, table, arch, copies, family.norms_plus)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return Checkpoint(arch, params, _tokenizer(folder), folder, settings, names, cut)
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, or None."""
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(path)) if path.is_file() else None
-    except Exception as error:  # the package raises bare exceptions
-        raise ValueError(f"{path}: no tokenizer: {error}.") from error
+    return Checkpoint(arch, params, model.tokenizer, folder, settings, names, cut)
 
 
 def load_gguf(path: str | Path) -> Checkpoint:
