@@ -3,11 +3,13 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 import zoqo_jax as zq
 from experiments.finetune.config import Config
 from experiments.finetune.models.loading import Checkpoint
 from zoqo_jax.grids.arrays import is_trained
+from zoqo_jax.grids.scales import float_part
 from zoqo_jax.implicit.lora import is_factor
 
 __all__ = ["Parts", "adapt"]
@@ -34,6 +36,8 @@ def adapt(checkpoint: Checkpoint, config: Config) -> Any:
         params = zq.freeze(params, lambda path, leaf: not is_chosen(path, leaf))
         if not any(map(is_trained, jax.tree.leaves(params, is_leaf=zq.is_quantized))):
             raise ValueError(f"model: {config.model} has no codes in {', '.join(config.matrices)}.")
+        if config.train == "scales":
+            _check_scales(params)
         return params
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     grid = zq.companders.nf4() if config.grid == "nf4" else zq.companders.identity()
@@ -41,6 +45,16 @@ def adapt(checkpoint: Checkpoint, config: Config) -> Any:
     quantizer = None if config.moves_floats else quantizer
     settings = {"key": key, "where": is_chosen, "quantizer": quantizer}
     return zq.lora(params, config.rank, config.alpha, **settings)
+
+
+def _check_scales(params: Any) -> None:
+    """Refuse scales that a file holds in too few bits to be moved, before they are trained."""
+    for leaf in jax.tree.leaves(params, is_leaf=zq.is_quantized):
+        if is_trained(leaf) and float_part(leaf.scale).dtype != jnp.float16:
+            raise ValueError(
+                f"train='scales' needs scales in float16, but those of {leaf!r} are powers of two "
+                "or 8-bit floats: train its codes."
+            )
 
 
 class Parts(NamedTuple):
@@ -59,7 +73,7 @@ class Parts(NamedTuple):
         for leaf in jax.tree.leaves(params, is_leaf=zq.is_quantized):
             moved = None
             if is_trained(leaf):
-                moved = leaf.scale if config.train == "scales" else leaf.packed
+                moved = float_part(leaf.scale) if config.train == "scales" else leaf.packed
             changes += [array is moved for array in jax.tree.leaves(leaf)]
         return cls(shape, tuple(changes))
 
