@@ -26,9 +26,9 @@ class Config:
     """Settings of one run. Where 0 is said to be allowed, it takes the method's default.
 
     Attributes:
-      model: a GGUF file of the llama or qwen2 architecture, a folder of safetensors (llama, qwen2,
-        opt; 4-bit by bitsandbytes or floats), "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION", such a
-        folder on Hugging Face's hub, or "smollm2", the file that `make finetune` installs.
+      model: a GGUF file or a folder of safetensors of Llama, Mistral, Qwen 2 or 3, Gemma 2 or 3 (in
+        folders OPT, too; see `models/families.py`), "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION",
+        such a folder on Hugging Face's hub, or "smollm2", the file that `make finetune` installs.
       data: "reviews" (bundled), "tfds:sst2", or a file or folder, see `data.load`.
       output: folder of all that the run writes; a run that was interrupted goes on there.
       train: "codes", the file's own quantized matrices in place; "lora", adapters beside them; or
