@@ -85,7 +85,8 @@ def text_after(path):
     module, _, name = path.rpartition(".")
     body = ast.parse(inspect.getsource(importlib.import_module(module))).body
     for statement, after in itertools.pairwise(body):
-        if isinstance(statement, ast.Assign) and statement.targets[0].id == name:
+        target = getattr(statement, "target", None) or getattr(statement, "targets", [None])[0]
+        if isinstance(target, ast.Name) and target.id == name:
             return after.value.value if isinstance(after, ast.Expr) else None
     return None
 

@@ -229,14 +229,13 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _format(config: Mapping[str, Any]) -> tuple[Format | None, Any]:
     """The format that a config describes, and what it says of it."""
-    formats: tuple[Format, ...] = FORMATS
-    for format in formats:
+    for format in FORMATS:
         settings = format.settings(config)
         if settings is not None:
             return format, settings
     for key in _SAYS:
         if config.get(key) is not None:
-            known = ", ".join(format.name for format in formats)
+            known = ", ".join(format.name for format in FORMATS)
             raise ValueError(f"{key}: only {known} are read, got {config[key]!r:.200}.")
     return None, None
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from zoqo_jax.interop import awq, compressed_tensors, gptq, mlx, mxfp4, nf4
+from zoqo_jax.interop.protocol import Format
 
 __all__ = ["FORMATS"]
 
-FORMATS = (gptq, awq, compressed_tensors, mxfp4, mlx, nf4)
+FORMATS: tuple[Format, ...] = (gptq, awq, compressed_tensors, mxfp4, mlx, nf4)
 """Modules that are a `protocol.Format` each; a config is shown to one after another."""
