@@ -38,7 +38,7 @@ from zoqo_jax.interop.frames import Frame
 from zoqo_jax.interop.protocol import Stored
 from zoqo_jax.interop.small_floats import E2M1
 
-__all__ = ["Scheme", "decode", "encode", "name", "names", "settings"]
+__all__ = ["decode", "encode", "names", "settings"]
 
 name = "compressed-tensors"
 

@@ -29,11 +29,11 @@ import numpy as np
 from zoqo_jax.grids.arrays import Grid, QuantizedArray
 from zoqo_jax.interop import words
 from zoqo_jax.interop.frames import Frame, exponents, require_finite
-from zoqo_jax.interop.mlx_layers import Layer, Settings, layer_of
+from zoqo_jax.interop.mlx_layers import Settings, layer_of
 from zoqo_jax.interop.protocol import Stored
 from zoqo_jax.interop.small_floats import E2M1, E4M3
 
-__all__ = ["Layer", "Settings", "decode", "encode", "name", "names", "settings"]
+__all__ = ["decode", "encode", "names", "settings"]
 
 name = "mlx"
 _FLOATS = {"mxfp4": E2M1, "nvfp4": E2M1, "mxfp8": E4M3}
@@ -66,6 +66,7 @@ def names(stored: Mapping[str, Stored], settings: Settings) -> dict[str, tuple[s
         ValueError: a companion is missing, or of a wrong dtype or shape.
 
     Examples:
+        >>> from zoqo_jax.interop.mlx_layers import Layer
         >>> stored = {"a.weight": Stored("U32", (2, 8)), "a.scales": Stored("U8", (2, 2))}
         >>> names(stored, Settings(Layer("mxfp4", 32, 4), {}))
         {'a.weight': ('a.weight', 'a.scales')}
@@ -107,6 +108,7 @@ def decode(name: str, parts: Mapping[str, np.ndarray], settings: Settings) -> Qu
         ValueError: a scale, a bias or an 8-bit float is NaN or infinite.
 
     Examples:
+        >>> from zoqo_jax.interop.mlx_layers import Layer
         >>> parts = {"a.weight": np.array([[0x87654321] * 4], np.uint32)}
         >>> parts |= {"a.scales": np.ones((1, 1), np.float16)}
         >>> parts |= {"a.biases": np.full((1, 1), -4, np.float16)}
@@ -133,6 +135,7 @@ def encode(
         ValueError: the array is not of the stored shape and scales.
 
     Examples:
+        >>> from zoqo_jax.interop.mlx_layers import Layer
         >>> parts = {"a.weight": np.array([[0x87654321] * 4], np.uint32)}
         >>> parts |= {"a.scales": np.array([[127]], np.uint8)}
         >>> found = Settings(Layer("mxfp4", 32, 4), {})

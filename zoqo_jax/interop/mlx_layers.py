@@ -40,6 +40,10 @@ class Settings(NamedTuple):
     Attributes:
         default: of modules without an entry of their own.
         layers: of those with one, by the module's name.
+
+    Examples:
+        >>> Settings(Layer("affine", 64, 4), {}).default.bits
+        4
     """
 
     default: Layer

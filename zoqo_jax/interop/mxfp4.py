@@ -27,7 +27,7 @@ from zoqo_jax.interop.frames import Frame, exponents
 from zoqo_jax.interop.protocol import Stored
 from zoqo_jax.interop.small_floats import E2M1
 
-__all__ = ["decode", "encode", "name", "names", "settings"]
+__all__ = ["decode", "encode", "names", "settings"]
 
 name = "mxfp4"
 _BLOCK = 32

@@ -35,18 +35,18 @@ def unpack(words: np.ndarray, bits: int, count: int | None = None) -> np.ndarray
     raw = _bytes(words)
     rows = raw.shape[:-1]
     held = raw.shape[-1] * 8 // bits
-    count = held if count is None else count
-    if count > held:
-        raise ValueError(f"count must be at most {held}, got {count}.")
-    eights = _in_eights(raw, count, bits)
-    codes = np.empty((*eights.shape[:-1], 8), np.uint8)
+    wanted = held if count is None else count
+    if wanted > held:
+        raise ValueError(f"count must be at most {held}, got {wanted}.")
+    eights = _in_eights(raw, wanted, bits)
+    codes = np.empty((*rows, eights.shape[-2], 8), np.uint8)
     for i in range(8):  # eight codes fill `bits` bytes
         byte, shift = divmod(i * bits, 8)
         code = eights[..., byte] >> shift
         if shift + bits > 8:
             code |= eights[..., byte + 1] << (8 - shift)
         codes[..., i] = code & (2**bits - 1)
-    return codes.reshape(*rows, codes.shape[-2] * 8)[..., :count]
+    return codes.reshape(*rows, eights.shape[-2] * 8)[..., :wanted]
 
 
 def pack(codes: np.ndarray, bits: int, words: np.ndarray | None = None) -> np.ndarray:
