@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zoqo_jax.interop import safetensors, shards
+from zoqo_jax.interop import safetensors
+from zoqo_jax.interop.folder import shards
 
 FILES = Path(__file__).parent / "files"
 

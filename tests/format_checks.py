@@ -19,7 +19,7 @@ import pytest
 
 import zoqo_jax as zq
 from zoqo_jax.interop import folder
-from zoqo_jax.interop.protocol import Stored
+from zoqo_jax.interop.formats.protocol import Stored
 
 DTYPES = {
     "I8": np.int8, "U8": np.uint8, "I32": np.int32, "U32": np.uint32, "I64": np.int64,

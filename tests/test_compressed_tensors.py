@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoqo_jax.interop import compressed_tensors as form
+from zoqo_jax.interop.formats import compressed_tensors as form
 
 FILES = Path(__file__).parent / "files" / "compressed_tensors"
 FOLDERS = sorted(path.name for path in FILES.iterdir())

@@ -17,7 +17,7 @@ from test_bitsandbytes import decoded, mixed
 import zoqo_jax as zq
 from zoqo_jax.interop import folder, safetensors
 from zoqo_jax.interop.formats import FORMATS
-from zoqo_jax.interop.protocol import Format
+from zoqo_jax.interop.formats.protocol import Format
 
 BITSANDBYTES = {"quant_method": "bitsandbytes"}
 KEY = "model.layers.0.up_proj.weight"

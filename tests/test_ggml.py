@@ -11,7 +11,7 @@ import pytest
 import zoqo_jax as zq
 from zoqo_jax.grids.scales import TwoLevel
 from zoqo_jax.interop import ggml
-from zoqo_jax.interop.ggml_types import TYPES
+from zoqo_jax.interop.ggml.types import TYPES
 
 KINDS = {form.name: kind for kind, form in TYPES.items()}
 EVERY = pytest.mark.parametrize("name", KINDS)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoqo_jax.interop import mlx as form
-from zoqo_jax.interop.mlx_layers import Layer
+from zoqo_jax.interop.formats import mlx as form
+from zoqo_jax.interop.formats.mlx_layers import Layer
 
 FILES = Path(__file__).parent / "files" / "mlx"
 FOLDERS = sorted(path.name for path in FILES.iterdir())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoqo_jax.interop import mxfp4 as form
+from zoqo_jax.interop.formats import mxfp4 as form
 
 FOLDER = Path(__file__).parent / "files" / "mxfp4"
 TENSORS, CONFIG, EXPECTED = checks.read(FOLDER)

@@ -18,7 +18,8 @@ import numpy as np
 
 from zoqo_jax.grids import companders
 from zoqo_jax.grids.arrays import QuantizedArray, is_quantized
-from zoqo_jax.interop import nf4, quant_state, safetensors
+from zoqo_jax.interop import safetensors
+from zoqo_jax.interop.formats import nf4, quant_state
 
 __all__ = ["File", "load", "save"]
 

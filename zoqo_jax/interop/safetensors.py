@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoqo_jax.interop import shards
 from zoqo_jax.interop.files import replacing
+from zoqo_jax.interop.folder import shards
 
 __all__ = ["as_jax", "load", "save"]
 
