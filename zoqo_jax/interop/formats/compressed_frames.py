@@ -67,8 +67,8 @@ def _of_floats(
 def _shape(name: str, packed: np.ndarray, parts: Mapping[str, np.ndarray]) -> tuple[int, ...]:
     """The shape that `weight_shape` holds; how long rows are, `_fitting` checks."""
     stored = parts[f"{name}_shape"]
-    shape = tuple(map(int, stored)) if stored.shape == (packed.ndim,) else ()
-    if shape[:-1] != packed.shape[:-1] or shape[-1] < 1:
+    shape = tuple(map(int, stored.ravel()))
+    if len(shape) != packed.ndim or shape[:-1] != packed.shape[:-1] or shape[-1] < 1:
         raise ValueError(f"{name}_shape must fit {packed.shape} words, got {stored.tolist()}.")
     return shape
 
@@ -97,8 +97,8 @@ def _fitting(
     """The width of codes, by the one scheme that explains the stored shapes."""
     fits = set()
     for dtype, bits, length, symmetric in schemes:
-        one = length is None or length >= shape[-1]
-        if groups != 1 if one else groups * length != shape[-1]:
+        length = min(length or shape[-1], shape[-1])
+        if groups * length != shape[-1]:
             continue
         if packed is None:
             is_right = dtype == "I8"
