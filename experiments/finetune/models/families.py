@@ -2,7 +2,7 @@
 
 A new family is an entry in `FAMILIES`: what its decoders are made of, what transformers calls its
 tensors, the settings of a config.json that it may leave out, and those of which only one value is
-read. All else of a checkpoint is read in `architectures.py`.
+read. All else of a checkpoint is read in `from_settings.py` and `from_metadata.py`.
 
 Sources: the model classes of transformers (models/*/modeling_*.py) and llama.cpp (src/models).
 """
