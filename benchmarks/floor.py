@@ -117,7 +117,7 @@ def floor(
     weights = sum(array.size for array in arrays)
     codes = sum(array.packed.nbytes for array in arrays)
     scales = sum(
-        leaf.nbytes for array in arrays for leaf in (array.scale, array.offset) if leaf is not None
+        leaf.nbytes for array in arrays for leaf in jax.tree.leaves((array.scale, array.offset))
     )
     evaluations = 1 if structure is None else 2 * queries
     shared = structure in (None, "rank_one")
