@@ -326,6 +326,21 @@ def dequantization_table(one: Measured) -> str:
     return table(("codes to", "without", *names), rows)
 
 
+def formats_table(one: Measured) -> str:
+    """Each format's forward product and step, as multiples of Q4_1's."""
+    base = "Q4_1"
+    rows = []
+    for entry in one.find("formats"):
+        for name, bits in entry["bits"].items():
+            ratios = [
+                text(ratio(entry, f"{name} {what}", f"{base} {what}"))
+                for what in ("forward", "step")
+            ]
+            rows.append([name, str(entry["cell"]["tokens"]), f"{bits:.2f}", *ratios])
+    head = ("format", "tokens", "bits a code", f"forward / {base}'s", f"step / {base}'s")
+    return table(head, rows)
+
+
 def ms_fine(entry: Entry, name: str) -> str:
     """A short program's median time."""
     return f"{1e3 * median(entry, name):.2f}" if name in entry["seconds"] else "-"
@@ -413,4 +428,5 @@ TABLES: dict[str, Callable[[Measured], str]] = {
     "processes": process_table,
     "growth": growth_table,
     "dequantization": dequantization_table,
+    "formats": formats_table,
 }
