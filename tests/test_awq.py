@@ -129,6 +129,7 @@ def test_parts_that_do_not_fit_are_refused_by_name(tmp_path, edit, message):
     assert str(source) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_mutated_folders_are_read_or_refused_with_a_clear_error(tmp_path):
     read, refused = survives(
         folder.load, copied("awq", "zero-points", tmp_path), np.random.default_rng(0), 500

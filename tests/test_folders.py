@@ -460,6 +460,7 @@ def test_bitsandbytes_is_one_of_the_formats(tmp_path):
         folder.load(source)
 
 
+@pytest.mark.slow
 def test_bitsandbytes_folders_are_read_or_refused_with_a_clear_error(tmp_path):
     source = model(
         tmp_path / "model", mixed(), quantization_config={"quant_method": "bitsandbytes"}

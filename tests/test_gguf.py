@@ -267,7 +267,7 @@ def mutated(whole, rng, number):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ("Q5_K", "MXFP4") else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "MXFP4" else pytest.mark.slow)
         for name in (*TYPES, "IQ2_XS")
     ],
 )

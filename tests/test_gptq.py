@@ -231,7 +231,7 @@ def test_other_scales_than_the_files_are_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["3-bits-gptq", "dynamic"])
+@pytest.mark.parametrize("name", ["3-bits-gptq", pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_mutated_folders_are_read_or_refused_with_a_clear_error(tmp_path, name):
     read, refused = survives(
         folder.load, copied("gptq", name, tmp_path), np.random.default_rng(0), 250

@@ -174,6 +174,7 @@ def test_folders_are_saved_as_they_were(folder, tmp_path):
     assert checks.check_folder(FILES / folder, tmp_path / "new") == form.name
 
 
+@pytest.mark.slow
 def test_damaged_folders_are_refused_or_read_whole():
     few = {name: x for name, x in folder("affine")[0].items() if "experts" not in name}
     folders = [(few, folder("affine")[1]), *(folder(n) for n in ("nvfp4", "mxfp8"))]
