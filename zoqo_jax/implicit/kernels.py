@@ -424,8 +424,6 @@ def _product(
 ) -> Array:
     """Lay the operands out, and run the kernel on every tile of the result."""
     sides, tokens, _ = x.shape
-    offset = None if array.offset is None else multiplied_out(array.offset)
-    array = dataclasses.replace(array, scale=multiplied_out(array.scale), offset=offset)
     (rows, columns), parts = array.packed.shape, array.per_byte
     if tokens == 0:
         return jnp.zeros((sides, 0, array.shape[0 if transposed else 1]), x.dtype)
@@ -449,10 +447,10 @@ def _product(
     operands: dict[str, tuple[Array, Cuts]] = {
         "x": (x.reshape(sides, tokens, parts if transposed else 1, -1), inner),
         "codes": (array.packed, (r.cut(), c.cut())),
-        "scale": per_block(array.scale),
+        "scale": per_block(multiplied_out(array.scale)),
     }
     if array.offset is not None:
-        operands["offset"] = per_block(array.offset)
+        operands["offset"] = per_block(multiplied_out(array.offset))
     if direction is not None:
         a, b, m, _ = direction
         operands |= {

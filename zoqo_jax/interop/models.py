@@ -80,7 +80,7 @@ def load(path: str | os.PathLike[str], *, tokenizer: bool = True) -> Model:
     path = _inside(Path(path))
     if path.is_file() and _begins_as_gguf(path):
         file = gguf.load(path, tokenizer=tokenizer)
-        return Model(file.tensors, "gguf", file.metadata, file.tokenizer, file.metadata)
+        return Model({**file.tensors}, "gguf", file.metadata, file.tokenizer, file.metadata)
     found = folder.load(path)
     words = tokenizing.from_folder(path) if tokenizer else None
     return Model(found.tensors, found.format or "safetensors", found.config, words, found)

@@ -135,8 +135,10 @@ def qzo(
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
         own_key = step_key(state)
         noise_of = Directions(query_keys(state), num_queries, noise)
-        floats_of = [float_part(leaf.scale) if is_trained(leaf) else None for leaf in leaves]
-        scales = [None if x is None else x.astype(jnp.float32) for x in floats_of]
+        scales = [
+            float_part(leaf.scale).astype(jnp.float32) if is_trained(leaf) else None
+            for leaf in leaves
+        ]
 
         if sized is None:
             mu, eta = value_at(radius, state.count), value_at(learning_rate, state.count)
@@ -197,7 +199,7 @@ def qzo(
             words = random_bits.words(rows, scale.shape[-1] if scale.ndim else 1, 0).reshape(
                 scale.shape
             )
-            moved = _rounded_at_random(words, moved, floats_of[i].dtype)
+            moved = _rounded_at_random(words, moved, float_part(leaves[i].scale).dtype)
             return _with_floats(zeros, (moved.astype(jnp.float32) - scale).astype(moved.dtype))
 
         changes = [change(i) for i in range(len(leaves))]

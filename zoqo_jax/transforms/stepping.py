@@ -591,12 +591,11 @@ def _counts_by_row(
 def _moved_and_at_edges(before: QuantizedArray, a: Array, b: Array) -> Array:
     """Of bytes before and after, in how many of their codes each differs, and is at an edge."""
     low, high = before.grid.low, before.grid.high
-    counts: Array | None = None
+    counts = []
     for i in range(before.per_byte):
         m, n = (packing.part(x, before.bits, i) for x in (a, b))
-        more = jnp.stack([m != n, (n == low) | (n == high)]).astype(jnp.uint8)
-        counts = more if counts is None else counts + more
-    return counts
+        counts.append(jnp.stack([m != n, (n == low) | (n == high)]).astype(jnp.uint8))
+    return functools.reduce(jnp.add, counts)
 
 
 def _fill(params: PyTree, changes: list[Array]) -> PyTree:

@@ -10,7 +10,7 @@ from zoqo_jax.interop.files import replacing
 __all__ = ["find"]
 
 _HUB = "hf:"
-_READ = ("*.json", "*.safetensors")  # no pickles
+_READ = ("*.json", "*.jinja", "*.safetensors")  # no pickles
 
 
 def find(model: str | Path) -> Path:
