@@ -307,6 +307,41 @@ def test_the_embeddings_factor_is_rounded_as_transformers_rounds_it(tmp_path):
     )
 
 
+def test_the_embeddings_factor_of_mlx_is_rounded_to_bfloat16(tmp_path):
+    """mlx_lm's gemma3_text does it, whatever the weights' dtype is; its gemma2 does not."""
+    settings = {**GEMMA, "num_hidden_layers": 1, "model_type": "gemma3_text"}
+    said = {"quantization": {"group_size": 32, "bits": 4}}
+    factors = {}
+    for kind in ("gemma3_text", "gemma2"):
+        settings["model_type"] = kind
+        model = write_folder(tmp_path / kind, settings, jnp.float16)
+        tensors = dict(safetensors.load(model))
+        for name in [name for name in tensors if name.endswith("up_proj.weight")]:
+            rows = tensors[name].shape[0]
+            tensors[name] = np.zeros((rows, 4), np.uint32)  # 32 codes of 4 bits
+            for part in ("scales", "biases"):
+                tensors[name.replace("weight", part)] = np.ones((rows, 1), np.float16)
+        safetensors.save(model / "model.safetensors", tensors)
+        (model / "config.json").write_text(json.dumps({**settings, **said}))
+        factors[kind] = loading.load(model).architecture.embedding_scale
+    assert factors == {"gemma3_text": 5.65625, "gemma2": float(np.float16(32**0.5))}
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj.bias", "self_attn.o_proj.bias"])
+def test_biases_of_zeros_are_read_over(tmp_path, name):
+    """Older GPTQ files have one for every matrix."""
+    model = write_folder(tmp_path / "a", {**SHAPE, "model_type": "llama", "head_dim": 8})
+    tensors = dict(safetensors.load(model))
+    of_layer = f"model.layers.2.{name}"
+    tensors[of_layer] = np.zeros(tensors[of_layer.replace("bias", "weight")].shape[0], np.float32)
+    safetensors.save(model / "model.safetensors", tensors)
+    loading.load(model)
+    tensors[of_layer][-1] = 1e-3
+    safetensors.save(model / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"without a place in the decoder: {of_layer}"):
+        loading.load(model)
+
+
 def write_folder(folder, settings, dtype=jnp.float32):
     """A Gemma whose norms are all 0.25."""
     known, arch = from_settings.family(settings), from_settings.architecture(settings)

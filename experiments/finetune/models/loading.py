@@ -169,8 +169,10 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
     table = dict(family.names)
     copies = {table.pop("output")} if arch.tied else set()
     if family.scales_embedding and table["embedding"] in tensors:
-        # Transformers rounds the factor to the dtype of the weights.
-        scale = float(jnp.asarray(arch.embedding_scale, tensors[table["embedding"]].dtype))
+        # Transformers rounds the factor to the dtype of the weights; mlx_lm to bfloat16 (Gemma 3).
+        is_coarse = model.format == "mlx" and settings["model_type"] == "gemma3_text"
+        dtype = jnp.bfloat16 if is_coarse else tensors[table["embedding"]].dtype
+        scale = float(jnp.asarray(arch.embedding_scale, dtype))
         arch = dataclasses.replace(arch, embedding_scale=scale)
     try:
         params, names, cut = _tree(tensors, table, arch, copies, family.norms_plus)
@@ -234,13 +236,23 @@ def _tree(
         {place: found(place, name) for place, name in names.items() if "{}" not in name}
     )
     used = {name.format(i) for name in names.values() for i in range(arch.depth)}
-    unknown = sorted(x for x in set(tensors) - used - apart if not x.endswith("inv_freq"))
+    unknown = sorted(x for x in set(tensors) - used - apart if not _adds_nothing(x, tensors[x]))
     if unknown:
         raise ValueError(f"tensors without a place in the decoder: {', '.join(unknown[:3])}.")
     cut = segments.cut([segments.kind_of(layer) for layer in layers])
     tensors.clear()
     params["layers"] = segments.arranged(cut, of_layers, lambda place, i: layers[i].pop(place))
     return params, names, cut
+
+
+def _adds_nothing(name: str, tensor: Any) -> bool:
+    """Whether a decoder computes the same without a tensor that it has no place for.
+
+    Older GPTQ files have a bias of zeros for every matrix.
+    """
+    if name.endswith(".bias"):
+        return not isinstance(tensor, QuantizedArray) and not np.asarray(tensor).any()
+    return name.endswith("inv_freq")
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
