@@ -140,6 +140,30 @@ def read_by_transformers(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
 
 
+def read_by_compressed_tensors(folder):
+    """Each matrix by itself: transformers 5.24 refuses the packed zero points of its own files."""
+    import transformers
+    from compressed_tensors.compressors.base import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    said = QuantizationConfig.model_validate(dict(config.quantization_config))
+    del config.quantization_config
+    state = load_file(f"{folder}/model.safetensors")
+    for name in [name for name in state if name.endswith(".weight_packed")]:
+        base = name.removesuffix("weight_packed")
+        parts = {key: state.pop(key) for key in list(state) if key.startswith(f"{base}weight_")}
+        parts = {key.removeprefix(base): x for key, x in parts.items()}
+        compressor = BaseCompressor.get_value_from_registry(said.format)
+        found = compressor.decompress(parts, said.config_groups["group_0"])
+        state[f"{base}weight"] = found["weight"]
+    model = transformers.AutoModelForCausalLM.from_config(config).to(config.dtype)
+    missing, others = model.load_state_dict(state, strict=False)
+    assert not others and set(missing) <= {"lm_head.weight"}, (missing, others)
+    return model
+
+
 def by_mlx(source, folder, **settings):
     import mlx.core
     import mlx_lm
@@ -154,6 +178,7 @@ def logits_of_mlx(folder, tokens):
 
     mlx.core.set_default_device(mlx.core.cpu)
     model, _ = mlx_lm.load(str(folder))
+    model.set_dtype(mlx.core.float32)  # its products of bfloat16 on a CPU are off by 4 %
     return np.array(model(mlx.core.array(tokens)).astype(mlx.core.float32))
 
 
@@ -194,7 +219,10 @@ def read(name, folder, tokens, logits):
         return
     import torch
 
-    model = read_by_gptqmodel(folder, backend) if backend else read_by_transformers(folder)
+    if name == "int4 asymmetric":
+        model = read_by_compressed_tensors(folder)
+    else:
+        model = read_by_gptqmodel(folder, backend) if backend else read_by_transformers(folder)
     with torch.no_grad():
         found = model.eval()(torch.from_numpy(np.load(tokens))).logits
     np.save(logits, found.float().numpy())
