@@ -5,6 +5,7 @@ the file, which is read again for that: nothing is held twice.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from experiments.finetune.models.decoder import Decoder
 from experiments.finetune.models.families import FAMILIES, GGUF_NAMES, MODULES
 from experiments.finetune.models.segments import Segment
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.interop import gguf
+from zoqo_jax.interop import gguf, tokenizing
 
 __all__ = ["Checkpoint", "load", "load_gguf", "load_hugging_face", "module_names", "split"]
 
@@ -159,14 +160,13 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"model: there is no config.json in {folder}.")
-    model = zq.load(folder)
-    settings = model.metadata
-    try:
+    try:  # before any tensor is read
+        settings = json.loads(path.read_text(encoding="utf-8"))
         family, arch = from_settings.family(settings), from_settings.architecture(settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    tensors = model.tensors
-    table = dict(family.names)
+    model = zq.load(folder, tokenizer=False)
+    tensors, table = model.tensors, dict(family.names)
     copies = {table.pop("output")} if arch.tied else set()
     if family.scales_embedding and table["embedding"] in tensors:
         # Transformers rounds the factor to the dtype of the weights; mlx_lm to bfloat16 (Gemma 3).
@@ -178,7 +178,7 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
         params, names, cut = _tree(tensors, table, arch, copies, family.norms_plus)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return Checkpoint(arch, params, model.tokenizer, folder, settings, names, cut)
+    return Checkpoint(arch, params, tokenizing.from_folder(folder), folder, settings, names, cut)
 
 
 def load_gguf(path: str | Path) -> Checkpoint:

@@ -11,7 +11,6 @@ only the stored tensors whose codes or floats have changed.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,16 +22,10 @@ import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray, is_quantized
 from zoqo_jax.interop.folder import shards
+from zoqo_jax.interop.folder.contents import Contents, contents_of
 from zoqo_jax.interop.folder.staging import Stage
-from zoqo_jax.interop.formats import FORMATS
-from zoqo_jax.interop.formats.protocol import Format, Stored
-from zoqo_jax.interop.safetensors import as_jax
 
 __all__ = ["Folder", "load", "save"]
-
-_CONFIG, _OTHERS = "config.json", ("quantize_config.json", "quant_config.json")
-_SAYS = ("quantization_config", "quantization")
-_MOST_JSON = 1 << 24
 
 
 class Folder(NamedTuple):
@@ -64,44 +57,6 @@ class Folder(NamedTuple):
     stamps: dict[str, tuple[int, int]]
 
 
-class _Contents(NamedTuple):
-    """What headers and config say, and how quantized tensors are put together."""
-
-    places: dict[str, shards.Place]
-    config: dict[str, Any]
-    format: Format | None
-    settings: Any
-    parts: dict[str, tuple[str, ...]]
-
-    def stored(self, name: str) -> dict[str, np.ndarray]:
-        """The stored tensors of a quantized one, read-only."""
-        found = {part: shards.read(self.places[part]) for part in self.parts[name]}
-        for array in found.values():
-            array.flags.writeable = False
-        return found
-
-    @property
-    def plain(self) -> list[str]:
-        """The names of stored tensors that belong to no quantized one."""
-        taken = {part for parts in self.parts.values() for part in parts}
-        return [name for name in self.places if name not in taken]
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return [*self.parts, *self.plain]
-
-    def size(self, name: str) -> int:
-        """Minus the bytes that are stored of a tensor."""
-        return -sum(self.places[part].size for part in self.parts.get(name, (name,)))
-
-    def read(self, name: str) -> Any:
-        """A tensor, quantized or not."""
-        if name not in self.parts or self.format is None:
-            return as_jax(shards.read(self.places[name]))
-        return self.format.decode(name, self.stored(name), self.settings)
-
-
 def load(path: str | os.PathLike[str]) -> Folder:
     """Read a safetensors file or a folder with one or several, quantized or not.
 
@@ -123,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> Folder:
     """
     path = Path(path)
     try:
-        contents = _contents(path)
+        contents = contents_of(path)
         stamps = _stamps(path, contents)
         # The largest first: what is needed beside a tensor while it is read is then least where
         # most has been read.
@@ -161,7 +116,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Any], loaded: Folde
         ValueError: ...b.safetensors: a folder was loaded, a path to save it in must not end so.
     """
     _check_unchanged(loaded)
-    contents = _contents(loaded.path)
+    contents = contents_of(loaded.path)
     for name, array in tensors.items():
         _check_kind(name, array, contents)
     with Stage(Path(path), loaded.path) as stage:
@@ -173,74 +128,7 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Any], loaded: Folde
         loaded.stamps.update(_stamps(loaded.path, contents))
 
 
-def _contents(path: Path) -> _Contents:
-    """What a folder or file holds, checked, before any of its tensors is read."""
-    places = shards.places(path)
-    config = _config(path)
-    format, settings = _format(_said(path, config))
-    parts: dict[str, tuple[str, ...]] = {}
-    if format is not None:
-        stored = {name: Stored(place.dtype, place.shape) for name, place in places.items()}
-        parts = format.names(stored, settings)
-    owners: dict[str, str] = {}
-    for name, own in parts.items():
-        if name in places and name not in own:
-            raise ValueError(f"tensor {name!r} is stored both as such and as {own[0]!r}.")
-        for part in own:
-            if part not in places:
-                raise ValueError(f"tensor {name!r}: there is no {part}.")
-            if owners.setdefault(part, name) != name:
-                raise ValueError(f"tensor {part!r} belongs to {name!r} and {owners[part]!r}.")
-    return _Contents(places, config, format, settings, parts)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """The content of the folder's `config.json`."""
-    folder = path if path.is_dir() else path.parent
-    return _json(folder / _CONFIG)
-
-
-def _said(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The config, with a quantization's own file put in where it says nothing of one."""
-    if any(config.get(key) is not None for key in _SAYS):
-        return config
-    folder = path if path.is_dir() else path.parent
-    for name in _OTHERS:
-        if found := _json(folder / name):
-            return {**config, _SAYS[0]: found}
-    return config
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    if not shards.is_inside(file, file.parent):
-        raise ValueError(f"{file}: it is a link out of its folder, to {file.resolve()}.")
-    if file.stat().st_size > _MOST_JSON:
-        raise ValueError(f"{file}: it must be at most {_MOST_JSON} bytes.")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: it is no JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: it must be a JSON object, got {found!r:.60}.")
-    return found
-
-
-def _format(config: Mapping[str, Any]) -> tuple[Format | None, Any]:
-    """The format that a config describes, and what it says of it."""
-    for format in FORMATS:
-        settings = format.settings(config)
-        if settings is not None:
-            return format, settings
-    for key in _SAYS:
-        if config.get(key) is not None:
-            known = ", ".join(format.name for format in FORMATS)
-            raise ValueError(f"{key}: only {known} are read, got {config[key]!r:.200}.")
-    return None, None
-
-
-def _stamps(path: Path, contents: _Contents) -> dict[str, tuple[int, int]]:
+def _stamps(path: Path, contents: Contents) -> dict[str, tuple[int, int]]:
     """Size and time of change of the files with tensors, by their names."""
     folder = path if path.is_dir() else path.parent
     found = {}
@@ -261,7 +149,7 @@ def _check_unchanged(loaded: Folder) -> None:
             raise ValueError(f"{file}: it has changed since it was loaded; load it again.")
 
 
-def _check_kind(name: str, array: Any, contents: _Contents) -> None:
+def _check_kind(name: str, array: Any, contents: Contents) -> None:
     """That a tensor is there, and is quantized or not as it was."""
     if name in contents.parts:
         if not is_quantized(array):
@@ -278,7 +166,7 @@ def _check_kind(name: str, array: Any, contents: _Contents) -> None:
         )
 
 
-def _changed(name: str, array: Any, contents: _Contents) -> dict[str, np.ndarray]:
+def _changed(name: str, array: Any, contents: Contents) -> dict[str, np.ndarray]:
     """The stored tensors that a tensor changes."""
     if name not in contents.parts or contents.format is None:
         stored = {name: shards.read(contents.places[name])}
