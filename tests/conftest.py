@@ -30,6 +30,10 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+# Scripts that made files for the tests, with libraries that the tests do without.
+collect_ignore_glob = ["files/make_*.py"]
+
+
 def pytest_collection_finish(session):
     gc.freeze()  # what is imported stays: the collector need not look at it again and again
 
