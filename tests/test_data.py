@@ -278,7 +278,14 @@ def by_hand(model, texts, normalise):
     return found
 
 
-@pytest.mark.parametrize("normalise", ["none", "tokens", "letters"])
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        pytest.param("none", marks=pytest.mark.slow),
+        "tokens",
+        pytest.param("letters", marks=pytest.mark.slow),
+    ],
+)
 def test_choices_of_several_tokens_have_the_log_probabilities_of_all(model, tmp_path, normalise):
     texts = data.load_whole(written(tmp_path / "a.jsonl", *QUESTIONS))
     tokens = data.encode_for(texts, model, normalise)
@@ -376,7 +383,7 @@ def questions(count):
     return [{**QUESTIONS[i % 3], "prompt": f"It {i}"} for i in range(count)]
 
 
-@pytest.mark.parametrize("examples", [talks, questions])
+@pytest.mark.parametrize("examples", [talks, pytest.param(questions, marks=pytest.mark.slow)])
 def test_a_run_learns_and_reports(model, tmp_path, examples):
     source = written(tmp_path / "a.jsonl", *examples(12))
     dev = written(tmp_path / "dev.jsonl", *examples(3))
