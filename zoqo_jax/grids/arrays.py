@@ -213,7 +213,6 @@ class QuantizedArray(quax.ArrayValue):
             >>> QuantizedArray.from_codes(jnp.array([[3, 0]]), jnp.ones((1, 1)), None, grid).codes
             Array([[3, 0]], dtype=uint8)
         """
-        register_with_flax()
         least = 8 if bits is None else bits
         if bits is None:
             least = next((n for n in (2, 4) if len(grid.levels) <= 2**n), 8)
@@ -224,12 +223,45 @@ class QuantizedArray(quax.ArrayValue):
             widths = packing.WIDTHS
         width = packing.width(codes.shape, least, widths)
         packed = packing.pack(codes, width)
+        return cls.from_packed(packed, scale, offset, grid, block, value_dtype, width, block_of)
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: UInt8[Array, "..."],
+        scale: Scale,
+        offset: Scale | None,
+        grid: Grid,
+        block: tuple[int, int] | None,
+        value_dtype: Any,
+        bits: int,
+        block_of: Integer[Any, "..."] | None = None,
+    ) -> QuantizedArray:
+        """An array of codes that are packed already, as readers of large files do it.
+
+        Args:
+            packed: legal codes of `bits` bits, as `packing.pack` lays them out.
+            scale: as the attribute.
+            offset: as the attribute.
+            grid: levels and legal codes.
+            block: as the attribute.
+            value_dtype: of the values.
+            bits: width of a code in `packed`.
+            block_of: as the attribute, of any integer dtype, JAX's or NumPy's.
+
+        Examples:
+            >>> grid = Grid((-1.0, 0.0, 1.0, 2.0), 0, 3)
+            >>> packed, scale = jnp.array([[0b11_10_01_00]], jnp.uint8), jnp.ones((1, 1))
+            >>> QuantizedArray.from_packed(packed, scale, None, grid, None, jnp.float32, 2).codes
+            Array([[0, 1, 2, 3]], dtype=uint8)
+        """
+        register_with_flax()
         if block_of is not None:
             groups = max(x.shape[-1] for x in (scale, offset) if x is not None)
             least_dtype = jnp.uint8 if groups <= 2**8 else jnp.uint16
-            block_of = block_of.astype(least_dtype if groups <= 2**16 else jnp.int32)
+            block_of = jnp.asarray(block_of.astype(least_dtype if groups <= 2**16 else jnp.int32))
         dtype = jnp.dtype(value_dtype)
-        return cls(packed, scale, offset, grid, block, dtype, width, block_of=block_of)
+        return cls(packed, scale, offset, grid, block, dtype, bits, block_of=block_of)
 
     def __repr__(self) -> str:
         def kind(x: Any) -> str:

@@ -82,7 +82,8 @@ def load(path: str | os.PathLike[str]) -> Folder:
         stamps = _stamps(path, contents)
         # The largest first: what is needed beside a tensor while it is read is then least where
         # most has been read.
-        found = {name: contents.read(name) for name in sorted(contents.names, key=contents.size)}
+        largest_first = sorted(contents.names, key=contents.size, reverse=True)
+        found = {name: contents.read(name) for name in largest_first}
         tensors = {name: found[name] for name in contents.names}
     except ValueError as error:
         raise ValueError(_with(path, error)) from error

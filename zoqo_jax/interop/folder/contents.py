@@ -53,8 +53,8 @@ class Contents(NamedTuple):
         return [*self.parts, *self.plain]
 
     def size(self, name: str) -> int:
-        """Minus the bytes that are stored of a tensor."""
-        return -sum(self.places[part].size for part in self.parts.get(name, (name,)))
+        """The bytes that are stored of a tensor."""
+        return sum(self.places[part].size for part in self.parts.get(name, (name,)))
 
     def read(self, name: str) -> Any:
         """A tensor, quantized or not."""

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from zoqo_jax.grids.arrays import Grid, QuantizedArray, register_with_flax
+from zoqo_jax.grids.arrays import Grid, QuantizedArray
 from zoqo_jax.grids.scales import TwoLevel
 from zoqo_jax.interop.formats.packed import packed
 
@@ -37,7 +36,7 @@ class Frame(NamedTuple):
 
     Examples:
         >>> grid = Grid((-1.0, 0.0, 1.0, 2.0), 0, 3)
-        >>> frame = Frame((1, 4), 2, grid, np.full((1, 1), 0.5, np.float32), jnp.float32)
+        >>> frame = Frame((1, 4), 2, grid, np.full((1, 1), 0.5, np.float32), np.float32)
         >>> array = frame.array(np.array([[0, 1, 2, 3]], np.uint8))
         >>> array.materialise().tolist(), frame.codes("w", array).tolist()
         ([[-0.5, 0.0, 0.5, 1.0]], [[0, 1, 2, 3]])
@@ -61,7 +60,7 @@ class Frame(NamedTuple):
 
         Examples:
             >>> grid = Grid((0.0, 1.0, 2.0, 3.0), 0, 3)
-            >>> frame = Frame((1, 4), 2, grid, np.ones((1, 1), np.float16), jnp.float16)
+            >>> frame = Frame((1, 4), 2, grid, np.ones((1, 1), np.float16), np.float16)
             >>> frame.array(np.array([[3, 0, 0, 1]], np.uint8)).codes.tolist()
             [[3, 0, 0, 1]]
         """
@@ -78,25 +77,20 @@ class Frame(NamedTuple):
 
         Examples:
             >>> grid = Grid((0.0, 1.0, 2.0, 3.0), 0, 3)
-            >>> frame = Frame((2, 4), 2, grid, np.ones((1, 1), np.float16), jnp.float16)
+            >>> frame = Frame((2, 4), 2, grid, np.ones((1, 1), np.float16), np.float16)
             >>> frame.array_of(lambda begin, end: np.full((end - begin, 4), 3, np.uint8)).shape
             (2, 4)
         """
         bytes_, bits = packed(codes, self.shape, self.bits, step)
-        groups = self.scale[1] if isinstance(self.scale, tuple) else self.scale
-        block_of = self.block_of
-        if block_of is not None:
-            block_of = block_of.astype(np.uint8 if groups.shape[-1] <= 256 else np.uint16)
-        register_with_flax()
-        return QuantizedArray(
+        return QuantizedArray.from_packed(
             bytes_,
             self._on_device(self.scale, self.divides),
             None if self.offset is None else self._on_device(self.offset, False),
             self.grid,
             None if self.block is None else (-1, self.block),
-            jnp.dtype(self.value_dtype),
+            self.value_dtype,
             bits,
-            block_of=None if block_of is None else jax.device_put(block_of),
+            self.block_of,
         )
 
     def codes(self, name: str, array: QuantizedArray) -> np.ndarray:
@@ -108,7 +102,7 @@ class Frame(NamedTuple):
 
         Examples:
             >>> grid = Grid((0.0, 1.0, 2.0, 3.0), 0, 3)
-            >>> frame = Frame((1, 4), 2, grid, np.ones((1, 1), np.float16), jnp.float16)
+            >>> frame = Frame((1, 4), 2, grid, np.ones((1, 1), np.float16), np.float16)
             >>> frame.codes("w", frame._replace(shape=(1, 2)).array(np.zeros((1, 2), np.uint8)))
             Traceback (most recent call last):
             ValueError: w: its shape must be that of the file, (1, 4), got (1, 2).

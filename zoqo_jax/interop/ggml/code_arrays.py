@@ -58,13 +58,13 @@ def read(form: Type, shape: tuple[int, ...], raw: Any) -> QuantizedArray:
         scale.read(blocks, begin, end)
         if minimum:
             minimum.read(blocks, begin, end)
-    return QuantizedArray(
+    return QuantizedArray.from_packed(
         jax.device_put(packed.reshape(*shape[:-1], -1)),
         scale.array(shape),
         minimum.array(shape) if minimum else None,
         form.grid,
         (-1, form.block),
-        np.dtype(np.float32),
+        np.float32,
         bits,
     )
 
