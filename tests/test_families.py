@@ -1,7 +1,6 @@
 """Families of decoders: beside transformers and llama.cpp, and files of several types."""
 
 import dataclasses
-import itertools
 import json
 import re
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 import zoqo_jax as zq
-from experiments.finetune.models import Decoder, from_settings, loading, segments
+from experiments.finetune.models import Decoder, from_settings, loading, stacks
 from zoqo_jax.interop import gguf, safetensors
 
 SHAPE = {
@@ -50,9 +49,7 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 40))
 
 
 def logits(checkpoint, tokens=TOKENS, **changes):
-    model = Decoder(
-        dataclasses.replace(checkpoint.architecture, **changes), None, checkpoint.decoder.segments
-    )
+    model = Decoder(dataclasses.replace(checkpoint.architecture, **changes), None, checkpoint.types)
 
     def read(params):
         return model.apply({"params": params}, jnp.asarray(tokens))
@@ -135,42 +132,6 @@ def test_probabilities_are_those_of_llama_cpp(tmp_path, family):
         assert off(**change) > 0.05, change
 
 
-def kinds_of(cut, count):
-    """Which layers share a stack, and which of them come one after another in it."""
-    found = [(number, place) for number, one in enumerate(cut) for place in range(one.period)]
-    numbers = [list(cut[number].numbers(place)) for number, place in found]
-    assert sorted(itertools.chain(*numbers)) == list(range(count))
-    return numbers
-
-
-def test_layers_are_cut_into_the_fewest_that_a_program_can_have():
-    """Beside all ways of cutting: every composition of the layers, every period that repeats."""
-
-    def least(kinds):
-        if not kinds:
-            return 0
-        found = []
-        for end in range(1, len(kinds) + 1):
-            for period in range(1, end + 1):
-                if end % period == 0 and kinds[:end] == kinds[:period] * (end // period):
-                    found.append(period + least(kinds[end:]))
-        return min(found)
-
-    for kinds in map("".join, itertools.product("AB", repeat=7)):
-        cut = segments.cut(kinds)
-        assert sum(one.period for one in cut) == least(kinds), kinds
-        assert all(len({kinds[i] for i in some}) == 1 for some in kinds_of(cut, 7))
-    assert segments.cut("ABAB", begin=5) == (segments.Segment(5, 2, 2),)
-
-
-def test_files_of_llama_cpps_mixtures_become_few_segments():
-    """More bits in the first and last eighth, and in every third layer between (Q4_K_M)."""
-    for depth, most in ((18, 6), (26, 6), (32, 5), (48, 6), (80, 6)):
-        eighth = depth // 8
-        better = [i < eighth or i >= 7 * depth // 8 or (i - eighth) % 3 == 2 for i in range(depth)]
-        assert sum(one.period for one in segments.cut(better)) <= most, depth
-
-
 def mixed(name, layer):
     """Types as Q4_K_M mixes them: two of the matrices in more bits in some layers."""
     more = layer in (0, 3, 6)
@@ -186,16 +147,18 @@ def mixed_file(tmp_path_factory):
 
 def test_a_file_of_several_types_computes_what_its_values_do(mixed_file, tmp_path):
     checkpoint = loading.load(mixed_file)
-    assert checkpoint.segments == ((0, 3, 2), (6, 1, 1))
-    down = checkpoint.params["layers"]["0"]["2"]["down"]["weight"]
-    assert down.shape == (2, family_files.WIDTH, family_files.HIDDEN)
+    kinds = (0, 1, 1, 0, 1, 1, 0)
+    assert checkpoint.types == (("v", kinds), ("down", kinds))
+    assert set(checkpoint.params["types"]["down"]) == {"0", "1"}
+    down = checkpoint.params["types"]["down"]["1"]
+    assert down.shape == (4, family_files.WIDTH, family_files.HIDDEN)
     file = gguf.load(mixed_file)
     trained = [x for x in jax.tree.leaves(checkpoint.params, is_leaf=zq.is_quantized)]
     codes = sum(x.size for x in trained if zq.is_quantized(x))
     assert codes == sum(x.size for x in file.tensors.values() if zq.is_quantized(x))
     gguf.save(tmp_path / "floats.gguf", zq.dequantize(file.tensors), file.metadata)
     floats = loading.load(tmp_path / "floats.gguf")
-    assert floats.decoder.segments == ()
+    assert floats.types == ()
     np.testing.assert_allclose(logits(checkpoint), logits(floats), rtol=1e-4, atol=1e-4)
 
 
@@ -215,12 +178,14 @@ def test_the_last_layers_of_several_types_go_on_where_those_below_ended(mixed_fi
     np.testing.assert_allclose(read(model, states), logits(whole, TOKENS[:1]), atol=1e-3)
     # Each leaf knows its tensors: their codes are the file's.
     tensors = gguf.load(mixed_file).tensors
-    found = jax.tree_util.tree_leaves_with_path(model.params["layers"], is_leaf=zq.is_quantized)
+    found = jax.tree_util.tree_leaves_with_path(model.params, is_leaf=zq.is_quantized)
     named = []
     for path, leaf in found:
-        places = model.places_of("/".join(["layers", *(key.key for key in path)]))
+        if path[0].key not in ("layers", "types"):
+            continue
+        places = model.places_of("/".join(key.key for key in path))
         named += [name for _, name in places]
-        for (_, name), layer in zip(places, segments.unstack(leaf), strict=True):
+        for (_, name), layer in zip(places, stacks.unstack(leaf), strict=True):
             if zq.is_quantized(layer):
                 np.testing.assert_array_equal(layer.codes, tensors[name].codes)
     assert sorted(named) == sorted(
@@ -228,12 +193,12 @@ def test_the_last_layers_of_several_types_go_on_where_those_below_ended(mixed_fi
     )
 
 
-def test_a_program_of_segments_has_the_size_of_their_periods(mixed_file):
+def test_a_program_of_several_types_has_the_size_of_one_layer(mixed_file):
     checkpoint = loading.load(mixed_file)
     floats = zq.dequantize(checkpoint.params)
     program = jax.make_jaxpr(lambda p: checkpoint.decoder.apply({"params": p}, TOKENS))(floats)
-    # The products of 7 matrices and 2 of attention in 3 layers of a period and one more; the head.
-    assert str(program).count("dot_general[") == 4 * 9 + 1
+    # The products of 7 matrices, of which two are of two types, and 2 of attention; the head.
+    assert str(program).count("dot_general[") == 9 + 2 + 1
 
 
 GEMMA_1B = {
@@ -412,5 +377,5 @@ def test_a_token_sees_as_far_as_its_window(mixed_file):
 
 
 def first_layer(checkpoint):
-    layer = checkpoint.params["layers"]["0"]["0"]
-    return jax.tree.map(lambda x: x[:1], layer)
+    layer, _ = stacks.part(checkpoint.params, checkpoint.span, checkpoint.types, range(1))
+    return layer["layers"]

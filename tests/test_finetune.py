@@ -151,8 +151,8 @@ def mixed(files, tmp_path_factory):
 def test_all_matrices_of_a_file_of_several_types_are_trained(mixed, tmp_path, layers):
     chosen = config(mixed, tmp_path, steps=3, density=0.5, layers=layers)
     outcome = run(chosen)
-    cut = {0: ((0, 2, 2),), 3: ((1, 1, 1), (2, 1, 1), (3, 1, 1))}[layers]
-    assert outcome.model.segments == cut
+    kinds = {0: (0, 1, 0, 1), 3: (0, 1, 0)}[layers]
+    assert outcome.model.types == (("v", kinds), ("down", kinds))
     trained = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
     expected = {f"blk.{i}.{name}" for i in range(4 - (layers or 4), 4) for name in trained}
     assert changed_by(tmp_path, mixed) == expected

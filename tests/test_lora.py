@@ -69,6 +69,33 @@ def test_stacked_layers_are_scanned():
     np.testing.assert_allclose(found, run(merge(tree)["w"]), atol=1e-4)
 
 
+WAYS_TO_A_LAYER = {
+    "dynamic_index_in_dim": lambda w, i: jax.lax.dynamic_index_in_dim(w, i, keepdims=False),
+    "[i]": lambda w, i: w[i],
+    "[1]": lambda w, i: w[1],
+    "[-3:, i][1]": lambda w, i: w[-3:][i],
+    "take": lambda w, i: jnp.take(w, i, axis=0),
+    "take_along_axis": lambda w, i: w[jnp.array([0, 1])[i]],
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_A_LAYER)
+@pytest.mark.parametrize("base", ["floats", "NF4"])
+def test_a_layer_of_a_stack_is_taken_from_the_factors(way, base):
+    """Whatever picks it: neither the stack nor the layer is merged."""
+    tree = adapted(BASES[base](normal(3, 6, 16)))
+    x, take = normal(5, 16, seed=3), WAYS_TO_A_LAYER[way]
+
+    def product(w, i):
+        return x @ take(w, i).T
+
+    found = jax.jit(zq.quaxify(product))(tree["w"], 1)
+    np.testing.assert_allclose(found, product(merge(tree)["w"], 1), rtol=1e-4, atol=1e-4)
+    told = zq.explain(lambda w: product(w, (x[0, 0] * 0).astype(jnp.int32) + 1).sum(), tree["w"])
+    assert "materialize" not in str(told)
+    assert "3x6x16  dot_general" not in str(told)
+
+
 @pytest.mark.parametrize("structure", ["dense", "rank_one"])
 def test_only_the_factors_move(structure):
     tree = adapted(zq.nf4(block=8)(normal(6, 16)))

@@ -15,7 +15,7 @@ from experiments.files import write_json, write_text
 from experiments.finetune import seed_log
 from experiments.finetune.config import Config
 from experiments.finetune.models.loading import Checkpoint, module_names
-from experiments.finetune.models.segments import place_of, unstack
+from experiments.finetune.models.stacks import place_of, unstack
 from experiments.finetune.training import Outcome
 from zoqo_jax.grids.arrays import is_trained
 from zoqo_jax.implicit.lora import is_lora
@@ -88,10 +88,11 @@ def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params:
     """An adapter as PEFT reads it, in float32."""
     folder.mkdir(exist_ok=True)
     tensors, targets, modules = {}, set(), module_names(checkpoint)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params["layers"], is_leaf=is_lora):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_lora):
         if not is_lora(leaf):
             continue
-        place, numbers = place_of("/".join(key.key for key in path), checkpoint.segments)
+        keys = "/".join(key.key for key in path)
+        place, numbers = place_of(keys, checkpoint.span, checkpoint.types)
         name = place.removesuffix("/weight")
         module = modules[name]
         targets.add(module.rpartition(".")[2])

@@ -28,7 +28,9 @@ def adapt(checkpoint: Checkpoint, config: Config) -> Any:
 
     def is_chosen(path: tuple[Any, ...], leaf: Any) -> bool:
         keys = [getattr(key, "key", None) for key in path]
-        return keys[0] == "layers" and keys[-2] in config.matrices and keys[-1] == "weight"
+        if keys[0] not in ("layers", "types") or keys[1] not in config.matrices:
+            return False
+        return keys[0] == "types" or keys[2] == "weight"
 
     if config.train == "scales" and checkpoint.path.is_dir():
         raise ValueError(f"train='scales' needs a GGUF file, got the folder {checkpoint.path}.")

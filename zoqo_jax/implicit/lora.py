@@ -197,6 +197,56 @@ def _transpose(w: LoraArray, *, permutation: Any) -> Any:
     return LoraArray(base, a, b, w.scaling)
 
 
+def _of_layers(w: LoraArray, fn: Callable[[Array], Array]) -> LoraArray:
+    """Apply what picks layers of a stack, (*layers, m, n) to (*fewer, m, n) for all m and n."""
+    base, b, a = quaxify(lambda *arrays: list(map(fn, arrays)))(w.base, w.b, w.a)
+    return LoraArray(base, a, b, w.scaling)
+
+
+@register("slice", LoraArray)
+def _slice(w: LoraArray, *, start_indices: Any, limit_indices: Any, strides: Any) -> Any:
+    given = (start_indices[-2:], limit_indices[-2:], (strides or (1,) * w.ndim)[-2:])
+    if given != ((0, 0), w.shape[-2:], (1, 1)):
+        return NotImplemented
+    return _of_layers(
+        w,
+        lambda x: jax.lax.slice(x, start_indices, (*limit_indices[:-2], *x.shape[-2:]), strides),
+    )
+
+
+@register("dynamic_slice", LoraArray)
+def _dynamic_slice(w: LoraArray, *starts: Any, slice_sizes: Any) -> Any:
+    if slice_sizes[-2:] != w.shape[-2:] or any(map(is_implicit, starts)):
+        return NotImplemented  # of what is taken whole, the start counts for nothing
+    return _of_layers(
+        w, lambda x: jax.lax.dynamic_slice(x, starts, (*slice_sizes[:-2], *x.shape[-2:]))
+    )
+
+
+@register("squeeze", LoraArray)
+def _squeeze(w: LoraArray, *, dimensions: Any) -> Any:
+    if {w.ndim - 2, w.ndim - 1} & set(dimensions):
+        return NotImplemented
+    return _of_layers(w, lambda x: jax.lax.squeeze(x, dimensions))
+
+
+@register("gather", LoraArray)
+def _gather(w: LoraArray, indices: Any, **params: Any) -> Any:
+    dims, sizes = params["dimension_numbers"], params["slice_sizes"]
+    made = jnp.ndim(indices) - 1 + len(dims.offset_dims)
+    moved = {*dims.start_index_map, *dims.collapsed_slice_dims, *dims.operand_batching_dims}
+    if sizes[-2:] != w.shape[-2:] or {w.ndim - 2, w.ndim - 1} & moved or is_implicit(indices):
+        return NotImplemented
+    if tuple(dims.offset_dims[-2:]) != (made - 2, made - 1):
+        return NotImplemented
+    return _of_layers(
+        w,
+        lambda x: jax.lax.gather_p.bind(
+            x, indices, **{**params, "slice_sizes": (*sizes[:-2], *x.shape[-2:])}
+        ),
+    )
+
+
 @register("dot_general", LoraArray)
 def _dot(x: Any, y: Any, *, dimension_numbers: Any, **params: Any) -> Any:
     if is_implicit(x) and is_implicit(y):

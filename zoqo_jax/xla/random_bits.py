@@ -145,12 +145,12 @@ def words(
         stream: which of 64 independent streams.
         start: where in the stream, in pairs of words; a stream is 2^26 long.
     """
-    half = -(-count // 2)
-    place = jnp.asarray(start, jnp.uint32) + jnp.arange(half, dtype=jnp.uint32)
-    place = (place + np.uint32(stream << 26)).reshape((1,) * of.index.ndim + (half,))
+    half = np.uint32(-(-count // 2))  # the first words of all pairs, then the second
+    number = jnp.arange(count, dtype=jnp.uint32).reshape((1,) * of.index.ndim + (count,))
+    is_first = number < half
+    place = jnp.asarray(start, jnp.uint32) + jnp.where(is_first, number, number - half)
     key0, key1, index = (field[..., None] for field in (of.key0, of.key1, of.index))
-    first, second = _threefry(key0, key1, index, place)
-    return jnp.concatenate([first, second], axis=-1)[..., :count]
+    return _threefry(key0, key1, index, place + np.uint32(stream << 26), is_first)
 
 
 def signs(of: Rows, count: int, stream: int) -> Int8[Array, "*rows count"]:
@@ -264,8 +264,12 @@ def gaussian(words: UInt32[Array, "..."]) -> Float[Array, "..."]:
 
 
 @jax.jit  # traced once for every shape
-def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
-    """Two random words for each counter (x0, x1)."""
+def _threefry(key0: Array, key1: Array, x0: Array, x1: Array, is_first: Array) -> Array:
+    """One of the two random words of each counter (x0, x1).
+
+    XLA computes the pair for each anyway. First and second words laid end to end were two programs,
+    and twice the instructions; this is one, which takes 0.4 to 1.1 of their time (2048 x 576).
+    """
     keys = (key0, key1, key0 ^ key1 ^ _PARITY)
     x0, x1 = x0 + keys[0], x1 + keys[1]
     for group in range(5):
@@ -274,7 +278,7 @@ def _threefry(key0: Array, key1: Array, x0: Array, x1: Array) -> tuple[Array, Ar
             x1 = x0 ^ ((x1 << distance) | (x1 >> (32 - distance)))
         x0 = x0 + keys[(group + 1) % 3]
         x1 = x1 + keys[(group + 2) % 3] + np.uint32(group + 1)
-    return x0, x1
+    return jnp.where(is_first, x0, x1)
 
 
 def _unpack(packed: UInt32[Array, "*rows words"], count: int) -> UInt32[Array, "*rows count"]:

@@ -93,6 +93,23 @@ class Architecture:
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be finite and positive, got {getattr(self, name)}.")
 
+    def shape_of(self, matrix: str) -> tuple[int, int]:
+        """Outputs and inputs of a layer's matrix, by our name for it.
+
+        Example:
+          >>> shape = Architecture(64, 16, depth=4, heads=4, kv_heads=2, hidden=32, context=8,
+          ...                      head_width=4)
+          >>> shape.shape_of("k"), shape.shape_of("down")
+          ((8, 16), (16, 32))
+        """
+        if matrix in ("q", "o"):
+            outputs, inputs = self.heads * self.head_width, self.width
+        elif matrix in ("k", "v"):
+            outputs, inputs = self.kv_heads * self.head_width, self.width
+        else:
+            outputs, inputs = self.hidden, self.width
+        return (inputs, outputs) if matrix in ("o", "down") else (outputs, inputs)
+
     def is_local(self, layer: int) -> bool:
         """Whether a layer's tokens see only the last `window` of them.
 

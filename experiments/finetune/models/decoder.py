@@ -2,9 +2,9 @@
 
 They differ in a few places: norms, how positions enter, how far a token sees, which linear maps
 have a bias, and the feed-forward part. `Architecture` says which; `families.py` has what all
-models of a family share, and `architectures.py` reads the rest from a checkpoint. Layers that are
-alike are stacked on a first axis and scanned, so that a program has the size of one; `segments.py`
-has those that are not. A window or a rotary base that differs by layer is data of the scan.
+models of a family share, and `from_metadata.py` and `from_settings.py` read the rest from a
+checkpoint. Layers are stacked on a first axis and scanned, so that a program has the size of one. A
+window, a rotary base or a matrix's type that differs by layer is data of the scan (`stacks.py`).
 
 Weights are (outputs, inputs), as all these checkpoints have them, so that blocks of quantized
 weights lie along the inputs; a `QuantizedArray` in a weight's place needs `zoqo_jax.quaxify`, or
@@ -17,17 +17,18 @@ scan reads stacks of codes, and nothing but Flax needs to be installed.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from experiments.finetune.models.architecture import Architecture
-from experiments.finetune.models.segments import Segment, is_plain
+from experiments.finetune.models.stacks import Types
 
 __all__ = ["Decoder"]
 
+_SMALL = nn.initializers.normal(0.02)
 _OPT_OFFSET = 2  # OPT's table of positions begins with two rows that are never read
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -46,7 +47,7 @@ class Decoder(nn.Module):
     Attributes:
       architecture: what the whole model is made of.
       span: numbers of the layers that are in it; None for all.
-      segments: how they are cut into stacks; empty for one stack.
+      types: matrices that have not the same type in all of them.
 
     Example:
       >>> shape = Architecture(64, 16, depth=2, heads=4, kv_heads=2, hidden=32, context=8,
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
 
     architecture: Architecture
     span: range | None = None
-    segments: tuple[Segment, ...] = ()
+    types: Types = ()
 
     @nn.compact
     def __call__(
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
         is_first, is_last = span.start == 0, span.stop == arch.depth
 
         def table(name: str, rows: int) -> jax.Array:
-            return self.param(name, nn.initializers.normal(0.02), (rows, arch.width))
+            return self.param(name, _SMALL, (rows, arch.width))
 
         if is_first or (is_last and arch.tied):
             embedding = table("embedding", arch.vocabulary)
@@ -101,10 +102,72 @@ class Decoder(nn.Module):
         return _capped(x @ (output if words is None else output[words]).T, arch.logit_cap)
 
     def _layers(self, x: jax.Array, sight: "_Sight", span: range) -> jax.Array:
-        arch = self.architecture
-        if not self.segments or is_plain(self.segments):
-            return _scanned(_Layer, len(span), sight)(arch, name="layers")(x, sight)[0]
-        return _Segments(arch, self.segments, name="layers")(x, sight)
+        """What all layers make of x, each with its own of what differs by layer."""
+        typed = _Types(self.architecture, self.types, name="types")() if self.types else {}
+        by_layer = _Sight(nn.broadcast, nn.broadcast, 0) if sight.differs else nn.broadcast
+        scan = nn.scan(
+            _Layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(by_layer, {name: _Typed(nn.broadcast, 0, 0) for name in typed}),
+            length=len(span),
+        )
+        return scan(self.architecture, name="layers")(x, sight, typed)[0]
+
+
+class _Typed(NamedTuple):
+    """A matrix of several types: the layers' or, with no axis in `kind` and `place`, one layer's.
+
+    `stacks` has a stack of layers for each type, `kind` says which is a layer's, and `place` where
+    in it the layer is.
+    """
+
+    stacks: tuple[Any, ...]  # float32 (layers of the type, outputs, inputs)
+    kind: jax.Array  # int32 (layers,)
+    place: jax.Array  # int32 (layers,)
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """The product x W^T with the layer's own matrix."""
+
+        def of(stack: Any) -> Callable[[], jax.Array]:
+            take = jax.lax.dynamic_index_in_dim
+            return lambda: x @ take(stack, self.place, keepdims=False).T
+
+        return jax.lax.switch(self.kind, list(map(of, self.stacks)))
+
+
+class _Types(nn.Module):
+    """The matrices of several types."""
+
+    architecture: Architecture
+    types: Types
+
+    @nn.compact
+    def __call__(self) -> dict[str, _Typed]:
+        found = {}
+        for name, kinds in self.types:
+            shape = self.architecture.shape_of(name)
+            place = [kinds[:layer].count(kind) for layer, kind in enumerate(kinds)]
+            found[name] = _Typed(
+                _Stacks(shape, kinds, name=name)(),
+                jnp.array(kinds, jnp.int32),
+                jnp.array(place, jnp.int32),
+            )
+        return found
+
+
+class _Stacks(nn.Module):
+    """A stack for each type of a matrix."""
+
+    shape: tuple[int, int]
+    kinds: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, ...]:
+        return tuple(
+            self.param(str(kind), _SMALL, (self.kinds.count(kind), *self.shape))
+            for kind in range(max(self.kinds) + 1)
+        )
 
 
 class _Sight(NamedTuple):
@@ -133,56 +196,16 @@ class _Sight(NamedTuple):
             jnp.array(is_local, jnp.int32),
         )
 
+    @property
+    def differs(self) -> bool:
+        """Whether layers see positions in two ways."""
+        return self.kind is not None
+
     def of_layer(self) -> "_Sight":
         """What one layer sees, of a sight whose `kind` is that layer's."""
-        if self.kind is None:
+        if not self.differs:
             return self
         return _Sight(self.angles[self.kind], self.window[self.kind])
-
-
-def _scanned(layers: type[nn.Module], length: int, sight: _Sight) -> Callable[..., nn.Module]:
-    """A module as often as its stacked parameters say, each with its own `sight.kind`."""
-    by_layer = _Sight(nn.broadcast, nn.broadcast, 0)
-    return nn.scan(
-        layers,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast if sight.kind is None else (by_layer,),
-        length=length,
-    )
-
-
-class _Segments(nn.Module):
-    """Stacks of layers, one after another."""
-
-    architecture: Architecture
-    segments: tuple[Segment, ...]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, sight: _Sight) -> jax.Array:
-        first = self.segments[0].begin
-        for number, (begin, period, repeats) in enumerate(self.segments):
-            part = sight
-            if sight.kind is not None:
-                kind = sight.kind[begin - first :][: period * repeats]
-                part = sight._replace(kind=kind.reshape(repeats, period))
-            layers = _scanned(_Period, repeats, part)
-            x, _ = layers(self.architecture, period, name=str(number))(x, part)
-        return x
-
-
-class _Period(nn.Module):
-    """The layers of a period."""
-
-    architecture: Architecture
-    period: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, sight: _Sight) -> tuple[jax.Array, None]:
-        for place in range(self.period):
-            one = sight if sight.kind is None else sight._replace(kind=sight.kind[place])
-            x, _ = _Layer(self.architecture, name=str(place))(x, one)
-        return x, None
 
 
 class _Layer(nn.Module):
@@ -191,44 +214,45 @@ class _Layer(nn.Module):
     architecture: Architecture
 
     @nn.compact
-    def __call__(self, x: jax.Array, sight: _Sight) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, sight: _Sight, typed: dict[str, _Typed]
+    ) -> tuple[jax.Array, None]:
         arch, sight = self.architecture, sight.of_layer()
 
-        def linear(name: str, features: int, bias: bool) -> _Linear:
-            return _Linear(features, bias, name=name)
+        def linear(name: str, x: jax.Array) -> jax.Array:
+            bias = arch.qkv_bias if name in ("q", "k", "v") else arch.bias
+            return _Linear(arch.shape_of(name), bias, name=name)(x, typed.get(name))
 
-        def heads(name: str, count: int) -> jax.Array:
-            y = linear(name, count * arch.head_width, arch.qkv_bias)(h)
-            return y.reshape(*y.shape[:-1], count, arch.head_width)
+        def heads(name: str) -> jax.Array:
+            y = linear(name, h)
+            return y.reshape(*y.shape[:-1], -1, arch.head_width)
 
         h = _Norm(arch, name="attention_norm")(x)
-        q, k = heads("q", arch.heads), heads("k", arch.kv_heads)
-        v = heads("v", arch.kv_heads)
+        q, k, v = heads("q"), heads("k"), heads("v")
         if arch.qk_norm:
             q, k = _Norm(arch, name="q_norm")(q), _Norm(arch, name="k_norm")(k)
         if arch.positions != "learned":
             q, k = _rotated(q, sight.angles, arch), _rotated(k, sight.angles, arch)
-        y = linear("o", arch.width, arch.bias)(_attention(q, k, v, sight.window, arch))
+        y = linear("o", _attention(q, k, v, sight.window, arch))
         x = x + (_Norm(arch, name="post_attention_norm")(y) if arch.post_norms else y)
 
         h, act = _Norm(arch, name="mlp_norm")(x), _ACTIVATIONS[arch.activation]
-        y = linear("up", arch.hidden, arch.bias)(h)
-        y = act(linear("gate", arch.hidden, arch.bias)(h)) * y if arch.gated else act(y)
-        y = linear("down", arch.width, arch.bias)(y)
+        y = linear("up", h)
+        y = act(linear("gate", h)) * y if arch.gated else act(y)
+        y = linear("down", y)
         return x + (_Norm(arch, name="post_mlp_norm")(y) if arch.post_norms else y), None
 
 
 class _Linear(nn.Module):
-    """x W^T + b."""
+    """x W^T + b, W of this layer's type where layers differ in it."""
 
-    features: int
+    shape: tuple[int, int]
     bias: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.features, x.shape[-1])
-        y = x @ self.param("weight", nn.initializers.normal(0.02), shape).T
-        return y + self.param("bias", nn.initializers.zeros, shape[:1]) if self.bias else y
+    def __call__(self, x: jax.Array, typed: _Typed | None) -> jax.Array:
+        y = x @ self.param("weight", _SMALL, self.shape).T if typed is None else typed.product(x)
+        return y + self.param("bias", nn.initializers.zeros, self.shape[:1]) if self.bias else y
 
 
 class _Norm(nn.Module):

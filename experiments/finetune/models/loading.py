@@ -15,15 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import zoqo_jax as zq
-from experiments.finetune.models import from_metadata, from_settings, places, segments
+from experiments.finetune.models import from_metadata, from_settings, places, stacks
 from experiments.finetune.models.architecture import Architecture
 from experiments.finetune.models.decoder import Decoder
 from experiments.finetune.models.families import FAMILIES, GGUF_NAMES, MODULES
-from experiments.finetune.models.segments import Segment
+from experiments.finetune.models.stacks import Types
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.interop import gguf, tokenizing
 
 __all__ = ["Checkpoint", "load", "load_gguf", "load_hugging_face", "module_names", "split"]
+
+_OF_LAYERS = ("layers", "types")  # what of a decoder's parameters layers have
 
 
 class Checkpoint(NamedTuple):
@@ -32,13 +34,14 @@ class Checkpoint(NamedTuple):
     Attributes:
       architecture: of the whole decoder.
       params: for `Decoder.apply`; matrices may be a `QuantizedArray`, layers are stacked (see
-        `segments.py`).
+        `stacks.py`).
       tokenizer: a `tokenizers.Tokenizer`.
       path: of the file or folder.
       metadata: of the file.
       names: the file's name of each parameter, by '/'-joined place; with "{}" for the layer, whose
-        places are those of a model of one stack ("layers/q/weight").
-      segments: how the layers in `params` are cut into stacks.
+        places are those of matrices of one type ("layers/q/weight").
+      span: the numbers of the layers in `params`.
+      types: matrices that have not the same type in all of them.
     """
 
     architecture: Architecture
@@ -47,26 +50,21 @@ class Checkpoint(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     names: dict[str, str]
-    segments: tuple[Segment, ...]
-
-    @property
-    def span(self) -> range:
-        """The numbers of the layers in `params`."""
-        return range(self.segments[0].begin, self.segments[-1].end)
+    span: range
+    types: Types
 
     @property
     def decoder(self) -> Decoder:
         """What reads `params`."""
-        plain = segments.is_plain(self.segments)
-        return Decoder(self.architecture, self.span, () if plain else self.segments)
+        return Decoder(self.architecture, self.span, self.types)
 
     def places_of(self, path: str) -> list[tuple[int, str]]:
-        """The number and the file's name of each layer that a leaf of `params["layers"]` holds.
+        """The number and the file's name of each layer that a leaf of layers holds.
 
         Args:
           path: '/'-joined keys of the leaf in `params`.
         """
-        place, numbers = segments.place_of(path.removeprefix("layers/"), self.segments)
+        place, numbers = stacks.place_of(path, self.span, self.types)
         name = self.names[f"layers/{place}"]
         return [(number, name.format(number)) for number in numbers]
 
@@ -108,42 +106,12 @@ def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint | None, Checkp
     if count in (0, depth):
         return None, checkpoint
 
-    parts = range(depth - count), range(depth - count, depth)
-    below, model = (_part(checkpoint, span) for span in parts)
-    return below, model
+    def of(span: range) -> Checkpoint:
+        some, types = stacks.part(checkpoint.params, checkpoint.span, checkpoint.types, span)
+        rest = {name: x for name, x in checkpoint.params.items() if name not in _OF_LAYERS}
+        return checkpoint._replace(params={**rest, **some}, span=span, types=types)
 
-
-def _part(checkpoint: Checkpoint, span: range) -> Checkpoint:
-    """Some of a checkpoint's layers, cut anew: those of one part may all be alike."""
-    layers, now = checkpoint.params["layers"], checkpoint.segments
-    if segments.is_plain(now):
-        within = slice(span.start - now[0].begin, span.stop - now[0].begin)
-        cut = (Segment(span.start, 1, len(span)),)
-        found = jax.tree.map(lambda x: x[within], layers)
-        return checkpoint._replace(params={**checkpoint.params, "layers": found}, segments=cut)
-    leaves: dict[tuple[str, int], tuple[Any, int]] = {}  # a stack, and where a layer is in it
-    for path, leaf in _by_path(layers).items():
-        place, numbers = segments.place_of(path, now)
-        leaves |= {(place, number): (leaf, i) for i, number in enumerate(numbers)}
-    places = list(dict.fromkeys(place for place, _ in leaves))
-
-    def get(place: str, number: int) -> Any:
-        stack, i = leaves[place, number]
-        return jax.tree.map(lambda x: np.asarray(x)[i], stack)
-
-    kinds = [segments.kind_of({place: get(place, i) for place in places}) for i in span]
-    cut = segments.cut(kinds, span.start)
-    found = segments.arranged(cut, places, get)
-    return checkpoint._replace(params={**checkpoint.params, "layers": found}, segments=cut)
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """Arrays, quantized or not, by their '/'-joined keys."""
-    is_leaf = lambda x: isinstance(x, QuantizedArray)  # noqa: E731
-    return {
-        "/".join(key.key for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    }
+    return of(range(depth - count)), of(range(depth - count, depth))
 
 
 def load_hugging_face(folder: str | Path) -> Checkpoint:
@@ -175,10 +143,11 @@ def load_hugging_face(folder: str | Path) -> Checkpoint:
         scale = float(jnp.asarray(arch.embedding_scale, dtype))
         arch = dataclasses.replace(arch, embedding_scale=scale)
     try:
-        params, names, cut = _tree(tensors, table, arch, copies, family.norms_plus)
+        params, names, types = _tree(tensors, table, arch, copies, family.norms_plus)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    return Checkpoint(arch, params, tokenizing.from_folder(folder), folder, settings, names, cut)
+    words, span = tokenizing.from_folder(folder), range(arch.depth)
+    return Checkpoint(arch, params, words, folder, settings, names, span, types)
 
 
 def load_gguf(path: str | Path) -> Checkpoint:
@@ -192,7 +161,7 @@ def load_gguf(path: str | Path) -> Checkpoint:
     file = gguf.load(path)
     try:
         arch = from_metadata.architecture(file)
-        params, names, cut = _tree(file.tensors, GGUF_NAMES, arch, {"rope_freqs.weight"})
+        params, names, types = _tree(file.tensors, GGUF_NAMES, arch, {"rope_freqs.weight"})
         count = file.tokenizer.get_vocab_size() if file.tokenizer else 0
         if count > arch.vocabulary:
             raise ValueError(
@@ -200,7 +169,8 @@ def load_gguf(path: str | Path) -> Checkpoint:
             )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return Checkpoint(arch, params, file.tokenizer, path, file.metadata, names, cut)
+    span = range(arch.depth)
+    return Checkpoint(arch, params, file.tokenizer, path, file.metadata, names, span, types)
 
 
 def _tree(
@@ -209,8 +179,8 @@ def _tree(
     arch: Architecture,
     apart: set[str],
     norms_plus: float = 0.0,
-) -> tuple[dict[str, Any], dict[str, str], tuple[Segment, ...]]:
-    """The tensors as `Decoder.apply` takes them, where each went, and how layers are stacked.
+) -> tuple[dict[str, Any], dict[str, str], Types]:
+    """The tensors as `Decoder.apply` takes them, where each went, and matrices of several types.
 
     Tensors are taken out of the dictionary, so that none is held beside the stack that it is in.
     """
@@ -239,10 +209,11 @@ def _tree(
     unknown = sorted(x for x in set(tensors) - used - apart if not _adds_nothing(x, tensors[x]))
     if unknown:
         raise ValueError(f"tensors without a place in the decoder: {', '.join(unknown[:3])}.")
-    cut = segments.cut([segments.kind_of(layer) for layer in layers])
     tensors.clear()
-    params["layers"] = segments.arranged(cut, of_layers, lambda place, i: layers[i].pop(place))
-    return params, names, cut
+    stacked, types = stacks.arranged(
+        of_layers, range(arch.depth), lambda place, i: layers[i].pop(place)
+    )
+    return {**params, **stacked}, names, types
 
 
 def _adds_nothing(name: str, tensor: Any) -> bool:
