@@ -85,9 +85,7 @@ def test_memory_is_what_it_is_in_the_file(name):
     raw = legal_bytes(name, 40)
     array = decoded(name, raw)
     assert array.bits == TYPES[KINDS[name]].bits
-    # Where a file has a scale and a minimum of 4 bits in one byte, they have one each here.
-    most = 1.2 if name == "Q2_K" else 1.1
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(array)) <= most * raw.size + 4
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(array)) <= 1.1 * raw.size + 4
 
 
 @EVERY

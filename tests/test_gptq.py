@@ -100,8 +100,8 @@ def test_arrays_keep_widths_groups_and_zero_points(bits, version):
     assert act_order.block is None
     assert act_order.block_of.shape == (1, 64)
     assert sorted(act_order.block_of[0].tolist()) == [0] * 32 + [1] * 32
-    assert asymmetric.offset.inner.dtype == jnp.uint8
-    assert asymmetric.offset.inner.min() == 0
+    assert asymmetric.offset.numbers().dtype == jnp.uint8
+    assert asymmetric.offset.numbers().min() == 0
     assert symmetric.offset is None
     assert symmetric.grid.levels == tuple(float(n - 2 ** (bits - 1)) for n in range(2**bits))
 
@@ -135,7 +135,7 @@ def test_the_last_group_may_be_short(tmp_path):
     assert first.block == (-1, 48)
     there = stored(source)
     scales = np.repeat(there[f"{key}.scales"].T, 48, axis=1)[:, :64]
-    zeros = np.repeat(np.asarray(first.offset.inner), 48, axis=1)[:, :64].astype(np.float32)
+    zeros = np.repeat(np.asarray(first.offset.numbers()), 48, axis=1)[:, :64].astype(np.float32)
     codes = np.asarray(first.codes, np.float32)
     exact = (scales.astype(np.float32) * (codes - zeros)).astype(np.float16)
     np.testing.assert_array_equal(zq.dequantize(first), exact)

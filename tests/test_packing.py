@@ -111,6 +111,24 @@ def test_scales_are_products_or_quotients_in_float32():
     np.testing.assert_array_equal(TwoLevel(outer, inner, divides=True).values()[0], theirs / each)
 
 
+@pytest.mark.parametrize(
+    ("bits", "blocks", "kept"), [(2, 8, 2), (4, 8, 4), (4, 7, 8), (2, 6, 8), (3, 8, 8), (6, 8, 8)]
+)
+def test_inner_numbers_share_bytes_where_they_fill_them(bits, blocks, kept):
+    rng = np.random.default_rng(0)
+    inner = rng.integers(0, 2**bits, (3, blocks)).astype(np.uint8)
+    outer = rng.normal(size=(3, 1)).astype(np.float16)
+    two = TwoLevel.packed(outer, inner, bits)
+    assert (two.bits, two.inner.nbytes) == (kept, 3 * blocks * kept // 8)
+    assert (two.shape, two.ndim, two.size) == ((3, blocks), 2, 3 * blocks)
+    np.testing.assert_array_equal(two.numbers(), inner)
+    np.testing.assert_array_equal(
+        two.values(), TwoLevel(*map(jnp.asarray, (outer, inner))).values()
+    )
+    inner[1, 1] = 2**bits  # a GPTQ zero point may be that
+    assert TwoLevel.packed(outer, inner, bits).bits == 8
+
+
 def test_powers_of_two_are_exact_and_stay_when_zeros_are_added():
     """All 255 bytes that are no NaN: an update adds zeros to what is frozen."""
     exponents = np.arange(255, dtype=np.uint8).reshape(-1, 3)

@@ -8,13 +8,18 @@ so they are kept as a file has them: Q4_K takes 4.6 bits a code instead of 6.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
+
+from zoqo_jax.grids import packing
 
 __all__ = ["Scale", "TwoLevel", "float_part", "map_float", "multiplied_out"]
 
@@ -27,12 +32,13 @@ class TwoLevel(eqx.Module):
 
     Attributes:
         outer: value units; along the last axis one for each superblock, of as many blocks as fit.
-        inner: whole numbers, or 8-bit floats, one for each block.
+        inner: whole numbers, or 8-bit floats, one for each block; or bytes that such numbers share.
         divides: whether a value is `inner / outer` instead of their product.
         powers: whether `inner` holds bytes n that stand for 2^(n - 127), as MXFP4's. JAX has a
             dtype for them, float8_e8m0fnu, but it has no zero: an update that adds zeros to all
             that is frozen would make it NaN. (XLA may take 2^-127 for zero, as other numbers below
             float32's normal ones.)
+        bits: width of a number in `inner`, whose bytes are those of `packing.py`; 8 for bytes.
 
     Examples:
         >>> outer = jnp.array([[0.5, 2.0]], jnp.float16)
@@ -45,11 +51,38 @@ class TwoLevel(eqx.Module):
     inner: Array
     divides: bool = eqx.field(static=True, default=False)
     powers: bool = eqx.field(static=True, default=False)
+    bits: int = eqx.field(static=True, default=8)
+
+    @classmethod
+    def packed(cls, outer: np.ndarray, inner: np.ndarray, bits: int) -> TwoLevel:
+        """Two levels of what was read from a file, numbers of 2 or 4 bits sharing bytes.
+
+        Others, and those whose last axis fills no whole bytes, have a byte each.
+
+        Args:
+            outer: as the attribute.
+            inner: uint8 numbers.
+            bits: that a number has in the file.
+
+        Examples:
+            >>> outer, inner = np.ones((1, 1), np.float16), np.array([[1, 2, 3, 4]], np.uint8)
+            >>> two = TwoLevel.packed(outer, inner, 4)
+            >>> two.inner.tolist(), two.shape, two.numbers().tolist()
+            ([[49, 66]], (1, 4), [[1, 2, 3, 4]])
+        """
+        count = 8 // bits
+        if bits not in (2, 4) or inner.shape[-1] % count or inner.max(initial=0) >= 2**bits:
+            return cls(jax.device_put(outer), jax.device_put(inner))
+        parts = np.split(inner, count, axis=-1)  # by NumPy: XLA would compile for each shape
+        shared = [part << np.uint8(i * bits) for i, part in enumerate(parts)]
+        bytes_ = functools.reduce(np.bitwise_or, shared)
+        return cls(jax.device_put(outer), jax.device_put(bytes_), bits=bits)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """One for each block."""
-        return self.inner.shape
+        *rows, last = self.inner.shape
+        return (*rows, last * 8 // self.bits)
 
     @property
     def ndim(self) -> int:
@@ -59,7 +92,7 @@ class TwoLevel(eqx.Module):
     @property
     def size(self) -> int:
         """How many blocks there are."""
-        return self.inner.size
+        return math.prod(self.shape)
 
     @property
     def dtype(self) -> Any:
@@ -72,17 +105,21 @@ class TwoLevel(eqx.Module):
 
     def values(self) -> Float32[Array, "..."]:
         """The products, float32, one for each block."""
-        outer, inner = self.outer.astype(jnp.float32), self._numbers()
+        outer, inner = self.outer.astype(jnp.float32), self._floats()
         blocks, superblocks = inner.shape[-1], outer.shape[-1]
         if superblocks not in (1, blocks):
             each = jnp.broadcast_to(outer[..., None], (*outer.shape, blocks // superblocks))
             outer = each.reshape(*outer.shape[:-1], blocks)
         return inner / outer if self.divides else outer * inner
 
-    def _numbers(self) -> Float32[Array, "..."]:
+    def numbers(self) -> Array:
+        """The inner numbers, each by itself, in the dtype of `inner`."""
+        return packing.unpack(self.inner, self.bits) if self.bits < 8 else self.inner
+
+    def _floats(self) -> Float32[Array, "..."]:
         """What `inner` stands for."""
         if not self.powers:
-            return self.inner.astype(jnp.float32)
+            return self.numbers().astype(jnp.float32)
         bits = self.inner.astype(jnp.uint32) << 23  # the exponent of a float32
         powers = jax.lax.bitcast_convert_type(bits, jnp.float32)
         return jnp.where(self.inner == 0, jnp.float32(2.0**-127), powers)

@@ -11,7 +11,7 @@ import numpy as np
 
 from zoqo_jax.grids.arrays import Grid, QuantizedArray
 from zoqo_jax.grids.scales import TwoLevel
-from zoqo_jax.interop.formats.packed import packed
+from zoqo_jax.interop.packed import packed
 
 __all__ = ["Frame", "Numbers", "exponents", "require_finite"]
 
@@ -135,6 +135,8 @@ class Frame(NamedTuple):
         if isinstance(numbers, tuple):
             outer, inner = map(np.array, numbers)
             powers = inner.dtype == ml_dtypes.float8_e8m0fnu
+            if inner.dtype == np.uint8:  # zero points
+                return TwoLevel.packed(outer, inner, self.bits)
             inner = inner.view(np.uint8) if powers else inner
             return TwoLevel(jax.device_put(outer), jax.device_put(inner), divides, powers)
         return jax.device_put(np.array(numbers))

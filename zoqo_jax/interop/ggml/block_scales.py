@@ -10,24 +10,11 @@ import numpy as np
 
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.grids.scales import Scale, TwoLevel
-from zoqo_jax.interop.ggml.bits import pack, unpack
+from zoqo_jax.interop.bits import pack, unpack
 from zoqo_jax.interop.ggml.blocks import Scales, Type
+from zoqo_jax.interop.packed import aligned
 
 __all__: list[str] = []  # what ggml.py is made of
-
-
-def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros which begin where JAX's arrays do, so that `jax.device_put` takes them without a copy.
-
-    Examples:
-        >>> aligned((2, 3), np.int8).ctypes.data % 64
-        0
-    """
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    begin = -raw.ctypes.data % 64
-    return raw[begin : begin + size].view(dtype).reshape(shape)
 
 
 class Levels:
@@ -71,10 +58,13 @@ class Levels:
             one = np.ones((1,) * len(shape), np.float32)
             inner = jax.device_put(self._outer.view(self._at.number).reshape(*shape[:-1], -1))
             return TwoLevel(jax.device_put(one), inner, powers=self._at.has_powers)
-        outer = jax.device_put(self._outer.reshape(*shape[:-1], -1))
+        outer = self._outer.reshape(*shape[:-1], -1)
         if not self._at.inner:
-            return outer
-        return TwoLevel(outer, jax.device_put(self._inner.reshape(*shape[:-1], -1)))
+            return jax.device_put(outer)
+        inner = self._inner.reshape(*shape[:-1], -1)
+        if self._at.is_signed:
+            return TwoLevel(jax.device_put(outer), jax.device_put(inner))
+        return TwoLevel.packed(outer, inner, self._at.bits)
 
 
 class Stored(NamedTuple):
@@ -115,7 +105,7 @@ def stored(form: Type, at: Scales, tensor: QuantizedArray, scale: Scale) -> Stor
     def of_rows(x: np.ndarray, count: int) -> np.ndarray:
         return np.broadcast_to(x, (*leading, count)).reshape(rows, count)
 
-    outer, inner = np.asarray(scale.outer), of_rows(np.asarray(scale.inner), scale.shape[-1])
+    outer, inner = np.asarray(scale.outer), of_rows(np.asarray(scale.numbers()), scale.shape[-1])
     if not at.inner:
         if (outer != 1).any():
             raise ValueError(f"the outer scale must be 1 in {form.name}, got {outer.ravel()[0]}.")

@@ -9,7 +9,7 @@ import numpy as np
 
 from zoqo_jax.grids.arrays import Grid
 from zoqo_jax.grids.scales import TwoLevel
-from zoqo_jax.interop.ggml.bits import Bits
+from zoqo_jax.interop.bits import Bits
 
 __all__ = ["Scales", "Type"]
 

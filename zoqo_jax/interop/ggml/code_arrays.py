@@ -15,13 +15,12 @@ import numpy as np
 
 from zoqo_jax.grids import packing
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.interop.ggml.bits import Bits, pack, unpack
-from zoqo_jax.interop.ggml.block_scales import Levels, aligned, stored
+from zoqo_jax.interop.bits import pack, unpack
+from zoqo_jax.interop.ggml.block_scales import Levels, stored
 from zoqo_jax.interop.ggml.blocks import Type
+from zoqo_jax.interop.packed import aligned, planes, row_ranges
 
 __all__: list[str] = []  # what ggml.py is made of
-
-_CODES_AT_ONCE = 2**18
 
 
 def read(form: Type, shape: tuple[int, ...], raw: Any) -> QuantizedArray:
@@ -103,33 +102,6 @@ def written(form: Type, tensor: QuantizedArray, before: Any = None) -> Iterator[
         for one in scales:
             one.write(blocks, begin, end)
         yield blocks
-
-
-def row_ranges(rows: int, columns: int, step: int = 1) -> Iterator[tuple[int, int]]:
-    """All rows, some at a time: some hundred thousand codes, and a multiple of `step` rows.
-
-    Examples:
-        >>> list(row_ranges(5, 2**17))
-        [(0, 2), (2, 4), (4, 5)]
-    """
-    count = -(-max(_CODES_AT_ONCE // columns, 1) // step) * step
-    for begin in range(0, rows, count):
-        yield begin, min(begin + count, rows)
-
-
-def planes(bits: int, columns: int) -> tuple[Bits, ...]:
-    """Where the codes of a row lie in `QuantizedArray.packed`, whose layout is `packing.py`'s.
-
-    Examples:
-        >>> [(piece.first, piece.width) for piece in planes(5, 64)]
-        [(0, 4), (32, 1)]
-    """
-    found, begin, low = [], 0, 0
-    for width in packing.planes(bits):
-        length = columns * width // 8
-        found.append(Bits(begin, length, width, above=low))
-        begin, low = begin + length, low + width
-    return tuple(found)
 
 
 def _codes(form: Type, blocks: np.ndarray, codes: np.ndarray) -> None:

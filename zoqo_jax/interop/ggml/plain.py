@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from zoqo_jax.interop.ggml.block_scales import aligned
-from zoqo_jax.interop.ggml.code_arrays import row_ranges
+from zoqo_jax.interop.packed import row_ranges
 
 __all__: list[str] = []  # what ggml.py is made of
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from zoqo_jax.interop.ggml.bits import Bits
+from zoqo_jax.interop.bits import Bits
 from zoqo_jax.interop.ggml.blocks import Scales, Type
 
 __all__ = ["TYPES"]
