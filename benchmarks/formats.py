@@ -83,19 +83,18 @@ def _arrays(rows: int, columns: int) -> dict[str, zq.QuantizedArray]:
         halves = rng.normal(size=(rows, columns // length)) / columns
         return jnp.asarray(halves, jnp.float16)
 
-    def whole(length: int, least: int, most: int, dtype: Any) -> jax.Array:
-        numbers = rng.integers(least, most, (rows, columns // length))
-        return jnp.asarray(numbers.astype(dtype))
+    def whole(length: int, least: int, most: int, dtype: Any) -> np.ndarray:
+        return rng.integers(least, most, (rows, columns // length)).astype(dtype)
 
     outer, group = floats(256), floats(128)
-    two_level = TwoLevel(outer, whole(32, 0, 64, np.uint8))
-    zeros = TwoLevel(-group, whole(128, 0, 16, np.uint8))
+    two_level = TwoLevel.packed(outer, whole(32, 0, 64, np.uint8), 6)
+    zeros = TwoLevel.packed(-group, whole(128, 0, 16, np.uint8), 4)
     order = jnp.asarray(rng.permutation(columns) // 128, jnp.int32)[None]
     return {
         "Q4_1": made(4, 0, 32, floats(32), floats(32)),
         "Q4_K": made(4, 0, 32, two_level, two_level),
         "Q5_0": made(5, 16, 32, floats(32)),
-        "Q6_K": made(6, 32, 16, TwoLevel(outer, whole(16, -128, 128, np.int8))),
+        "Q6_K": made(6, 32, 16, TwoLevel(outer, jnp.asarray(whole(16, -128, 128, np.int8)))),
         "Q8_0": made(8, 128, 32, floats(32)),
         "GPTQ": made(4, 0, 128, group, zeros),
         "GPTQ, act-order": made(4, 0, 128, group, zeros, block_of=order),

@@ -54,7 +54,7 @@ class TwoLevel(eqx.Module):
     bits: int = eqx.field(static=True, default=8)
 
     @classmethod
-    def packed(cls, outer: np.ndarray, inner: np.ndarray, bits: int) -> TwoLevel:
+    def packed(cls, outer: Array | np.ndarray, inner: np.ndarray, bits: int) -> TwoLevel:
         """Two levels of what was read from a file, numbers of 2 or 4 bits sharing bytes.
 
         Others, and those whose last axis fills no whole bytes, have a byte each.
