@@ -65,9 +65,19 @@ def cases():
             yield f"{method}; {structure}; {boundary}"
 
 
+# Of rows of many words: cells, signs that share words, chances by bit slicing.
+WIDE = (
+    "zoqo; sparse 1/16; clamp; wide",
+    "zoqo, dithered; dense; clamp; wide",
+    "caq_zo, several; rank_one; reflect; wide",
+)
+
+
 def transformation(case):
-    method, structure, boundary = case.split("; ")
-    more = dict(STRUCTURES[structure])
+    method, structure, boundary, *_ = case.split("; ")
+    more = dict(STRUCTURES.get(structure, {}))
+    if structure == "sparse 1/16":
+        structure, more = "sparse", {"density": 1 / 16}
     if structure == "sparse 1/64":
         structure, more = "sparse", {"density": _fall(1 / 64)}
     return METHODS[method](structure=structure, boundary=boundary, key=jax.random.key(7), **more)
@@ -86,9 +96,16 @@ def weights():
     }
 
 
+@functools.cache
+def wide_weights():
+    """Of one and two codes a byte, more than 32 words a row in cells of 12."""
+    w = jax.random.normal(jax.random.key(2), (5, 640))
+    return {"bytes": zq.Quantizer(bits=8)(w), "nibbles": zq.Quantizer(bits=4, block=32)(w)}
+
+
 def outcome(case):
     """A hash of where steps look, of what they make of given differences, and of the codes."""
-    tx, params = transformation(case), weights()
+    tx, params = transformation(case), wide_weights() if case in WIDE else weights()
     state = tx.init(params)
     heard = jnp.asarray(
         np.resize(
@@ -134,8 +151,8 @@ FEW = (
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case, marks=() if case in FEW else pytest.mark.slow)
-        for case in cases()
+        pytest.param(case, id=case, marks=() if case in FEW + WIDE else pytest.mark.slow)
+        for case in [*cases(), *WIDE]
     ],
 )
 def test_codes_are_those_of_earlier_versions(case):
@@ -151,7 +168,7 @@ def test_few_cases_have_one_of_each():
 
 if __name__ == "__main__":
     table = {}
-    for case in cases():
+    for case in [*cases(), *WIDE]:
         table[case] = outcome(case)
         print(case, table[case], file=sys.stderr, flush=True)
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
