@@ -14,7 +14,6 @@ same number of cores: a matrix product may be summed in another order on another
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -137,23 +136,25 @@ def spread(
         updates: Any, state: Any, params: PyTree | None = None, *, batch: Any = None, **extra: Any
     ) -> tuple[PyTree, Any]:
         whole, shared = PartitionSpec(), PartitionSpec("data")
-        if batch is None:
-            given, count = None, 0
-        else:
-            batch, is_real, count = _divided(batch, parts, mesh.shape["data"])
-            given = (batch, is_real)
+        given, count = None, 0
+        if batch is not None:
+            *given, count = _divided(batch, parts, mesh.shape["data"])
 
-        @functools.partial(
-            jax.shard_map,
-            mesh=mesh,
-            in_specs=(whole, whole, whole, shared),
-            out_specs=whole,
-            check_vma=False,  # what loops begin with is the same everywhere, what they find is not
-        )
         def run(updates: Any, state: Any, params: Any, given: Any) -> tuple[PyTree, Any]:
-            own = Spread(None, AXES) if given is None else Spread(*AXES, Parts(*given, count))
+            own = Spread(None, AXES) if given is None else Spread(*axes, Parts(*given, count))
             return inner.update(updates, state, params, spread=own, **extra)
 
+        axes = AXES
+        if mesh.size == 1 and given is not None:
+            axes = (None, None)  # the same program, and less of it
+        else:
+            run = jax.shard_map(
+                run,
+                mesh=mesh,
+                in_specs=(whole, whole, whole, shared),
+                out_specs=whole,
+                check_vma=False,  # loops begin with what is the same everywhere, and find other things
+            )
         return run(updates, state, params, given)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
