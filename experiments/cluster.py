@@ -146,8 +146,8 @@ class Team:
         import numpy as np
         from jax.experimental import multihost_utils
 
-        plain = [np.ascontiguousarray(x) for x in arrays]
-        as_bytes = [x.reshape(-1).view(np.uint8) for x in plain]
+        plain = [np.asarray(x) for x in arrays]
+        as_bytes = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in plain]
         sent = multihost_utils.broadcast_one_to_all(as_bytes, is_source=self.is_first)
         pairs = zip(sent, plain, strict=True)
         return [np.asarray(y).astype(np.uint8).view(x.dtype).reshape(x.shape) for y, x in pairs]

@@ -139,8 +139,8 @@ class Config:
                 raise ValueError(f"{name} must not be empty.")
         least = {
             "steps": 0, "batch_size": 1, "max_tokens": 1, "num_queries": 1, "query_batch": 1,
-            "parts": 1, "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0, "test_examples": 0,
-            "patience": 0, "checkpoint_every": 1, "seed": 0,
+            "parts": 1, "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0,
+            "test_examples": 0, "patience": 0, "checkpoint_every": 1, "seed": 0,
         }  # fmt: skip
         rates = ("learning_rate", "radius")
         positive = ("decay", "range", "alpha")

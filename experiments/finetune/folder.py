@@ -132,8 +132,16 @@ class Folder:
     @contextmanager
     def checkpoints(self) -> Iterator["_Checkpoints"]:
         """The run's checkpoints."""
-        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=0,
+            active_processes={0},  # the others need not come along
+            barrier_sync_key_prefix="process-0",
+        )
+        options = ocp.CheckpointManagerOptions(
+            create=False, enable_async_checkpointing=False, multiprocessing_options=alone
+        )
         folder = (self.path / "checkpoints").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         with ocp.CheckpointManager(folder, options=options) as manager:
             yield _Checkpoints(manager)
 

@@ -408,7 +408,7 @@ def _digest_of(tree: Any) -> str:
 
 
 def _content(x: Any) -> Any:
-    """The arrays that examples are made of, but what is computed of them; other things as they are."""
+    """The arrays that examples are made of, without what was computed of them."""
     if not isinstance(x, data.Tokens):
         return x
     some = (x.sequences, x.begins, x.answers, x.words, x.learnt, x.firsts, x.weights)

@@ -153,7 +153,7 @@ def spread(
                 mesh=mesh,
                 in_specs=(whole, whole, whole, shared),
                 out_specs=whole,
-                check_vma=False,  # loops begin with what is the same everywhere, and find other things
+                check_vma=False,  # loops begin with what is the same on all devices
             )
         return run(updates, state, params, given)
 
