@@ -72,6 +72,7 @@ class Team:
     Args:
       index: the number of this one.
       count: how many there are.
+      has_all: whether all their devices share a step, or the first one alone makes it.
 
     Example:
       >>> alone = Team(0, 1)
@@ -79,33 +80,34 @@ class Team:
       (True, {'step': 3}, None)
     """
 
-    def __init__(self, index: int, count: int) -> None:
+    def __init__(self, index: int, count: int, has_all: bool = False) -> None:
         self.index, self.count, self.is_first = index, count, index == 0
-        self._is_there = count > 1
+        self._has_all, self._is_there = has_all, has_all
 
     def mesh(self, groups: int, parts: int) -> Any:
-        """A mesh of all devices, of which as many as can divide the groups of queries do.
+        """A mesh of all devices, in the arrangement that lets them wait least for each other.
 
         Args:
           groups: of queries that are evaluated at once, in a step.
           parts: of a batch.
 
         Raises:
-          ValueError: there are more devices than groups and parts can occupy.
+          ValueError: there are more devices than a step has pieces for.
         """
         import jax
 
         from zoqo_jax.transforms import distributed
 
-        devices = jax.devices() if self.count > 1 else jax.devices()[:1]
+        devices = jax.devices() if self._has_all else jax.devices()[:1]
         total = len(devices)
-        queries = max(n for n in range(1, min(groups, total) + 1) if total % n == 0)
-        if total // queries > parts:
+        if total > groups * parts:
             raise ValueError(
-                f"parts must be at least {total // queries}, for {total} devices of "
-                f"{self.count} processes and {groups} groups of queries a step, got {parts}."
+                f"parts must be at least {-(-total // groups)} for {total} devices and {groups} "
+                f"groups of queries a step, got {parts}."
             )
-        return distributed.mesh(queries, devices)
+        divisors = [n for n in range(1, total + 1) if total % n == 0]
+        pieces = lambda n: -(-groups // n) * -(-parts // (total // n))  # noqa: E731
+        return distributed.mesh(min(divisors, key=pieces), devices)
 
     def check(self, **digests: str) -> None:
         """Compare what all processes must have the same of.
@@ -198,7 +200,7 @@ def joined(cluster: Cluster) -> Iterator[Team]:
     _join(cluster)
     import jax
 
-    team = Team(jax.process_index(), jax.process_count())
+    team = Team(jax.process_index(), jax.process_count(), has_all=True)
     if team.count > 1:
         # A process that fails ends at once: JAX would wait for the others, and they for it.
         command.end_by(_cut)
