@@ -127,7 +127,7 @@ class Team:
             if other:
                 which = " and ".join(f"process {i}" for i in other)
                 raise ValueError(
-                    f"processes differ in their {name}: {which} and process 0 do not have the same."
+                    f"not all processes have the same {name}: {which} and process 0 differ."
                 )
 
     def from_first(self, facts: Any) -> Any:

@@ -26,10 +26,9 @@ from jaxtyping import PyTree
 from zoqo_jax.transforms.schedules import check_count
 from zoqo_jax.transforms.spreading import Parts, Spread
 
-__all__ = ["AXES", "mesh", "replicate", "spread"]
+__all__ = ["mesh", "replicate", "spread"]
 
-AXES = ("data", "queries")
-"""Names of a mesh's axes: devices along one have other examples, along the other other queries."""
+AXES = ("data", "queries")  # devices along the one have other examples, along the other queries
 
 _PARTS = 8
 

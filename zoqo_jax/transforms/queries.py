@@ -31,7 +31,6 @@ __all__ = [
     "differences",
     "endpoints",
     "losses",
-    "power_of_two",
     "scalar",
     "verdicts",
     "whole",
