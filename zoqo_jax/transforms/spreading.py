@@ -238,9 +238,9 @@ def spread_over(axis_names: AxisNames | None, axis_name: str | None) -> Spread:
     Examples:
         >>> spread_over(("data", None), None).data
         'data'
-        >>> spread_over(("data",), None)
+        >>> spread_over(("data", "data"), None)
         Traceback (most recent call last):
-        ValueError: axis_names must be a pair (data, queries) of names or None, got ('data',).
+        ValueError: axis_names must be two names, got ('data', 'data').
     """
     if axis_name is not None:
         if axis_names is not None:
