@@ -179,12 +179,11 @@ def here(tree: Any) -> Any:
     """Arrays that every device has, as those of this process alone; nothing is copied."""
     import jax
 
-    return jax.tree.map(
-        lambda x: (
-            x if not isinstance(x, jax.Array) or x.is_fully_addressable else x.addressable_data(0)
-        ),
-        tree,
-    )
+    def one(x: Any) -> Any:
+        is_spread = isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+        return x.addressable_data(0) if is_spread else x
+
+    return jax.tree.map(one, tree)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def mesh_of(data, queries):
     return zq.distributed.mesh(queries, jax.devices()[: data * queries])
 
 
-def trained(tx, steps=4, batch=(X, Y), begin=start, value_fn=loss):
+def trained(tx, steps=16, batch=(X, Y), begin=start, value_fn=loss):
     """What a run comes to: parameters, and what its last step knew."""
     given = {} if batch is None else {"batch": batch}
 

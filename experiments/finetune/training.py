@@ -285,7 +285,7 @@ class _Run:
 
     def _everywhere(self, now: Progress) -> Progress:
         """Process 0's progress on all devices, which is where it lies in every process then."""
-        if self.team.count == 1:
+        if self.mesh is None or self.mesh.size == 1:
             return now
         facts = {"step": now.step, "history": now.history, "last": now.last}
         flat, shape = jax.tree.flatten((now.trained, now.state, now.log))
