@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 
 from experiments import settings
 
-__all__ = ["Stopped", "run", "say", "whole"]
+__all__ = ["Stopped", "end_by", "run", "say", "whole"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REFUSED = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
@@ -74,7 +74,7 @@ def run(
         number = _stops[-1] if _stops else signal.SIGINT
         stored = str(stop) or "what it had done so far is not kept, and it begins anew"
         say(f"stopped: {stored}. The same command again: {shlex.join(sys.orig_argv)}")
-        sys.exit(128 + number)
+        _end_by[-1](128 + number)
     except _REFUSED as error:
         text = " ".join(str(error).split()) or type(error).__name__
         _end(1, f"error: {line.typed(text)}")
@@ -131,4 +131,16 @@ def _stop(number: int, frame: Any) -> None:
 
 def _end(status: int, text: str) -> None:
     say(text)
-    sys.exit(status)
+    _end_by[-1](status)
+
+
+_end_by: list[Callable[[int], Any]] = [sys.exit]
+
+
+def end_by(exits: Callable[[int], Any]) -> None:
+    """Have commands that are stopped, refused or fail end by something else than `sys.exit`.
+
+    Args:
+      exits: a function of the exit status that does not return.
+    """
+    _end_by[:] = [exits]

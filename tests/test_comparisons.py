@@ -171,7 +171,7 @@ def test_comparisons_spread_over_devices_are_added_up():
     """Each device judges by its own data; the vote is the sign of the sum of the verdicts."""
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     whole, rows = PartitionSpec(), PartitionSpec("data")
-    tx, params = zoqo(axis_name="data"), start()
+    tx, params = zoqo(axis_names=("data", None)), start()
 
     @jax.jit
     @functools.partial(
@@ -200,7 +200,7 @@ def test_comparisons_spread_over_devices_are_added_up():
 @pytest.mark.slow
 def test_devices_compare_with_keys_of_their_own():
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
-    tx, heard = zoqo(axis_name="data", num_comparisons=3), []
+    tx, heard = zoqo(axis_names=("data", None), num_comparisons=3), []
 
     def coin(a, b, key):
         jax.debug.callback(

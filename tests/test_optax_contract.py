@@ -315,7 +315,7 @@ def test_runs_sharded_over_four_devices_equal_runs_on_one(name):
 @four_devices
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_data_parallel_steps_equal_steps_on_one_device(name):
-    tx = make(name, num_queries=4, axis_name="data")
+    tx = make(name, num_queries=4, axis_names=("data", None))
     mesh = Mesh(np.array(jax.devices()[:4]), ("data",))
     whole, rows = PartitionSpec(), PartitionSpec("data")
 

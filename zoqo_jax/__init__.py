@@ -42,6 +42,7 @@ from zoqo_jax.transforms import Info as Info
 from zoqo_jax.transforms import State as State
 from zoqo_jax.transforms import apply_updates as apply_updates
 from zoqo_jax.transforms import caq_zo as caq_zo
+from zoqo_jax.transforms import distributed as distributed
 from zoqo_jax.transforms import on_floats as on_floats
 from zoqo_jax.transforms import qes as qes
 from zoqo_jax.transforms import queries as queries
@@ -74,6 +75,7 @@ __all__ = [
     "dequantize",
     "diagnose",
     "directions",
+    "distributed",
     "explain",
     "freeze",
     "health",

@@ -66,6 +66,8 @@ class Config:
         many as make a step 0.01 long, root mean square, in value units.
       num_queries: directions a step.
       query_batch: of them evaluated at once.
+      parts: of a batch, of as many examples each; processes and devices share queries and parts,
+        see `coordinator`. Their number, not that of processes, decides what is computed.
       bits: of an adapter's codes, 2 to 8.
       grid: of an adapter's codes, "uniform" or "nf4" (4 bits).
       range: what an adapter's codes reach, value units.
@@ -114,6 +116,7 @@ class Config:
     density: float = 0.0
     num_queries: int = 1
     query_batch: int = 1
+    parts: int = 1
     bits: int = 8
     grid: Literal["uniform", "nf4"] = "uniform"
     range: float = 0.3
@@ -136,13 +139,17 @@ class Config:
                 raise ValueError(f"{name} must not be empty.")
         least = {
             "steps": 0, "batch_size": 1, "max_tokens": 1, "num_queries": 1, "query_batch": 1,
-            "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0, "test_examples": 0,
-            "patience": 0, "checkpoint_every": 1, "seed": 0,
+            "parts": 1, "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0,
+            "test_examples": 0, "patience": 0, "checkpoint_every": 1, "seed": 0,
         }  # fmt: skip
         rates = ("learning_rate", "radius")
         positive = ("decay", "range", "alpha")
         within = {"bits": (2, 8), "density": (0, 1)}
         settings.check(self, least=least, within=within, positive=positive, not_negative=rates)
+        if self.batch_size % self.parts:
+            raise ValueError(f"parts must divide batch_size={self.batch_size}, got {self.parts}.")
+        if self.method == "adam" and self.parts > 1:
+            raise ValueError(f"parts must be 1 with method='adam', got {self.parts}.")
         moved = {"qzo": "scales", **dict.fromkeys(_FLOAT, "lora")}.get(self.method)
         if moved is None and self.train == "scales":
             raise ValueError(f"method={self.method!r} moves codes, not scales: use 'qzo'.")
@@ -185,6 +192,7 @@ class Config:
             "step_rule": self.method != "zoqo" or self.sized,
             "num_queries": self.method == "adam",
             "query_batch": self.method == "adam",
+            "parts": self.parts == 1,
             **dict.fromkeys(("bits", "grid", "range"), not adapters or floats),
             **dict.fromkeys(("rank", "alpha"), not adapters),
             **dict.fromkeys(("output", "cache"), True),
@@ -234,6 +242,11 @@ class Config:
             return self.structure == "sparse"
         few = self.method == "zoqo" and self.bits <= 4 and self.step_rule == "floor"
         return self.train == "codes" or few
+
+    @property
+    def groups(self) -> int:
+        """Groups of queries that are evaluated at once, in a step."""
+        return 1 if self.method == "adam" else -(-self.num_queries // self.query_batch)
 
     @property
     def moves_floats(self) -> bool:

@@ -7,6 +7,7 @@ step which answered the dev examples best stays beside the last one, so that it 
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from experiments.cluster import here
 from experiments.command import whole
 from experiments.files import claimed, plain, read_json, writable, write_json
 from experiments.finetune.config import Config
 from experiments.finetune.objective import Scores
 from experiments.store import changed, defaults
 
-__all__ = ["Folder", "Progress"]
+__all__ = ["Folder", "Guest", "Progress"]
 
 
 class Progress(NamedTuple):
@@ -62,6 +64,13 @@ class Folder:
         self.path, self._steps = Path(config.output), config.steps
         self._settings, self._usual = plain(dataclasses.asdict(config)), defaults(config)
         self._cache, self._exits = config.cache, ExitStack()
+        self.scratch = self.path  # for what may be made again
+
+    @property
+    def settings(self) -> str:
+        """What processes of one run must all be given, as text; where things lie may differ."""
+        kept = {name: x for name, x in self._settings.items() if name not in _PLACES}
+        return json.dumps(kept, sort_keys=True)
 
     def __enter__(self) -> "Folder":
         other = self._other()
@@ -123,21 +132,57 @@ class Folder:
     @contextmanager
     def checkpoints(self) -> Iterator["_Checkpoints"]:
         """The run's checkpoints."""
-        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=0,
+            active_processes={0},  # the others need not come along
+            barrier_sync_key_prefix="process-0",
+        )
+        options = ocp.CheckpointManagerOptions(
+            create=False, enable_async_checkpointing=False, multiprocessing_options=alone
+        )
         folder = (self.path / "checkpoints").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         with ocp.CheckpointManager(folder, options=options) as manager:
             yield _Checkpoints(manager)
+
+
+class Guest(Folder):
+    """What stands in a process's folder's place that writes nothing, as process 0 does it.
+
+    Args:
+      config: the run's settings.
+    """
+
+    def __enter__(self) -> "Guest":
+        scratch = self._exits.enter_context(tempfile.TemporaryDirectory(prefix="finetune-"))
+        self.scratch = Path(scratch)
+        return self
+
+    def begin(self) -> None:
+        """Nothing is written."""
+
+    def where(self) -> str:
+        """From which step the run goes on is for process 0 to say."""
+        return "process 0 keeps the run"
+
+    def write_history(self, lines: list[dict[str, float]], mode: str = "w") -> None:
+        """Nothing is written."""
+
+    @contextmanager
+    def checkpoints(self) -> Iterator["_Checkpoints"]:
+        """None are read or written."""
+        yield _Checkpoints(None)
 
 
 class _Checkpoints:
     """A run's checkpoints: the last one, and that of the best step."""
 
-    def __init__(self, manager: ocp.CheckpointManager) -> None:
-        self._manager = manager
+    def __init__(self, manager: ocp.CheckpointManager | None) -> None:
+        self._manager = manager  # None where another process has them
 
     def last(self, start: Progress) -> Progress:
         """The progress in the last checkpoint, or the start."""
-        step = self._manager.latest_step()
+        step = None if self._manager is None else self._manager.latest_step()
         return start if step is None else self._read(step, start)
 
     def best(self, now: Progress, shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
@@ -166,6 +211,8 @@ class _Checkpoints:
 
     def write(self, now: Progress) -> None:
         """Write a checkpoint, unless this step has one, and delete those that are older."""
+        if self._manager is None:
+            return
         if self._manager.latest_step() == now.step or any(x.is_deleted() for x in now.trained):
             return  # a step that was stopped had taken the memory of what trains
         facts = {"step": now.step, "history": now.history, "last": now.last}
@@ -180,6 +227,9 @@ class _Checkpoints:
                 self._manager.delete(step)
 
 
+_PLACES = ("model", "data", "dev", "test", "output", "cache")
+
+
 def _merit(line: dict[str, float]) -> tuple[float, float]:
     """What the best step has most of: right answers, and among as many the lower loss."""
     return line["dev_accuracy"], -line["dev_loss"]
@@ -187,8 +237,8 @@ def _merit(line: dict[str, float]) -> tuple[float, float]:
 
 def _arrays(now: Progress) -> dict[str, Any]:
     """The arrays of a checkpoint, in lists."""
-    state = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(now.state)]
-    lists = {"trained": now.trained, "state": state}
+    state = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(here(now.state))]
+    lists = {"trained": here(now.trained), "state": state}
     return {**{name: list(map(np.asarray, some)) for name, some in lists.items()}, "log": now.log}
 
 

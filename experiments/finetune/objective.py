@@ -19,6 +19,7 @@ __all__ = [
     "answers",
     "batch_of",
     "continued",
+    "divided",
     "evaluator",
     "log_probabilities",
     "loss_fn",
@@ -113,6 +114,32 @@ def loss_fn(model: Decoder) -> Callable[[Any, Batch], jax.Array]:
         return losses.mean()
 
     return loss
+
+
+def divided(batch: Batch) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Batch]]:
+    """What a batch has of each example, and what makes a batch of some of them.
+
+    Returns:
+      Arrays by name, with an axis of examples first; a function of some rows of them.
+
+    Example:
+      >>> rows = np.arange(6).reshape(3, 2)
+      >>> whole = Batch(rows, rows[:, 0], rows[:, 1], rows[:, 0], np.array([7, 8]))
+      >>> of_each, of_some = divided(whole)
+      >>> some = of_some({name: x[:2] for name, x in of_each.items()})
+      >>> some.tokens.tolist(), some.words.tolist()
+      ([[0, 1], [2, 3]], [7, 8])
+    """
+    examples = len(batch.answers)
+    known = {name: x for name, x in batch._asdict().items() if x is not None}
+    of_all = {name: known.pop(name) for name in ("words", "within") if name in known}
+    of_each = {name: x.reshape(examples, -1, *x.shape[1:]) for name, x in known.items()}
+
+    def some(rows: dict[str, Any]) -> Batch:
+        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
+        return Batch(**flat, **of_all)
+
+    return of_each, some
 
 
 def evaluator(model: Decoder, batch_size: int = 32) -> Callable[[Any, Tokens], Scores]:

@@ -6,7 +6,9 @@ everything else is read from the model's file again.
 """
 
 import functools
+import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 import zoqo_jax as zq
 from experiments import footprint
+from experiments.cluster import ALONE, Team, code_digest, here
 from experiments.command import say, whole
 from experiments.finetune import data, objective, states
 from experiments.finetune.config import Config
@@ -65,8 +68,13 @@ class Outcome(NamedTuple):
 
 
 def train(
-    checkpoint: Checkpoint, config: Config, *, progress: bool = True, folder: Folder | None = None
-) -> Outcome:
+    checkpoint: Checkpoint,
+    config: Config,
+    *,
+    progress: bool = True,
+    folder: Folder | None = None,
+    team: Team = ALONE,
+) -> Outcome | None:
     """Fine-tune a model, or go on where an interrupted run of these settings stopped.
 
     Args:
@@ -74,14 +82,15 @@ def train(
       config: the settings.
       progress: whether to show a progress bar, and say what is being done.
       folder: of the run, where the caller has entered it.
+      team: the processes that make the run; process 0 has the outcome, and the others None.
 
     Raises:
-      ValueError: data, model and settings that do not fit each other.
+      ValueError: data, model and settings that do not fit each other, or other processes'.
     """
     if folder is None:
         with Folder(config) as folder:
-            return train(checkpoint, config, progress=progress, folder=folder)
-    run = _Run(checkpoint, config, folder, progress)
+            return train(checkpoint, config, progress=progress, folder=folder, team=team)
+    run = _Run(checkpoint, config, folder, progress, team)
     del checkpoint  # a run copies what trains: the caller should have no other copy either
     outcome = run.outcome()
     del run  # and with it programs and examples
@@ -92,11 +101,18 @@ def train(
 class _Run:
     """A run's fixed parts; its folder is not touched before all of them fit each other."""
 
-    def __init__(self, all_layers: Checkpoint, config: Config, folder: Folder, progress: bool):
-        self.config, self.progress, self.folder = config, progress, folder
+    def __init__(
+        self,
+        all_layers: Checkpoint,
+        config: Config,
+        folder: Folder,
+        progress: bool,
+        team: Team,
+    ) -> None:
+        self.config, self.progress, self.folder, self.team = config, progress, folder, team
         below, model = loading.split(all_layers, config.layers)
         self._say("preparing the examples")
-        self.tx = transformation(config)
+        self.mesh, self.tx = _spread(transformation(config), config, team)
         self.params = adapt(model, config)
         self.model = model._replace(params={})
         self.parts = Parts.of(self.params, config)
@@ -114,9 +130,12 @@ class _Run:
             if not len(tokens[part]):
                 raise ValueError(f"data: {config.data} has no {part} examples.")
         self.counts = {part: len(some) for part, some in tokens.items()}
+        if team.count > 1:
+            digests = {"data": _digest_of(tokens), "model": _digest_of(all_layers.params)}
+            team.check(code=code_digest(), settings=folder.settings, **digests)
         folder.begin()
         if below is not None:
-            cache = Path(config.cache or self.folder.path / "states")
+            cache = Path(config.cache or folder.scratch / "states")
             for part in tokens:
                 tokens[part] = states.with_states(below, tokens[part], cache, progress=progress)
         self.examples = tokens["train"]
@@ -128,18 +147,19 @@ class _Run:
         self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
         self.told: list[zq.Info] = []
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Outcome | None:
         """Train, and read the test examples before and after."""
         counts = ", ".join(f"{count:,} {part}" for part, count in self.counts.items())
         self._say(f"examples: {counts}\nfirst look at the test and dev examples: compiling")
-        before = self.folder.once("before", lambda: self.test(self.params))
-        self.dev_before = None
-        if self.config.steps:
+        before = self.dev_before = None
+        if self.team.is_first:
+            before = self.folder.once("before", lambda: self.test(self.params))
+        if self.team.is_first and self.config.steps:
             self.dev_before = self.folder.once("dev_before", lambda: self.dev(self.params))
         with self.folder.checkpoints() as checkpoints:
-            now = checkpoints.last(self._start())
+            now = self._everywhere(checkpoints.last(self._start()))
             self.folder.write_history(now.history)
-            board = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=now.step)
+            board = SummaryWriter(str(self.folder.scratch / "tensorboard"), purge_step=now.step)
             bar = tqdm(
                 total=self.config.steps, initial=now.step, unit="step", disable=not self.progress
             )
@@ -147,8 +167,13 @@ class _Run:
                 if now.step < self.config.steps:
                     bar.set_postfix_str(f"{self._dev_words(now)}, compiling a step")
                 now = self._steps(now, checkpoints, bar, board)
+            self._check_codes(now)
+            self.team.leave()
+            if not self.team.is_first:
+                return None
             self._say("reading the test examples")
-            trained, now = now.trained, now._replace(trained=[])
+            self.rest = here(self.rest)
+            trained, now = here(now.trained), now._replace(trained=[])
             del self.step  # and its programs, before the test examples are read
             footprint.give_back()
             if now.best_step != now.step:
@@ -181,6 +206,7 @@ class _Run:
                 if now.step == self.config.steps or self._is_stale(now):
                     break
                 if now.step and now.step % self.config.checkpoint_every == 0:
+                    self._check_codes(now)
                     checkpoints.write(now)
                 with whole("this step"):
                     now = self._advance(now, bar, board)
@@ -227,9 +253,7 @@ class _Run:
         loss, config = objective.loss_fn(self.model.decoder), self.config
         if not config.moves_floats:
             params = self.parts.join(trained, rest)
-            updates, state = self.tx.update(
-                None, state, params, value_fn=lambda params: loss(params, batch)
-            )
+            updates, state = self.tx.update(None, state, params, **self._asked(loss, batch))
             params = optax.apply_updates(params, updates)
             return (
                 self.parts.split(params)[0],
@@ -238,7 +262,7 @@ class _Run:
                 state.info.log,
             )
 
-        def of_trained(trained: Any) -> jax.Array:
+        def of_trained(trained: Any, batch: objective.Batch = batch) -> jax.Array:
             tree = self.parts.join(trained, rest)
             return zq.quaxify(lambda tree: loss(tree, batch))(tree)
 
@@ -247,10 +271,42 @@ class _Run:
             updates, state = self.tx.update(gradient, state, trained)
             differences = jnp.zeros(config.num_queries)
         else:
-            updates, state = self.tx.update(None, state, trained, value_fn=of_trained)
+            updates, state = self.tx.update(None, state, trained, **self._asked(of_trained, batch))
             info = self._info(state)
             seen, differences = info.losses.mean(), info.log
         return optax.apply_updates(trained, updates), state, seen, differences
+
+    def _asked(self, loss: Callable[..., jax.Array], batch: objective.Batch) -> dict[str, Any]:
+        """What a transformation is given, to ask for the loss of a batch."""
+        if self.mesh is None:
+            return {"value_fn": lambda params: loss(params, batch)}
+        of_each, some = objective.divided(batch)
+        return {"value_fn": lambda params, rows: loss(params, some(rows)), "batch": of_each}
+
+    def _everywhere(self, now: Progress) -> Progress:
+        """Process 0's progress on all devices, which is where it lies in every process then."""
+        if self.mesh is None or self.mesh.size == 1:
+            return now
+        facts = {"step": now.step, "history": now.history, "last": now.last}
+        flat, shape = jax.tree.flatten((now.trained, now.state, now.log))
+        keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in flat]
+        plain = [jax.random.key_data(x) if key else x for x, key in zip(flat, keys, strict=True)]
+        plain = self.team.arrays_from_first(plain)
+        pairs = zip(plain, keys, strict=True)
+        flat = [jax.random.wrap_key_data(jnp.asarray(x)) if key else x for x, key in pairs]
+        trained, state, log = jax.tree.unflatten(shape, flat)
+        put = functools.partial(zq.distributed.replicate, mesh=self.mesh)
+        self.rest = put(self.rest)
+        log = np.array(log)
+        return Progress(
+            trained=put(trained), state=put(state), log=log, **self.team.from_first(facts)
+        )
+
+    def _check_codes(self, now: Progress) -> None:
+        """Refuse to go on where processes have come to have different codes."""
+        if self.team.count > 1:
+            name = f"codes after step {now.step}"
+            self.team.check(**{name: _digest_of(here(now.trained))})
 
     def _start(self) -> Progress:
         """Where a run begins; the parameters that it began with are let go."""
@@ -291,16 +347,19 @@ class _Run:
 
     def _look(self, now: Progress, board: SummaryWriter) -> Progress:
         """A look at the dev examples."""
-        scores = self.dev(self.parts.join(now.trained, self.rest))
-        line = {
-            "step": now.step,
-            "loss": now.last["loss"],
-            "dev_loss": scores.loss,
-            "dev_accuracy": scores.accuracy,
-            "forward_passes": self.forward_passes(now),
-            "seconds_a_step": now.last["seconds_a_step"],
-            "resident_mib": footprint.peak(),
-        }
+        line = {}
+        if self.team.is_first:
+            scores = self.dev(here(self.parts.join(now.trained, self.rest)))
+            line = {
+                "step": now.step,
+                "loss": now.last["loss"],
+                "dev_loss": scores.loss,
+                "dev_accuracy": scores.accuracy,
+                "forward_passes": self.forward_passes(now),
+                "seconds_a_step": now.last["seconds_a_step"],
+                "resident_mib": footprint.peak(),
+            }
+        line = self.team.from_first(line)
         for name in ("dev_loss", "dev_accuracy", "forward_passes", "resident_mib"):
             board.add_scalar(name, line[name], now.step)
         now = now._replace(history=[*now.history, line])
@@ -317,6 +376,43 @@ class _Run:
     def _is_stale(self, now: Progress) -> bool:
         patience = self.config.patience * self.config.eval_every
         return bool(patience) and now.step - now.best_step >= patience
+
+
+def _spread(tx: Any, config: Config, team: Team) -> tuple[Any, Any]:
+    """A mesh and the transformation spread over it, or None and the one that was given.
+
+    A step that has anything to divide is always made of the same pieces, also by one process.
+
+    Raises:
+      ValueError: there is nothing that several processes could divide.
+    """
+    if config.groups == config.parts == 1:
+        if team.count > 1:
+            raise ValueError(
+                f"processes: a step of one group of queries and one part is nothing that "
+                f"{team.count} can divide: give --num_queries or --parts."
+            )
+        return None, tx
+    mesh = team.mesh(config.groups, config.parts)
+    return mesh, zq.distributed.spread(tx, mesh, parts=config.parts)
+
+
+def _digest_of(tree: Any) -> str:
+    """What tells arrays, or examples, from others."""
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves([_content(x) for x in jax.tree.leaves(tree)]):
+        x = np.ascontiguousarray(x)
+        digest.update(repr((x.shape, str(x.dtype))).encode())
+        digest.update(x.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()[:16]
+
+
+def _content(x: Any) -> Any:
+    """The arrays that examples are made of, without what was computed of them."""
+    if not isinstance(x, data.Tokens):
+        return x
+    some = (x.sequences, x.begins, x.answers, x.words, x.learnt, x.firsts, x.weights)
+    return [one for one in some if one is not None]
 
 
 def _training_tokens(texts: data.Texts, model: Checkpoint, config: Config) -> data.Tokens:

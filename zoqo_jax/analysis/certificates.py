@@ -32,7 +32,7 @@ from zoqo_jax.grids.arrays import QuantizedArray, trained_leaves
 from zoqo_jax.implicit.arrays import PerturbedArray, sum_over_rows
 from zoqo_jax.implicit.rules import quaxify
 from zoqo_jax.transforms import queries
-from zoqo_jax.transforms.stepping import over_queries
+from zoqo_jax.transforms.spreading import over_queries
 from zoqo_jax.xla import random_bits
 
 __all__ = [

@@ -34,6 +34,7 @@ from zoqo_jax.transforms.schedules import (
     value_at,
 )
 from zoqo_jax.transforms.sizing import Auto, Sizing
+from zoqo_jax.transforms.spreading import AxisNames, spread_over
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method, Steps
 from zoqo_jax.xla.random_bits import Rows
@@ -57,6 +58,7 @@ def caq_zo(
     boundary: Boundary | Auto = "auto",
     query_batch: Count | None = ONE,
     sides: Sides = "together",
+    axis_names: AxisNames | None = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Descent along one-grid Rademacher probes, two forward passes for each query.
@@ -101,7 +103,10 @@ def caq_zo(
             memory.
         sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
             "in_turn", with one side's activations in memory; better where tokens are many.
-        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+        axis_names: inside `shard_map` or `pmap`, a pair: the name of the axis over which losses are
+            averaged, and of that over which queries are divided; None for either. See
+            `zoqo_jax.distributed`, which does it for you.
+        axis_name: the old name of the first of these.
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
@@ -160,7 +165,8 @@ def caq_zo(
     method = _CaqZo(
         learning_rate, radius, structure, density, boundary, rounding, least, num_queries, sized
     )
-    return Steps(method, key, num_queries, query_batch, sides, axis_name).transformation()
+    spread = spread_over(axis_names, axis_name)
+    return Steps(method, key, num_queries, query_batch, sides, spread).transformation()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_count, is_traced
 from zoqo_jax.transforms.sizing import Auto
+from zoqo_jax.transforms.spreading import AxisNames, spread_over
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Steps
 from zoqo_jax.xla.random_bits import Rows
@@ -48,6 +49,7 @@ def qes(
     boundary: Boundary = "clamp",
     query_batch: Count | None = ONE,
     sides: Sides = "together",
+    axis_names: AxisNames | None = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Descent along rounded directions, with what each step's rounding left over due later.
@@ -86,7 +88,10 @@ def qes(
             memory.
         sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
             "in_turn", with one side's activations in memory; better where tokens are many.
-        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+        axis_names: inside `shard_map` or `pmap`, a pair: the name of the axis over which losses are
+            averaged, and of that over which queries are divided; None for either. See
+            `zoqo_jax.distributed`, which does it for you.
+        axis_name: the old name of the first of these.
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
@@ -128,7 +133,8 @@ def qes(
         window,
         sizing=sized,
     )
-    return Steps(method, key, num_queries, query_batch, sides, axis_name).transformation()
+    spread = spread_over(axis_names, axis_name)
+    return Steps(method, key, num_queries, query_batch, sides, spread).transformation()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -212,20 +212,6 @@ def scalar(value: Any, source: str = "value_fn") -> Float32[Array, ""]:
     return jnp.asarray(value, jnp.float32)
 
 
-def loss_if(
-    value_fn: Objective, axis_name: str | None, params: PyTree, wanted: Array
-) -> Float32[Array, ""]:
-    """The loss at the parameters as they are, averaged over an axis of devices; 0 if not wanted."""
-
-    def loss() -> Array:
-        value = scalar(quaxify(value_fn)(params))
-        return value if axis_name is None else jax.lax.pmean(value, axis_name)
-
-    if not isinstance(wanted, jax.core.Tracer):  # eagerly a branch would be compiled every time
-        return loss() if wanted else jnp.float32(0.0)
-    return jax.lax.cond(wanted, loss, lambda: jnp.float32(0.0))
-
-
 def of_examples(value: Any, examples: int) -> Float32[Array, " examples"]:
     """What an objective returned, as float32, where it is to return a loss for each example.
 
@@ -267,7 +253,7 @@ def rounded(raw: Float32[Array, "..."]) -> Float32[Array, "..."]:
     largest = jnp.abs(raw).max(axis=-1, keepdims=True)
     exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) - 126
     shift = jnp.clip(bits - exponent, -126, 126)
-    return jnp.round(raw * _power_of_two(shift)) * _power_of_two(-shift)
+    return jnp.round(raw * power_of_two(shift)) * power_of_two(-shift)
 
 
 def whole(
@@ -282,9 +268,15 @@ def whole(
     """
     bits = min(16, 24 - (heard.shape[-1] - 1).bit_length())
     exponent = (jax.lax.bitcast_convert_type(jnp.abs(heard).max(), jnp.int32) >> 23) - 126
-    per_unit = _power_of_two(jnp.clip(bits + 1 - exponent, -126, 126))
+    per_unit = power_of_two(jnp.clip(bits + 1 - exponent, -126, 126))
     return jnp.round(heard * per_unit).astype(jnp.int32), per_unit
 
 
-def _power_of_two(exponent: Array) -> Float32[Array, "..."]:
+def power_of_two(exponent: Int32[Array, "..."]) -> Float32[Array, "..."]:
+    """Powers of two, exactly, for exponents from -126 to 127.
+
+    Examples:
+        >>> power_of_two(jnp.array([3, -1])).tolist()
+        [8.0, 0.5]
+    """
     return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)

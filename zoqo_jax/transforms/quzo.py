@@ -21,6 +21,7 @@ from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule
 from zoqo_jax.transforms.sizing import Auto
+from zoqo_jax.transforms.spreading import AxisNames, spread_over
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Steps
 from zoqo_jax.xla.random_bits import Rows
@@ -40,6 +41,7 @@ def quzo(
     boundary: Boundary = "clamp",
     query_batch: Count | None = ONE,
     sides: Sides = "together",
+    axis_names: AxisNames | None = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Descent along real-valued directions rounded at random, two forward passes for each query.
@@ -71,7 +73,10 @@ def quzo(
             memory.
         sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
             "in_turn", with one side's activations in memory; better where tokens are many.
-        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+        axis_names: inside `shard_map` or `pmap`, a pair: the name of the axis over which losses are
+            averaged, and of that over which queries are divided; None for either. See
+            `zoqo_jax.distributed`, which does it for you.
+        axis_name: the old name of the first of these.
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
@@ -101,7 +106,8 @@ def quzo(
     method = _Quzo(
         learning_rate, radius, num_queries, noise, structure, density, boundary, sizing=sized
     )
-    return Steps(method, key, num_queries, query_batch, sides, axis_name).transformation()
+    spread = spread_over(axis_names, axis_name)
+    return Steps(method, key, num_queries, query_batch, sides, spread).transformation()
 
 
 class _Quzo(RoundedDescent):

@@ -27,6 +27,7 @@ from zoqo_jax.transforms.applying import apply_updates
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, inverse_at, value_at
 from zoqo_jax.transforms.sizing import Auto
+from zoqo_jax.transforms.spreading import AxisNames, Spread, spread_over
 from zoqo_jax.transforms.state import (
     State,
     as_logged,
@@ -50,6 +51,7 @@ def qzo(
     num_queries: Count = ONE,
     noise: Noise = "gaussian",
     query_batch: Count | None = ONE,
+    axis_names: AxisNames | None = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Descent on the scales of quantized arrays, two forward passes for each query.
@@ -77,7 +79,10 @@ def qzo(
         num_queries: query pairs a step, q.
         noise: distribution of an entry of z: standard "gaussian" or "rademacher".
         query_batch: query pairs evaluated at once, None for all.
-        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+        axis_names: inside `shard_map` or `pmap`, a pair: the name of the axis over which losses are
+            averaged, and of that over which queries are divided; None for either. See
+            `zoqo_jax.distributed`, which does it for you.
+        axis_name: the old name of the first of these.
 
     Returns:
         A transformation; call `tx.update(None, state, params, value_fn=f)` and
@@ -114,6 +119,7 @@ def qzo(
         check_positive("clip", clip)
     directions.check_choice("noise", noise, get_args(Noise))
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
+    own_spread = spread_over(axis_names, axis_name)
     mean = float(np.float32(1 / num_queries))
 
     def init(params: PyTree) -> State:
@@ -128,9 +134,11 @@ def qzo(
         *,
         value_fn: queries.Objective | None = None,
         differences: Float[Array, "queries ..."] | None = None,
+        spread: Spread | None = None,
         **extra: Any,
     ) -> tuple[PyTree, State]:
         del updates, extra
+        spread = own_spread if spread is None else spread
         trained_leaves(params)
         leaves, treedef = jax.tree.flatten(params, is_leaf=is_quantized)
         own_key = step_key(state)
@@ -165,12 +173,10 @@ def qzo(
         if differences is not None:
             after = replayed(state, differences)
         elif value_fn is not None:
-            losses = functools.partial(query_losses, value_fn)
-            pairs = stepping.over_queries(losses, num_queries, query_batch)
-            pairs = pairs if axis_name is None else jax.lax.pmean(pairs, axis_name)
+            pairs = spread.losses(query_losses, value_fn, num_queries, query_batch)
             after = record(state, pairs)
             if sized is not None:
-                loss = functools.partial(queries.loss_if, value_fn, axis_name)
+                loss = functools.partial(spread.loss_if, value_fn)
                 after, pending = sized.ask(own_key, state, after, loss, params)
         else:
             raise ValueError("value_fn must be given: tx.update(None, state, params, value_fn=f).")

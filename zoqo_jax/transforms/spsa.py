@@ -24,6 +24,7 @@ from zoqo_jax.transforms.applying import apply_updates
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, value_at
 from zoqo_jax.transforms.sizing import Auto
+from zoqo_jax.transforms.spreading import AxisNames, Spread, over_queries, spread_over
 from zoqo_jax.transforms.state import State, initial_state, query_keys, record, step_key
 
 __all__ = ["spsa"]
@@ -37,6 +38,7 @@ def spsa(
     num_queries: Count = ONE,
     noise: Noise = "rademacher",
     query_batch: Count | None = ONE,
+    axis_names: AxisNames | None = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Train a tree of floats, or estimate its gradients for another transformation to use.
@@ -62,7 +64,10 @@ def spsa(
         num_queries: query pairs a step, q.
         noise: distribution of an entry of u: "rademacher" or standard "gaussian".
         query_batch: query pairs evaluated at once, None for all.
-        axis_name: inside `shard_map` or `pmap`, average the losses over this axis.
+        axis_names: inside `shard_map` or `pmap`, a pair: the name of the axis over which losses are
+            averaged, and of that over which queries are divided; None for either. See
+            `zoqo_jax.distributed`, which does it for you.
+        axis_name: the old name of the first of these.
 
     Returns:
         A transformation whose updates are steps, or with a radius gradients, to be followed by any
@@ -108,6 +113,7 @@ def spsa(
     sized = sizing.of_floats(radius=radius)
     directions.check_choice("noise", noise, get_args(Noise))
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
+    own_spread = spread_over(axis_names, axis_name)
     mean_over_2 = float(np.float32(0.5 / num_queries))
 
     def init(params: PyTree) -> State:
@@ -124,9 +130,11 @@ def spsa(
         *,
         value_fn: queries.Objective | None = None,
         compare_fn: queries.Comparator | None = None,
+        spread: Spread | None = None,
         **extra: Any,
     ) -> tuple[PyTree, State]:
         del updates, extra
+        spread = own_spread if spread is None else spread
         if compare_fn is not None:
             raise ValueError("compare_fn serves zoqo alone: spsa needs losses, by value_fn.")
         if params is None or value_fn is None:
@@ -149,15 +157,15 @@ def spsa(
             leaf, far = leaves[index], side * reach(query, index)
             return leaf + far.astype(leaf.dtype) * noise_of.draw(query, index, leaf)
 
-        def query_losses(query: Array | int) -> tuple[Array, Array]:
+        def query_losses(objective: queries.Objective, query: Array | int) -> Array:
             def loss(side: Array) -> Array:
                 moved = [
                     displaced(query, index, side) if is_float_array(leaf) else leaf
                     for index, leaf in enumerate(leaves)
                 ]
-                return queries.scalar(quaxify(value_fn)(treedef.unflatten(moved)))
+                return queries.scalar(quaxify(objective)(treedef.unflatten(moved)))
 
-            return both_sides(loss), is_stuck(query)
+            return both_sides(loss)
 
         def is_stuck(query: Array | int) -> Array:
             """Whether both ends are where the parameters are. Of float32 leaves `init` says it."""
@@ -171,12 +179,11 @@ def spsa(
             ]
             return jnp.stack(stays).all() if stays else jnp.bool(False)
 
-        pairs, stuck = stepping.over_queries(query_losses, num_queries, query_batch)
-        if axis_name is not None:
-            pairs = jax.lax.pmean(pairs, axis_name)
+        pairs = spread.losses(query_losses, value_fn, num_queries, query_batch)
+        stuck = over_queries(is_stuck, num_queries, query_batch)
         after = record(state, pairs, stuck)
         if sized is not None:
-            loss = functools.partial(queries.loss_if, value_fn, axis_name)
+            loss = functools.partial(spread.loss_if, value_fn)
             after, pending = sized.ask(step_key(state), state, after, loss, params)
 
         def update_of(index: int) -> Array:

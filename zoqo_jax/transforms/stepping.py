@@ -41,6 +41,7 @@ from zoqo_jax.transforms import queries
 from zoqo_jax.transforms.applying import apply_updates
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_count
 from zoqo_jax.transforms.sizing import Sizing
+from zoqo_jax.transforms.spreading import Spread
 from zoqo_jax.transforms.state import (
     State,
     as_logged,
@@ -59,7 +60,6 @@ __all__ = [
     "QueryTransformation",
     "Steps",
     "check_query_count",
-    "over_queries",
     "rounded_at_random",
 ]
 
@@ -171,8 +171,7 @@ class Steps:
         num_queries: query pairs a step.
         query_batch: how many of them to evaluate at once; 1 needs the least memory, None is all.
         sides: evaluate the two sides of a pair "together" or "in_turn".
-        axis_name: average losses over this mapped axis, for data-parallel steps: only scalars
-            travel.
+        spread: which share of a step's evaluations a device has.
         num_comparisons: how often to compare the sides of a query, each time with a new key; None
             for once, without a key.
         guides: for each trained leaf, what is known of its inputs, or none at all.
@@ -183,7 +182,7 @@ class Steps:
     num_queries: Count = ONE
     query_batch: Count | None = ONE
     sides: queries.Sides = "together"
-    axis_name: str | None = None
+    spread: Spread = dataclasses.field(default_factory=Spread)
     num_comparisons: Count | None = None
     guides: tuple[Guide | None, ...] = ()
 
@@ -280,14 +279,14 @@ class Steps:
     def ask(self, state: State, params: PyTree, value_fn: queries.Objective) -> State:
         """The state after a step's losses came in."""
 
-        def losses(query: Array | int) -> Array:
+        def losses(objective: queries.Objective, query: Array | int) -> Array:
             probes = self.probes(state, params, query)
             return queries.losses(
-                value_fn, params, probes, together=self._together, sides=self.sides
+                objective, params, probes, together=self._together, sides=self.sides
             )
 
-        pairs = over_queries(losses, self.num_queries, self.query_batch)
-        return record(state, pairs if self.axis_name is None else self._over_devices(pairs))
+        pairs = self.spread.losses(losses, value_fn, self.num_queries, self.query_batch)
+        return record(state, pairs)
 
     def ask_which(self, state: State, params: PyTree, compare_fn: queries.Comparator) -> State:
         """The state after a step's comparisons came in."""
@@ -297,22 +296,17 @@ class Steps:
             keys = None
             if self.num_comparisons is not None:  # rows of `keys` end at num_queries
                 own = jax.random.fold_in(own_key, self.num_queries + 1 + query)
-                if self.axis_name is not None:  # devices err independently
-                    own = jax.random.fold_in(own, jax.lax.axis_index(self.axis_name))
+                own = self.spread.own_key(own)  # devices err independently
                 keys = jax.random.split(own, self.num_comparisons)
             probes = self.probes(state, params, query)
             return queries.verdicts(compare_fn, params, probes, keys=keys, together=self._together)
 
-        total = over_queries(votes, self.num_queries, self.query_batch)
-        total = total if self.axis_name is None else jax.lax.psum(total, self.axis_name)
+        total = self.spread.votes(votes, self.num_queries, self.query_batch)
         return record_votes(state, total, 2 * self.num_queries * (self.num_comparisons or 1))
 
     @property
     def _together(self) -> int:
         return min(self.query_batch or self.num_queries, self.num_queries)
-
-    def _over_devices(self, pairs: Array) -> Array:
-        return jax.lax.pmean(pairs, self.axis_name)
 
     def direction_sum(
         self,
@@ -451,10 +445,16 @@ class Steps:
         compare_fn: queries.Comparator | None = None,
         differences: Float[Array, "queries ..."] | None = None,
         guides: Mapping[str, Any] | None = None,
+        spread: Spread | None = None,
         **extra: Any,
     ) -> tuple[PyTree, State]:
-        """A step, as optax calls it; `guides` are by the leaf's path, as `observe` has them."""
+        """A step, as optax calls it; `guides` are by the leaf's path, as `observe` has them.
+
+        `spread` takes the place of the transformation's own: see `distributed`.
+        """
         leaves = trained_leaves(params)
+        if spread is not None:
+            self = dataclasses.replace(self, spread=spread)
         if guides is not None:
             of_leaves = tuple(
                 getattr(guides.get(name), "guide", guides.get(name)) for name in leaves
@@ -479,7 +479,7 @@ class Steps:
         elif value_fn is not None:
             after = self.ask(state, params, value_fn)
             if sizing is not None:
-                loss = functools.partial(queries.loss_if, value_fn, self.axis_name)
+                loss = functools.partial(self.spread.loss_if, value_fn)
                 after, pending = sizing.ask(step_key(state), state, after, loss, params)
         elif compare_fn is not None:
             after = self.ask_which(state, params, compare_fn)
@@ -514,16 +514,6 @@ class Steps:
             moved = apply_updates(params, updates)
             after = sizing.close(state, after, arrays, pending, loss, moved)
         return updates, after
-
-
-def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:
-    """The losses of each query, or what else is asked, `query_batch` at a time, stacked."""
-    if num_queries == 1:
-        return jax.tree.map(lambda x: x[None], losses(0))
-    indices = jnp.arange(num_queries)
-    if query_batch is None or query_batch >= num_queries:
-        return jax.vmap(losses)(indices)
-    return jax.lax.map(losses, indices, batch_size=None if query_batch == 1 else query_batch)
 
 
 def rounded_at_random(rows: Rows, step: Float[Array, "..."]) -> Int32[Array, "..."]:

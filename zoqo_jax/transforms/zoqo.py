@@ -21,6 +21,7 @@ from zoqo_jax.transforms import sizing
 from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, value_at
 from zoqo_jax.transforms.sizing import Auto, Sizing
+from zoqo_jax.transforms.spreading import AxisNames, spread_over
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method, Steps
 from zoqo_jax.xla.random_bits import Rows
@@ -45,6 +46,7 @@ def zoqo(
     boundary: Boundary = "clamp",
     query_batch: Count | None = ONE,
     sides: Sides = "together",
+    axis_names: AxisNames | None = None,
     axis_name: str | None = None,
     num_comparisons: Count | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -86,8 +88,10 @@ def zoqo(
             memory.
         sides: evaluate the two sides of a pair "together", so that they share decoded weights, or
             "in_turn", with one side's activations in memory; better where tokens are many.
-        axis_name: inside `shard_map` or `pmap`, average the losses over this axis, or add up the
-            comparisons.
+        axis_names: inside `shard_map` or `pmap`, a pair: the name of the axis over which losses are
+            averaged, or comparisons added up, and of that over which queries are divided; None for
+            either. See `zoqo_jax.distributed`, which does it for you.
+        axis_name: the old name of the first of these.
         num_comparisons: for a noisy `compare_fn(a, b, key)`, how often to ask it about each query;
             the majority counts. None for one that is asked once, without a key.
 
@@ -142,7 +146,8 @@ def zoqo(
         contribution="signs" if vote == "majority" or num_queries == 1 else "product",
         sizing=sized,
     )
-    steps = Steps(method, key, num_queries, query_batch, sides, axis_name, num_comparisons)
+    spread = spread_over(axis_names, axis_name)
+    steps = Steps(method, key, num_queries, query_batch, sides, spread, num_comparisons)
     return steps.transformation()
 
 
