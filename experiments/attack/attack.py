@@ -42,7 +42,8 @@ class Outcome(NamedTuple):
       queries: evaluations of the model, up to and with the question that found it, or after which
           the budget or what the method can ask was spent, int32 (n,).
       perturbation: that point, or the one of least loss, in pixel values, float32 in the images'
-          shape; add it and cut off at 0 and 1.
+          shape; add it and cut off at 0 and 1. Where only labels are seen and none is found, the
+          first point inside the ball that was asked about, or zeros where none was.
     """
 
     success: np.ndarray
@@ -283,16 +284,19 @@ class _Program:
         losses = jax.nn.log_softmax(logits)[:, wanted] if cross_entropy else margins
         if self.targeted:
             margins, losses = -margins, -losses
+        misread = margins < 0
+        if self.method.sees_labels:
+            losses = (~misread).astype(jnp.float32)
         losses = jnp.where(jnp.isnan(logits).any(-1), jnp.inf, losses)
         inside = (jnp.abs(asked) <= jnp.float32(self.config.epsilon)).all(axis=(1, 2, 3))
-        hits = inside & (margins < 0)
+        hits = inside & misread
         found = hits.any()
         ranks = jnp.where(inside, losses, jnp.inf)
         which = jnp.where(found, jnp.argmax(hits), jnp.argmin(ranks))
         better = found | (ranks[which] < slot.loss)
         return _Slot(
             slot.task,
-            self.method.tell(slot.state, losses),
+            self.method.tell(slot.state, misread if self.method.sees_labels else losses),
             slot.queries + self.method.asks,
             found,
             jnp.where(better, asked[which], slot.best),
