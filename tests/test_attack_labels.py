@@ -106,6 +106,81 @@ def test_the_loss_makes_no_difference(method):
     np.testing.assert_array_equal(one.perturbation, other.perturbation)
 
 
+# --- ZOQO -----------------------------------------------------------------------------------------
+
+
+def codes_asked(bits, epsilon, budget, seed=6):
+    """The codes that are asked about on a linear model, and whether each question is misread.
+
+    The best direction needs a radius of 0.02: nothing that is asked about is black or white.
+    """
+    weights, norm = drawn_weights(seed)
+    answer, shown = recorder(linear(weights, lead=0.02 * norm))
+    config = Config(method="zoqo_labels", epsilon=epsilon, budget=budget, bits=bits)
+    attack(answer, GREY, LABEL, config, compiled=False)
+    offsets = np.stack(shown).astype(np.float64) - 0.5
+    codes = offsets / epsilon * (2 ** (bits - 1) - 1)
+    return codes, 0.02 * norm + (offsets * weights).sum((1, 2, 3)) < 0
+
+
+def test_labels_takes_a_nearer_radius_with_every_flip_that_stays():
+    codes, misread = codes_asked(8, epsilon=0.018, budget=90)
+    np.testing.assert_allclose(codes, np.round(codes), atol=0.01)
+    codes = np.round(codes).astype(int)
+    radii = np.abs(codes).max((1, 2, 3))
+    np.testing.assert_array_equal(np.abs(codes).min((1, 2, 3)), radii)
+    signs = np.sign(codes)
+    patterns = np.asarray(methods.coarse_to_fine.patterns(jnp.asarray(GREY[0])))
+    _, places = np.unique(patterns, axis=0, return_index=True)
+    places = np.sort(places)
+    first = int(np.argmax(misread))
+    ever_larger = [0, 127, 190, 285, 427, 640, 960]
+    for i in range(first + 1):
+        np.testing.assert_array_equal(signs[i], patterns[places[i % len(places)]])
+        assert radii[i] == ever_larger[i // len(places) + 1]
+    here, radius, low = signs[first], radii[first], ever_larger[first // len(places)]
+    i = first + 1
+    while radius - low > radius // 16:
+        assert radii[i] == (low + radius) // 2
+        np.testing.assert_array_equal(signs[i], here)
+        low, radius = (low, radii[i]) if misread[i] else (radii[i], radius)
+        i += 1
+    step, changes = radius // 16, []
+    while i < first + 20:
+        assert radii[i] == radius - max(round(float(step)), 1)
+        changes.append((signs[i] != here).any(-1))
+        assert ((signs[i] != here).all(-1) == changes[-1]).all()  # in both channels
+        if misread[i]:
+            here, radius = signs[i], radii[i]
+            step = min(step * 1.5, radius / 4)
+        else:
+            step = max(step * 1.5**-0.5, 1)
+        i += 1
+    # Squares of four sides, 4 x 3 pixels: two by two, then single ones.
+    assert sorted(int(x.sum()) for x in changes[:4]) == [2, 2, 4, 4]
+    np.testing.assert_array_equal(sum(x.astype(int) for x in changes[:4]), np.ones((4, 3)))
+
+
+@pytest.mark.parametrize("bits", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_labels_round_a_radius_between_two_codes_up_and_down(bits):
+    codes, _ = codes_asked(bits, epsilon=0.018, budget=90)
+    np.testing.assert_allclose(codes, np.round(codes), atol=0.01)
+    sizes = np.abs(np.round(codes)).reshape(len(codes), -1)
+    spread = sizes.max(1) - sizes.min(1)
+    assert set(spread) == {0.0, 1.0}
+    between = sizes[spread > 0]
+    order = np.argsort(sizes.mean(1))
+    # Thresholds are the same at every radius: a larger one makes no value smaller.
+    assert (np.diff(sizes[order], axis=0) >= 0).all()
+    assert len(np.unique(between.mean(1))) > 3
+
+
+def test_few_codes_are_no_hindrance():
+    weights, norm = drawn_weights(0)
+    config = Config(method="zoqo_labels", epsilon=0.102, budget=2_000, bits=2)
+    assert attack(linear(weights, lead=0.1 * norm), GREY, LABEL, config).success.all()
+
+
 # --- RayS -----------------------------------------------------------------------------------------
 
 
