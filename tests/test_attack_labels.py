@@ -78,16 +78,12 @@ def test_the_least_radius_of_a_linear_model_is_found_and_none_below_it(method, e
 
 @pytest.mark.parametrize("method", LABEL_METHODS)
 def test_nothing_but_labels_is_seen(method):
-    """A model of the same labels and other logits is asked the same questions."""
+    """A model that answers with labels is asked the same questions as one with logits."""
     weights, norm = drawn_weights(1)
     model = linear(weights, lead=0.1 * norm)
-
-    def labels_alone(images):
-        return jax.nn.one_hot(model(images).argmax(-1), 2)
-
-    config = Config(method=method, epsilon=0.103, budget=300)
+    config = Config(method=method, epsilon=0.103, budget=70)
     asked = []
-    for one in (model, labels_alone):
+    for one in (model, lambda images: 3 * model(images).argmax(-1)):  # classes 0 and 3
         answer, shown = recorder(one)
         attack(answer, GREY, LABEL, config, compiled=False)
         asked.append(np.stack(shown))
@@ -104,6 +100,18 @@ def test_the_loss_makes_no_difference(method):
     )
     np.testing.assert_array_equal(one.queries, other.queries)
     np.testing.assert_array_equal(one.perturbation, other.perturbation)
+
+
+def test_labels_for_logits_are_taken_where_nothing_else_is_seen():
+    def answer(images):
+        return np.full(len(images), -1)
+
+    config = Config(method="rays", budget=20)
+    with pytest.raises(ValueError, match="labels that are not negative, got -1"):
+        attack(answer, GREY, LABEL, config, compiled=False)
+    config = Config(method="square", budget=20)
+    with pytest.raises(ValueError, match=r"logits_fn must return shape \(1, classes\), got \(1,\)"):
+        attack(answer, GREY, LABEL, config, compiled=False)
 
 
 # --- ZOQO -----------------------------------------------------------------------------------------
