@@ -58,11 +58,23 @@ def known(method, seed, epsilon, budget=4_000):
     return outcome, np.stack(shown), weights
 
 
+def each_method(*fast):
+    """The methods; those of the others than `fast` are for the slow tests."""
+    return [
+        pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in LABEL_METHODS
+    ]
+
+
 # --- what all of them promise ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("method", "epsilon"), [("zoqo_labels", 0.102), ("rays", 0.102), ("sign_flip", 0.14)]
+    ("method", "epsilon"),
+    [
+        ("zoqo_labels", 0.102),
+        ("rays", 0.102),
+        pytest.param("sign_flip", 0.14, marks=pytest.mark.slow),
+    ],
 )
 def test_the_least_radius_of_a_linear_model_is_found_and_none_below_it(method, epsilon):
     weights, norm = drawn_weights(0)
@@ -72,11 +84,11 @@ def test_the_least_radius_of_a_linear_model_is_found_and_none_below_it(method, e
     assert outcome.success.all()
     against = np.sign(outcome.perturbation[0]) == -np.sign(weights)
     assert np.abs(weights)[against].sum() > 0.8 * norm
-    below = dataclasses.replace(config, epsilon=0.0995)
+    below = dataclasses.replace(config, epsilon=0.0995, budget=400)
     assert not attack(model, GREY, LABEL, below).success.any()
 
 
-@pytest.mark.parametrize("method", LABEL_METHODS)
+@pytest.mark.parametrize("method", each_method("zoqo_labels"))
 def test_nothing_but_labels_is_seen(method):
     """A model that answers with labels is asked the same questions as one with logits."""
     weights, norm = drawn_weights(1)
@@ -90,7 +102,7 @@ def test_nothing_but_labels_is_seen(method):
     np.testing.assert_array_equal(*asked)
 
 
-@pytest.mark.parametrize("method", LABEL_METHODS)
+@pytest.mark.parametrize("method", each_method("rays"))
 def test_the_loss_makes_no_difference(method):
     settings = {"method": method, "epsilon": 0.103, "budget": 60}
     model = linear(drawn_weights(2)[0], lead=0.1 * drawn_weights(2)[1])
