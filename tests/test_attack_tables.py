@@ -80,3 +80,25 @@ def test_a_data_set_that_is_not_there_is_named(places, monkeypatch):
     tables.main(places)  # without --cifar10 its rows are left out
     with pytest.raises((OSError, ValueError), match="/nowhere"):
         tables.main(dataclasses.replace(places, cifar10="/nowhere"))
+
+
+def test_so_many_images_are_attacked_and_a_later_run_goes_on(places, monkeypatch):
+    sizes = []
+
+    def counted(part, *rest):
+        sizes.append(len(part.images))
+        return np.full(len(part.images), 7, np.uint16), 1.0
+
+    monkeypatch.setattr(tables, "_one", counted)
+    monkeypatch.setattr(tables, "_draw", lambda *args: None)
+    tables.main(dataclasses.replace(places, images=3))
+    assert [len(queries) for queries in found(places)] == [3, 3]
+    assert sizes == [2, 1, 2, 1]
+    tables.main(places)
+    assert [len(queries) for queries in found(places)] == [5, 5]
+    assert sizes[4:] == [2, 2]
+
+
+def test_bad_counts_of_images_are_refused():
+    with pytest.raises(ValueError, match="images must be at least 0, got -1"):
+        Places(images=-1)

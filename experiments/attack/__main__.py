@@ -30,7 +30,9 @@ class Runs:
     Attributes:
       bits: bit widths of the ZOQO runs, 2 to 8.
       structures: structures of the ZOQO runs' directions: coarse_to_fine, dense, rank_one, sparse.
-      baseline: run SignHunter, Square Attack and ZO-SignSGD too.
+      baseline: run the other methods too: SignHunter, Square Attack and ZO-SignSGD, or RayS and
+        SignFlip.
+      labels: see only labels: run ZOQO, RayS and SignFlip that do, whatever the structures.
       output: folder for the table and the figure; those of an earlier run are replaced.
       progress: show a progress bar.
       epsilon: radius of the l_inf ball, pixels in [0, 1]; by default 0.3, of CIFAR-10 12/255.
@@ -39,6 +41,7 @@ class Runs:
     bits: tuple[int, ...] = (8, 4)
     structures: tuple[str, ...] = ("coarse_to_fine", "dense")
     baseline: bool = True
+    labels: bool = False
     output: str = "results/attack"
     progress: bool = True
     epsilon: float | None = None
@@ -79,15 +82,24 @@ def _configs(wanted: Runs, base: Config) -> list[Config]:
     usual = 12 / 255 if base.weights == "cifar10" else Config.epsilon
     epsilon = usual if wanted.epsilon is None else wanted.epsilon
     base = dataclasses.replace(base, epsilon=epsilon)
+    if wanted.labels:
+        first = dataclasses.replace(base, method="zoqo_labels")
+        configs = [dataclasses.replace(first, bits=bits) for bits in wanted.bits]
+        others = [name for name in config.LABEL_METHODS if name != "zoqo_labels"]
+        return configs + _others(base, others if wanted.baseline else [])
     configs = [
         dataclasses.replace(base, bits=bits, structure=structure)
         for structure in wanted.structures
         for bits in wanted.bits
     ]
     if wanted.baseline:
-        others = (name for name in get_args(config.MethodName) if name != "zoqo")
-        configs.extend(dataclasses.replace(base, method=name) for name in others)
+        names = [name for name in get_args(config.MethodName) if name != "zoqo"]
+        configs += _others(base, [name for name in names if name not in config.LABEL_METHODS])
     return configs
+
+
+def _others(base: Config, names: Sequence[config.MethodName]) -> list[Config]:
+    return [dataclasses.replace(base, method=name) for name in names]
 
 
 def _report(runs: "Sequence[Metrics]", folder: Path) -> None:

@@ -42,7 +42,8 @@ class Outcome(NamedTuple):
       queries: evaluations of the model, up to and with the question that found it, or after which
           the budget or what the method can ask was spent, int32 (n,).
       perturbation: that point, or the one of least loss, in pixel values, float32 in the images'
-          shape; add it and cut off at 0 and 1.
+          shape; add it and cut off at 0 and 1. Where only labels are seen and none is found, the
+          first point inside the ball that was asked about, or zeros where none was.
     """
 
     success: np.ndarray
@@ -95,7 +96,8 @@ def attack(
 
     Args:
       logits_fn: images (m, height, width, channels) in [0, 1] -> logits (m, classes), never
-        differentiated; JAX operations, or any Python function of numpy arrays where not compiled.
+        differentiated; JAX operations, or any Python function of numpy arrays where not compiled,
+        which may return labels, integers (m,), instead where the method sees nothing else.
       images: float32 (n, height, width, channels) in [0, 1], correctly classified; those that are
         not count as found with the first question that shows it.
       labels: integers (n,), the images' classes.
@@ -252,7 +254,8 @@ class _Program:
             asked, shown = questions(batch)
             active = np.repeat(np.asarray(self.active(batch)), self.method.asks)
             shown = np.asarray(shown).reshape(-1, *shown.shape[2:])
-            logits = _answers(model, shown[active], self.config.model_batch, highest)
+            most, sees_labels = self.config.model_batch, self.method.sees_labels
+            logits = _answers(model, shown[active], most, highest, sees_labels)
             everyone = np.zeros((len(shown), logits.shape[-1]), np.float32)
             everyone[active] = logits
             return answered(batch, asked, everyone)
@@ -283,16 +286,19 @@ class _Program:
         losses = jax.nn.log_softmax(logits)[:, wanted] if cross_entropy else margins
         if self.targeted:
             margins, losses = -margins, -losses
+        misread = margins < 0
+        if self.method.sees_labels:
+            losses = (~misread).astype(jnp.float32)
         losses = jnp.where(jnp.isnan(logits).any(-1), jnp.inf, losses)
         inside = (jnp.abs(asked) <= jnp.float32(self.config.epsilon)).all(axis=(1, 2, 3))
-        hits = inside & (margins < 0)
+        hits = inside & misread
         found = hits.any()
         ranks = jnp.where(inside, losses, jnp.inf)
         which = jnp.where(found, jnp.argmax(hits), jnp.argmin(ranks))
         better = found | (ranks[which] < slot.loss)
         return _Slot(
             slot.task,
-            self.method.tell(slot.state, losses),
+            self.method.tell(slot.state, misread if self.method.sees_labels else losses),
             slot.queries + self.method.asks,
             found,
             jnp.where(better, asked[which], slot.best),
@@ -329,15 +335,31 @@ def _mark(image: np.ndarray, label: int, seed: int) -> np.uint32:
     return np.uint32(zlib.crc32(np.int64(seed).tobytes(), zlib.crc32(image.tobytes(), int(label))))
 
 
-def _answers(model: Model, shown: np.ndarray, most: int, highest: int) -> np.ndarray:
+def _answers(
+    model: Model, shown: np.ndarray, most: int, highest: int, sees_labels: bool
+) -> np.ndarray:
     """A Python function's logits, asked for at most `most` images at a time."""
     found = []
     for begin in range(0, len(shown), most):
         some = shown[begin : begin + most]
-        logits = np.asarray(model(some), np.float32)
+        logits = np.asarray(model(some))
+        if (
+            sees_labels
+            and logits.shape == some.shape[:1]
+            and np.issubdtype(logits.dtype, np.integer)
+        ):
+            logits = _one_hot(logits, highest)
+        logits = logits.astype(np.float32)
         _check_logits(logits, len(some), highest)
         found.append(logits)
     return np.concatenate(found)
+
+
+def _one_hot(labels: np.ndarray, highest: int) -> np.ndarray:
+    """Logits of which the label's is largest; all classes that no image has are one."""
+    if labels.min() < 0:
+        raise ValueError(f"logits_fn must return labels that are not negative, got {labels.min()}.")
+    return np.eye(highest + 2)[np.minimum(labels, highest + 1)]
 
 
 def _checked_images(images: Any) -> np.ndarray:

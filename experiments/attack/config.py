@@ -5,13 +5,22 @@ from typing import Literal
 
 from experiments import settings
 
-__all__ = ["Config", "Loss", "MethodName", "Structure"]
+__all__ = ["LABEL_METHODS", "Config", "Loss", "MethodName", "Structure"]
 
-MethodName = Literal["zoqo", "zo_sign_sgd", "sign_hunter", "square"]
+MethodName = Literal[
+    "zoqo", "zo_sign_sgd", "sign_hunter", "square", "zoqo_labels", "rays", "sign_flip"
+]
+LABEL_METHODS = ("zoqo_labels", "rays", "sign_flip")
 Structure = Literal["dense", "rank_one", "sparse", "coarse_to_fine"]
 Loss = Literal["margin", "cross_entropy"]
 
-_NAMES = {"zo_sign_sgd": "ZO-SignSGD", "sign_hunter": "SignHunter", "square": "Square Attack"}
+_NAMES = {
+    "zo_sign_sgd": "ZO-SignSGD",
+    "sign_hunter": "SignHunter",
+    "square": "Square Attack",
+    "rays": "RayS",
+    "sign_flip": "SignFlip",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +33,12 @@ class Config:
       weight_bits: 32 to attack the network in floats, 2 to 8 to quantize it first.
       num_images: how many correctly classified test images to attack, from the first on; 0: all.
       method: "zoqo", on the integer grid, "zo_sign_sgd", its float counterpart, "sign_hunter" or
-        "square".
+        "square"; of those that see only labels "zoqo_labels", "rays" or "sign_flip".
       epsilon: radius of the l_inf ball, in pixel values (images lie in [0, 1]).
       budget: most evaluations of the model that one image may cost, at least 2.
-      loss: "margin" of the logits or "cross_entropy".
+      loss: "margin" of the logits or "cross_entropy"; methods that see only labels read neither.
       targeted: look for one wrong class, drawn for each image, instead of any.
-      bits: of the perturbation's codes, 2 to 8 (zoqo).
+      bits: of the perturbation's codes, 2 to 8 (zoqo and zoqo_labels).
       structure: of zoqo's directions: "coarse_to_fine" (blocks that shrink), "dense", "rank_one" or
         "sparse".
       noise: law of zoqo's directions, "uniform", "gaussian" or "rademacher"; coarse_to_fine has
@@ -110,6 +119,8 @@ class Config:
     @property
     def name(self) -> str:
         """How tables call the run, e.g. "ZOQO, 8 bit, coarse to fine"."""
+        if self.method == "zoqo_labels":
+            return f"ZOQO, {self.bits} bit, labels"
         if self.method != "zoqo":
             return _NAMES[self.method]
         words = self.structure.replace("_", " " if self.structure == "coarse_to_fine" else "-")

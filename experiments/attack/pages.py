@@ -17,11 +17,20 @@ __all__ = ["Example", "Runs", "examples", "markdown", "write"]
 
 _HEADER = ["attack", "images", "seeds", "failure rate", "mean queries", "median", "images/s"]
 _PANELS = ("mnist", "cifar10", "robust")
+_LABELS_PANELS = ("labels_mnist", "labels_cifar10", "labels_robust")
 _BITS_PANELS = ("mnist", "cifar10")  # of the robust network two widths are attacked
 _TITLES = {
     "mnist": "MNIST, $\\epsilon$ = 0.3",
     "cifar10": "CIFAR-10, $\\epsilon$ = 12/255",
     "robust": "robust MNIST, $\\epsilon$ = 0.3",
+}
+_COLOURS = {
+    "sign_hunter": "C1",
+    "square": "C2",
+    "zo_sign_sgd": "0.5",
+    "zoqo_labels": "C3",
+    "rays": "C1",
+    "sign_flip": "C2",
 }
 
 
@@ -64,6 +73,7 @@ def write(document: Path, found: Sequence[Runs]) -> None:
             lines = [_cells(runs) for runs in found if runs.row.table == name]
             csv.writer(file).writerows([_HEADER, *lines])
     failures(found, folder / "failures.png")
+    failures(found, folder / "labels.png", _LABELS_PANELS)
     bits(found, folder / "bits.png")
 
     def body(name: str) -> str:
@@ -101,9 +111,9 @@ def _figure(columns: int, rows: int = 1, size: tuple[float, float] = (4.2, 3.9))
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
-def failures(found: Sequence[Runs], path: Path) -> None:
+def failures(found: Sequence[Runs], path: Path, tables: Sequence[str] = _PANELS) -> None:
     """Draw the share of images not yet misclassified against queries, a panel for each table."""
-    panels = [name for name in _PANELS if any(runs.row.table == name for runs in found)]
+    panels = [name for name in tables if any(runs.row.table == name for runs in found)]
     if not panels:
         return
     fig, (axes,) = _figure(len(panels))
@@ -117,7 +127,7 @@ def failures(found: Sequence[Runs], path: Path) -> None:
             left = 1 - np.searchsorted(spent, x, side="right") / len(spent)
             axis.step(x, left, where="post", label=runs.row.name, **_style(runs))
         axis.set_xscale("log")
-        axis.set_title(_TITLES[panel], fontsize=10)
+        axis.set_title(_TITLES[panel.removeprefix("labels_")], fontsize=10)
         axis.set_xlabel("evaluations of the network, for one image")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("images not yet misclassified")
@@ -179,7 +189,7 @@ def _is_drawn(runs: Runs) -> bool:
 
 def _style(runs: Runs) -> dict[str, Any]:
     config = runs.row.config
-    colour = {"sign_hunter": "C1", "square": "C2", "zo_sign_sgd": "0.5"}.get(config.method)
+    colour = _COLOURS.get(config.method)
     if colour is None:
         colour = "C3" if config.structure == "coarse_to_fine" else "C0"
     return {"color": colour, "ls": "--" if config.bits == 4 else "-"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import markdown
+from experiments.attack.config import LABEL_METHODS
 from experiments.attack.methods import coarse_to_fine, square
 from experiments.attack.run import Metrics
 
@@ -42,10 +43,11 @@ def settings(run: Metrics) -> str:
     of_method = {
         "zo_sign_sgd": {"learning_rate", "radius", "num_queries"},
         "square": {"density"},
-        "sign_hunter": set(),
         "zoqo": {"bits", "structure"},
+        "zoqo_labels": {"bits"},
     }
-    names |= of_method[config.method]
+    names |= of_method.get(config.method, set())
+    names -= {"loss"} if config.method in LABEL_METHODS else set()
     if config.method == "square":
         used["density"] = config.density or square.SHARE
     elif config.method == "zoqo" and config.structure == "coarse_to_fine":

@@ -1,8 +1,9 @@
 """The tables and figures of docs/attacks.md: `python -m experiments.attack.tables --help`.
 
 Every row of a table is one `Config`, attacked once for each of its seeds, a thousand images at a
-time. What is found goes to experiments/attack/results, an `.npz` for each row and seed, written
-after every thousand: a run may be stopped at any moment and goes on from there. After each row
+time, or a hundred where only labels are seen. What is found goes to experiments/attack/results, an
+`.npz` for each row and seed, written after every thousand or hundred: a run may be stopped at any
+moment and goes on from there, and so does one of so many `--images`. After each row
 the tables are written anew into the document, between `<!-- table: NAME -->` and `<!-- end -->`,
 with a CSV file each beside it, and the figures; once all rows of a table are found, a page of
 adversarial images, too.
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import command
+from experiments import command, settings
 from experiments.command import say
 
 if __name__ == "__main__":
@@ -25,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.attack import attack, models, pages
-from experiments.attack.config import Config
+from experiments.attack.config import LABEL_METHODS, Config
 from experiments.attack.pages import Runs
 from experiments.attack.run import Case, load_case
 from experiments.files import writable
@@ -35,6 +36,7 @@ __all__ = ["ROWS", "Places", "Row", "Runs", "load"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CHUNK = 1_000
+_SMALL_CHUNK = 100  # of attacks that see only labels, which take hundreds of queries
 _SEEN = ("ZOQO, 8 bit, coarse to fine", "ZOQO, 2 bit, dense", "SignHunter", "Square Attack")
 
 
@@ -47,6 +49,7 @@ class Places:
       document: what to write the tables into.
       cifar10: "tfds:cifar10", a folder or a tar file of pictures; empty: leave its rows out.
       only: attack only rows whose name, after that of the table, holds this.
+      images: attack so many images of a row at most; 0: all of them.
       render: only write the tables from what was found before.
       progress: show a progress bar.
     """
@@ -55,8 +58,13 @@ class Places:
     document: str = str(_ROOT / "docs" / "attacks.md")
     cifar10: str = ""
     only: str = ""
+    images: int = 0
     render: bool = False
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing later would refuse."""
+        settings.check(self, least={"images": 0})
 
 
 def _rows() -> Iterator[Row]:
@@ -96,6 +104,9 @@ def _rows() -> Iterator[Row]:
                 name = f"{base.weights}, {'targeted, ' if targeted else ''}{loss}"
                 config = dataclasses.replace(base, loss=loss, targeted=targeted)
                 yield from _strongest("losses", name, config, seeds)
+    yield from _labels("labels_mnist", _some(mnist, 1_000))
+    yield from _labels("labels_robust", robust)
+    yield from _labels("labels_cifar10", _some(cifar, 1_000))
 
 
 def _some(config: Config, num_images: int) -> Config:
@@ -125,6 +136,16 @@ def _strongest(table: str, name: str, config: Config, seeds: int) -> Iterator[Ro
     square = dataclasses.replace(config, method="square")
     yield Row(table, f"{name}, ZOQO", config, seeds)
     yield Row(table, f"{name}, Square Attack", square, seeds)
+
+
+def _labels(table: str, base: Config) -> Iterator[Row]:
+    # A few images take most of the labels, by themselves in a batch for the model.
+    base = dataclasses.replace(base, model_batch=4)
+    for bits in (8, 4):
+        config = dataclasses.replace(base, method="zoqo_labels", bits=bits)
+        yield Row(table, f"ZOQO, {bits} bit, labels", config)
+    yield Row(table, "RayS", dataclasses.replace(base, method="rays"))
+    yield Row(table, "SignFlip", dataclasses.replace(base, method="sign_flip"))
 
 
 ROWS = tuple(_rows())
@@ -179,7 +200,8 @@ def _attack(places: Places, row: Row, seed: int) -> bool:
     store = _store(Path(places.results), row, seed)
     config = dataclasses.replace(row.config, seed=seed)
     case = _case(config, places)
-    total = len(case.images)
+    total = min(len(case.images), places.images or len(case.images))
+    chunk = _SMALL_CHUNK if config.method in LABEL_METHODS else _CHUNK
     queries = store.content.get("queries", np.zeros(0, np.uint16))
     seconds = store.content.get("seconds", 0.0)
     before = len(queries)
@@ -188,7 +210,7 @@ def _attack(places: Places, row: Row, seed: int) -> bool:
         total=total, initial=len(queries), desc=title, unit="image", disable=not places.progress
     ) as bar:
         while len(queries) < total:
-            part = case.take(slice(len(queries), len(queries) + _CHUNK))
+            part = case.take(slice(len(queries), min(len(queries) + chunk, total)))
             found, spent = _one(part, config, bar, len(queries))
             queries, seconds = np.concatenate([queries, found]), seconds + spent
             store.write(queries=queries, seconds=seconds)

@@ -1,12 +1,16 @@
 """Attack methods, one a file: how one image's perturbation changes from question to answer.
 
-A `Method` never sees the model. It asks for the losses at some perturbations and is told them;
-`attack.py` evaluates, counts, and stops where an answer shows a misclassified point.
+A `Method` never sees the model. It asks for the losses at some perturbations, or whether they are
+misread, and is told; `attack.py` evaluates, counts, and stops where an answer shows a misclassified
+point.
 """
 
 from experiments.attack.config import Config
 from experiments.attack.methods import (
     coarse_to_fine,
+    labels,
+    rays,
+    sign_flip,
     sign_hunter,
     square,
     zo_sign_sgd,
@@ -27,5 +31,12 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
     if config.method == "zoqo":
         coarse = config.structure == "coarse_to_fine"
         return (coarse_to_fine if coarse else zoqo).make(config, shape)
-    others = {"zo_sign_sgd": zo_sign_sgd, "sign_hunter": sign_hunter, "square": square}
+    others = {
+        "zo_sign_sgd": zo_sign_sgd,
+        "sign_hunter": sign_hunter,
+        "square": square,
+        "zoqo_labels": labels,
+        "rays": rays,
+        "sign_flip": sign_flip,
+    }
     return others[config.method].make(config, shape)

@@ -30,7 +30,7 @@ from experiments.attack.methods.method import Method
 from experiments.attack.methods.square import changed, side, stripes
 from experiments.attack.methods.zoqo import grid
 
-__all__ = ["blocks", "count_of_blocks", "make", "patterns", "share"]
+__all__ = ["blocks", "count_of_blocks", "following", "make", "patterns", "share"]
 
 _STRIDE = 10_007  # between one block of a round and the next, where it visits each of them once
 _PATIENCE = 3  # questions of a search by random squares, at least, for each value of the image
@@ -78,7 +78,7 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
         starts = patterns(image)
         tried = corners.none_tried(shape, config.budget)
         never, zero = jnp.float32(jnp.inf), jnp.int32(0)
-        return _State(starts, _after(starts), starts[0], never, zero, tried, key)
+        return _State(starts, following(starts), starts[0], never, zero, tried, key)
 
     def ask(state: _State) -> jax.Array:
         return jnp.where(asked(state) > 0, high, low)[None]
@@ -124,10 +124,20 @@ def patterns(image: jax.Array) -> jax.Array:
     ).astype(jnp.int8)
 
 
-def _after(starts: jax.Array) -> jax.Array:
+def following(starts: jax.Array) -> jax.Array:
     """The place after each pattern's: the next pattern that is no earlier one's like, or the end.
 
     On an image of three rows, or on a white one, some patterns are the same.
+
+    Args:
+      starts: of `patterns`.
+
+    Returns:
+      int32 (patterns,).
+
+    Example:
+      >>> following(patterns(jnp.zeros((28, 28, 1)))).tolist()
+      [1, 2, 3, 4]
     """
     count = len(starts)
     alike = (starts[:, None] == starts[None]).all(axis=(2, 3, 4))

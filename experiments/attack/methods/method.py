@@ -18,9 +18,11 @@ class Method(NamedTuple):
     Attributes:
       init: (key, image) -> state.
       ask: state -> perturbations (asks, height, width, channels) to evaluate.
-      tell: (state, losses at them, float32 (asks,), less is nearer to success) -> state.
+      tell: (state, answers about them (asks,)) -> state. Answers are losses, float32, of which less
+        is nearer to success, or, where `sees_labels`, whether each was misread, bool.
       asks: evaluations of the model that one step spends.
       is_over: state -> whether all that would follow was asked before, bool ().
+      sees_labels: whether the method sees labels only.
     """
 
     init: Callable[[jax.Array, jax.Array], Any]
@@ -28,3 +30,4 @@ class Method(NamedTuple):
     tell: Callable[[Any, jax.Array], Any]
     asks: int
     is_over: Callable[[Any], jax.Array] = lambda state: jnp.bool(False)
+    sees_labels: bool = False
