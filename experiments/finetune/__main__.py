@@ -20,7 +20,7 @@ from experiments.command import say
 from experiments.finetune.config import Config
 
 
-def main(config: Config, cluster: Cluster) -> None:
+def main(config: Config, cluster: Cluster = Cluster()) -> None:  # noqa: B008 - it is frozen
     """Run, and say what came of it."""
     say(f"fine-tuning {config.model} by {config.name} in {config.output}: loading JAX")
     from experiments.finetune import outputs, training
