@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attacked import linear, recorder
 
 from experiments.attack import data, methods, models, report
 from experiments.attack.attack import _bucket, attack, margin_of
@@ -49,32 +50,6 @@ def digits():
     right = np.asarray(logits_fn(jnp.asarray(images[:60])).argmax(-1)) == labels[:60]
     chosen = np.flatnonzero(right)[:50]
     return logits_fn, images[chosen], labels[chosen]
-
-
-def linear(weights, lead=0.0):
-    """A model of two classes; class 0 leads by `lead` plus a linear function of the image."""
-    weights = np.asarray(weights, np.float32).reshape(-1)
-
-    def logits_fn(images):
-        first = images.reshape(len(images), -1) @ weights + np.float32(lead)
-        return jnp.stack([first, jnp.zeros_like(first)], axis=-1)
-
-    return logits_fn
-
-
-def recorder(model):
-    """A Python function that answers as the model does, and the images that it was shown."""
-    shown = []
-    compiled = jax.jit(model)
-
-    def answer(images):
-        assert isinstance(images, np.ndarray)
-        shown.extend(images)
-        padded = np.zeros((16, *images.shape[1:]), np.float32)
-        padded[: len(images)] = images
-        return np.asarray(compiled(padded))[: len(images)]
-
-    return answer, shown
 
 
 # --- what every method promises -------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import attacked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attacked import recorder
 
 from experiments.attack import methods
 from experiments.attack.attack import attack
@@ -16,27 +18,7 @@ _SHAPE = (4, 3, 2)  # of small images, channels last
 
 def linear(weights, lead):
     """Class 0 leads by `lead` plus a linear function of how far the image is from grey."""
-    weights = np.asarray(weights, np.float32).reshape(-1)
-
-    def logits_fn(images):
-        first = (images - np.float32(0.5)).reshape(len(images), -1) @ weights + np.float32(lead)
-        return jnp.stack([first, jnp.zeros_like(first)], axis=-1)
-
-    return logits_fn
-
-
-def recorder(model):
-    """A Python function that answers as the model does, and the images that it was shown."""
-    shown = []
-    compiled = jax.jit(model)
-
-    def answer(images):
-        shown.extend(np.array(images))
-        padded = np.zeros((16, *images.shape[1:]), np.float32)
-        padded[: len(images)] = images
-        return np.asarray(compiled(padded))[: len(images)]
-
-    return answer, shown
+    return attacked.linear(weights, lead, origin=0.5)
 
 
 def drawn_weights(seed):

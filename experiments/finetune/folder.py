@@ -48,6 +48,39 @@ class Progress(NamedTuple):
         """The share of the dev examples that it answered right."""
         return max(map(_merit, self.history), default=(0.0, 0.0))[0]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is no array, of JSON's kinds."""
+        return {"step": self.step, "history": self.history, "last": self.last}
+
+    def arrays(self) -> dict[str, Any]:
+        """The arrays, NumPy's, in lists; keys as their words."""
+        leaves = jax.tree.leaves(here(self.state))
+        state = [jax.random.key_data(x) if _is_key(x) else x for x in leaves]
+        lists = {"trained": here(self.trained), "state": state}
+        found = {name: list(map(np.asarray, some)) for name, some in lists.items()}
+        return {**found, "log": self.log}
+
+    def of(self, arrays: dict[str, Any], facts: dict[str, Any]) -> "Progress":
+        """The progress whose `arrays` and `facts` these are; its state has the form of this one's.
+
+        Example:
+          >>> start = Progress(0, [jnp.ones(2)], (jax.random.key(3),), np.zeros(1), [], {})
+          >>> again = start.of(start.arrays(), {**start.facts, "step": 5})
+          >>> again.step, bool(again.state[0] == start.state[0])
+          (5, True)
+        """
+        typed = [
+            jax.random.wrap_key_data(jnp.asarray(x)) if _is_key(one) else jnp.asarray(x)
+            for x, one in zip(arrays["state"], jax.tree.leaves(self.state), strict=True)
+        ]
+        return Progress(
+            trained=[jnp.array(x) for x in arrays["trained"]],
+            state=jax.tree.unflatten(jax.tree.structure(self.state), typed),
+            log=np.array(arrays["log"]),
+            **facts,
+        )
+
 
 class Folder:
     """The folder of a run, which no other process writes to inside of its `with` block.
@@ -194,20 +227,10 @@ class _Checkpoints:
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardRestore(_arrays(like)), facts=ocp.args.JsonRestore()
+                arrays=ocp.args.StandardRestore(like.arrays()), facts=ocp.args.JsonRestore()
             ),
         )
-        arrays = found["arrays"]
-        typed = [
-            jax.random.wrap_key_data(jnp.asarray(x)) if _is_key(one) else jnp.asarray(x)
-            for x, one in zip(arrays["state"], jax.tree.leaves(like.state), strict=True)
-        ]
-        return Progress(
-            trained=[jnp.array(x) for x in arrays["trained"]],
-            state=jax.tree.unflatten(jax.tree.structure(like.state), typed),
-            log=np.array(arrays["log"]),
-            **found["facts"],
-        )
+        return like.of(found["arrays"], found["facts"])
 
     def write(self, now: Progress) -> None:
         """Write a checkpoint, unless this step has one, and delete those that are older."""
@@ -215,12 +238,11 @@ class _Checkpoints:
             return
         if self._manager.latest_step() == now.step or any(x.is_deleted() for x in now.trained):
             return  # a step that was stopped had taken the memory of what trains
-        facts = {"step": now.step, "history": now.history, "last": now.last}
         with whole("the checkpoint"):
             self._manager.save(
                 now.step,
                 args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(_arrays(now)), facts=ocp.args.JsonSave(facts)
+                    arrays=ocp.args.StandardSave(now.arrays()), facts=ocp.args.JsonSave(now.facts)
                 ),
             )
             for step in set(self._manager.all_steps()) - {now.step, now.best_step}:
@@ -233,13 +255,6 @@ _PLACES = ("model", "data", "dev", "test", "output", "cache")
 def _merit(line: dict[str, float]) -> tuple[float, float]:
     """What the best step has most of: right answers, and among as many the lower loss."""
     return line["dev_accuracy"], -line["dev_loss"]
-
-
-def _arrays(now: Progress) -> dict[str, Any]:
-    """The arrays of a checkpoint, in lists."""
-    state = [jax.random.key_data(x) if _is_key(x) else x for x in jax.tree.leaves(here(now.state))]
-    lists = {"trained": here(now.trained), "state": state}
-    return {**{name: list(map(np.asarray, some)) for name, some in lists.items()}, "log": now.log}
 
 
 def _is_key(x: Any) -> bool:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 import zoqo_jax as zq
 from experiments.finetune.config import Config
+from experiments.finetune.models import stacks
 from experiments.finetune.models.loading import Checkpoint
 from zoqo_jax.grids.arrays import is_trained
 from zoqo_jax.grids.scales import float_part
@@ -27,10 +28,7 @@ def adapt(checkpoint: Checkpoint, config: Config) -> Any:
             raise ValueError(f"targets: {config.model} has no {name!r}.")
 
     def is_chosen(path: tuple[Any, ...], leaf: Any) -> bool:
-        keys = [getattr(key, "key", None) for key in path]
-        if keys[0] not in ("layers", "types") or keys[1] not in config.matrices:
-            return False
-        return keys[0] == "types" or keys[2] == "weight"
+        return stacks.matrix_of("/".join(key.key for key in path)) in config.matrices
 
     if config.train == "scales" and checkpoint.path.is_dir():
         raise ValueError(f"train='scales' needs a GGUF file, got the folder {checkpoint.path}.")

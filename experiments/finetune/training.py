@@ -6,7 +6,6 @@ everything else is read from the model's file again.
 """
 
 import functools
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +20,9 @@ from tqdm import tqdm
 
 import zoqo_jax as zq
 from experiments import footprint
-from experiments.cluster import ALONE, Team, code_digest, here
+from experiments.cluster import ALONE, Team, here
 from experiments.command import say, whole
-from experiments.finetune import data, objective, states
+from experiments.finetune import data, objective, sharing, states
 from experiments.finetune.config import Config
 from experiments.finetune.folder import Folder, Progress
 from experiments.finetune.methods import transformation
@@ -112,7 +111,7 @@ class _Run:
         self.config, self.progress, self.folder, self.team = config, progress, folder, team
         below, model = loading.split(all_layers, config.layers)
         self._say("preparing the examples")
-        self.mesh, self.tx = _spread(transformation(config), config, team)
+        self.mesh, self.tx = sharing.spread(transformation(config), config, team)
         self.params = adapt(model, config)
         self.model = model._replace(params={})
         self.parts = Parts.of(self.params, config)
@@ -130,9 +129,7 @@ class _Run:
             if not len(tokens[part]):
                 raise ValueError(f"data: {config.data} has no {part} examples.")
         self.counts = {part: len(some) for part, some in tokens.items()}
-        if team.count > 1:
-            digests = {"data": _digest_of(tokens), "model": _digest_of(all_layers.params)}
-            team.check(code=code_digest(), settings=folder.settings, **digests)
+        sharing.check_start(team, folder.settings, tokens, all_layers.params)
         folder.begin()
         if below is not None:
             cache = Path(config.cache or folder.scratch / "states")
@@ -157,7 +154,8 @@ class _Run:
         if self.team.is_first and self.config.steps:
             self.dev_before = self.folder.once("dev_before", lambda: self.dev(self.params))
         with self.folder.checkpoints() as checkpoints:
-            now = self._everywhere(checkpoints.last(self._start()))
+            now = sharing.begin(checkpoints.last(self._start()), self.mesh, self.team)
+            self.rest = sharing.on_all(self.rest, self.mesh)
             self.folder.write_history(now.history)
             board = SummaryWriter(str(self.folder.scratch / "tensorboard"), purge_step=now.step)
             bar = tqdm(
@@ -167,7 +165,7 @@ class _Run:
                 if now.step < self.config.steps:
                     bar.set_postfix_str(f"{self._dev_words(now)}, compiling a step")
                 now = self._steps(now, checkpoints, bar, board)
-            self._check_codes(now)
+            sharing.check_codes(self.team, now)
             self.team.leave()
             if not self.team.is_first:
                 return None
@@ -206,7 +204,7 @@ class _Run:
                 if now.step == self.config.steps or self._is_stale(now):
                     break
                 if now.step and now.step % self.config.checkpoint_every == 0:
-                    self._check_codes(now)
+                    sharing.check_codes(self.team, now)
                     checkpoints.write(now)
                 with whole("this step"):
                     now = self._advance(now, bar, board)
@@ -283,31 +281,6 @@ class _Run:
         of_each, some = objective.divided(batch)
         return {"value_fn": lambda params, rows: loss(params, some(rows)), "batch": of_each}
 
-    def _everywhere(self, now: Progress) -> Progress:
-        """Process 0's progress on all devices, which is where it lies in every process then."""
-        if self.mesh is None or self.mesh.size == 1:
-            return now
-        facts = {"step": now.step, "history": now.history, "last": now.last}
-        flat, shape = jax.tree.flatten((now.trained, now.state, now.log))
-        keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in flat]
-        plain = [jax.random.key_data(x) if key else x for x, key in zip(flat, keys, strict=True)]
-        plain = self.team.arrays_from_first(plain)
-        pairs = zip(plain, keys, strict=True)
-        flat = [jax.random.wrap_key_data(jnp.asarray(x)) if key else x for x, key in pairs]
-        trained, state, log = jax.tree.unflatten(shape, flat)
-        put = functools.partial(zq.distributed.replicate, mesh=self.mesh)
-        self.rest = put(self.rest)
-        log = np.array(log)
-        return Progress(
-            trained=put(trained), state=put(state), log=log, **self.team.from_first(facts)
-        )
-
-    def _check_codes(self, now: Progress) -> None:
-        """Refuse to go on where processes have come to have different codes."""
-        if self.team.count > 1:
-            name = f"codes after step {now.step}"
-            self.team.check(**{name: _digest_of(here(now.trained))})
-
     def _start(self) -> Progress:
         """Where a run begins; the parameters that it began with are let go."""
         params, self.params = self.params, None
@@ -376,43 +349,6 @@ class _Run:
     def _is_stale(self, now: Progress) -> bool:
         patience = self.config.patience * self.config.eval_every
         return bool(patience) and now.step - now.best_step >= patience
-
-
-def _spread(tx: Any, config: Config, team: Team) -> tuple[Any, Any]:
-    """A mesh and the transformation spread over it, or None and the one that was given.
-
-    A step that has anything to divide is always made of the same pieces, also by one process.
-
-    Raises:
-      ValueError: there is nothing that several processes could divide.
-    """
-    if config.groups == config.parts == 1:
-        if team.count > 1:
-            raise ValueError(
-                f"processes: a step of one group of queries and one part is nothing that "
-                f"{team.count} can divide: give --num_queries or --parts."
-            )
-        return None, tx
-    mesh = team.mesh(config.groups, config.parts)
-    return mesh, zq.distributed.spread(tx, mesh, parts=config.parts)
-
-
-def _digest_of(tree: Any) -> str:
-    """What tells arrays, or examples, from others."""
-    digest = hashlib.sha256()
-    for x in jax.tree.leaves([_content(x) for x in jax.tree.leaves(tree)]):
-        x = np.ascontiguousarray(x)
-        digest.update(repr((x.shape, str(x.dtype))).encode())
-        digest.update(x.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:16]
-
-
-def _content(x: Any) -> Any:
-    """The arrays that examples are made of, without what was computed of them."""
-    if not isinstance(x, data.Tokens):
-        return x
-    some = (x.sequences, x.begins, x.answers, x.words, x.learnt, x.firsts, x.weights)
-    return [one for one in some if one is not None]
 
 
 def _training_tokens(texts: data.Texts, model: Checkpoint, config: Config) -> data.Tokens:

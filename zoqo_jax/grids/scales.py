@@ -57,11 +57,12 @@ class TwoLevel(eqx.Module):
     def packed(cls, outer: Array | np.ndarray, inner: np.ndarray, bits: int) -> TwoLevel:
         """Two levels of what was read from a file, numbers of 2 or 4 bits sharing bytes.
 
-        Others, and those whose last axis fills no whole bytes, have a byte each.
+        Others, those that have a sign, and those whose last axis fills no whole bytes, have a byte
+        each.
 
         Args:
             outer: as the attribute.
-            inner: uint8 numbers.
+            inner: uint8 or int8 numbers.
             bits: that a number has in the file.
 
         Examples:
@@ -71,7 +72,8 @@ class TwoLevel(eqx.Module):
             ([[49, 66]], (1, 4), [[1, 2, 3, 4]])
         """
         count = 8 // bits
-        if bits not in (2, 4) or inner.shape[-1] % count or inner.max(initial=0) >= 2**bits:
+        is_narrow = inner.dtype == np.uint8 and bits in (2, 4) and inner.max(initial=0) < 2**bits
+        if not is_narrow or inner.shape[-1] % count:
             return cls(jax.device_put(outer), jax.device_put(inner))
         parts = np.split(inner, count, axis=-1)  # by NumPy: XLA would compile for each shape
         shared = [part << np.uint8(i * bits) for i, part in enumerate(parts)]

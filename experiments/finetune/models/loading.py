@@ -25,8 +25,6 @@ from zoqo_jax.interop import gguf, tokenizing
 
 __all__ = ["Checkpoint", "load", "load_gguf", "load_hugging_face", "module_names", "split"]
 
-_OF_LAYERS = ("layers", "types")  # what of a decoder's parameters layers have
-
 
 class Checkpoint(NamedTuple):
     """A decoder as it was read, or some of its layers.
@@ -108,7 +106,7 @@ def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint | None, Checkp
 
     def of(span: range) -> Checkpoint:
         some, types = stacks.part(checkpoint.params, checkpoint.span, checkpoint.types, span)
-        rest = {name: x for name, x in checkpoint.params.items() if name not in _OF_LAYERS}
+        rest = {name: x for name, x in checkpoint.params.items() if not stacks.is_of_layers(name)}
         return checkpoint._replace(params={**rest, **some}, span=span, types=types)
 
     return of(range(depth - count)), of(range(depth - count, depth))

@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["Types", "arranged", "kind_of", "part", "place_of", "stack", "unstack"]
+__all__ = [
+    "Types",
+    "arranged",
+    "is_of_layers",
+    "kind_of",
+    "matrix_of",
+    "part",
+    "place_of",
+    "stack",
+    "unstack",
+]
 
 Types = tuple[tuple[str, tuple[int, ...]], ...]
 """Of each matrix of several types its name, and the number of every layer's type."""
@@ -121,6 +131,27 @@ def place_of(path: str, span: range, types: Types) -> tuple[str, list[int]]:
     module, kind = rest.split("/")
     kinds = zip(span, dict(types)[module], strict=True)
     return f"{module}/weight", [number for number, its in kinds if its == int(kind)]
+
+
+def is_of_layers(name: str) -> bool:
+    """Whether what has this name in a decoder's parameters is of its layers."""
+    return name in ("layers", "types")
+
+
+def matrix_of(path: str) -> str | None:
+    """Which matrix of layers a leaf holds, or None for what is none.
+
+    Args:
+      path: '/'-joined keys of the leaf in a decoder's parameters.
+
+    Example:
+      >>> [matrix_of(path) for path in ("layers/k/weight", "types/q/0", "layers/k/bias", "norm")]
+      ['k', 'q', None, None]
+    """
+    where, *rest = path.split("/")
+    if where == "types" or (where == "layers" and rest[-1] == "weight"):
+        return rest[0]
+    return None
 
 
 def kind_of(leaf: Any) -> Hashable:

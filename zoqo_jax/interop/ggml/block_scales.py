@@ -61,10 +61,7 @@ class Levels:
         outer = self._outer.reshape(*shape[:-1], -1)
         if not self._at.inner:
             return jax.device_put(outer)
-        inner = self._inner.reshape(*shape[:-1], -1)
-        if self._at.is_signed:
-            return TwoLevel(jax.device_put(outer), jax.device_put(inner))
-        return TwoLevel.packed(outer, inner, self._at.bits)
+        return TwoLevel.packed(outer, self._inner.reshape(*shape[:-1], -1), self._at.bits)
 
 
 class Stored(NamedTuple):
