@@ -6,6 +6,7 @@ would each train another model.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from experiments.command import say
 __all__ = ["ALONE", "Cluster", "Team", "code_digest", "here", "joined"]
 
 _SAYS_EVERY = 10.0  # seconds between two words about a wait
+_LAST = 3.0  # seconds that process 0 stays when it fails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +204,7 @@ def joined(cluster: Cluster) -> Iterator[Team]:
     team = Team(jax.process_index(), jax.process_count(), has_all=True)
     if team.count > 1:
         # A process that fails ends at once: JAX would wait for the others, and they for it.
-        command.end_by(_cut)
+        command.end_by(functools.partial(_cut, team))
     yield team
     team.leave()
     command.end_by(sys.exit)
@@ -261,10 +263,16 @@ def _whom(cluster: Cluster) -> str:
     )
 
 
-def _cut(status: int) -> None:
-    """End this process as it stands."""
+def _cut(team: Team, status: int) -> None:
+    """End this process as it stands.
+
+    XLA ends a process that loses its connection to process 0, with a trace of its own. So where all
+    are refused for one reason, process 0 goes last, and each has said it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
+    if team.is_first:
+        time.sleep(_LAST)
     os._exit(status)
 
 
