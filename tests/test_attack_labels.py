@@ -284,3 +284,11 @@ def test_sign_flip_flips_few_signs_and_learns_which():
     before = method.tell(state, jnp.array([False]))
     np.testing.assert_array_equal(before.perturbation, state.perturbation)
     np.testing.assert_array_equal(before.kept, state.kept)
+
+
+@pytest.mark.parametrize("method", ["zoqo", "zoqo_labels"])
+def test_a_search_may_begin_without_patterns(method):
+    config = Config(method=method, patterns=False)
+    one = methods.make(config, GREY[0].shape)
+    (question,) = one.ask(one.init(jax.random.key(0), jnp.asarray(GREY[0])))
+    np.testing.assert_allclose(question, config.epsilon, rtol=1e-5)

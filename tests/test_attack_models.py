@@ -17,6 +17,7 @@ from experiments.attack.data import ASSETS, load
 from experiments.attack.models import (
     BUNDLED,
     CNN,
+    MLP,
     ResNet,
     apply,
     fold,
@@ -64,6 +65,8 @@ def test_accuracy_counts_an_incomplete_last_batch():
     "module",
     [
         CNN((8, 4), 7),
+        CNN((4, 2), 5, kernel=5),
+        MLP((6, 5), num_classes=3),
         ResNet(2, num_classes=3),
         *(pytest.param(module, marks=pytest.mark.slow) for module in (CNN(), ResNet(4))),
     ],

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
-from experiments.attack import tables
+from experiments.attack import missed, pgd, tables
 from experiments.attack.config import Config
 from experiments.attack.tables import Places, Row
 
@@ -102,3 +104,50 @@ def test_so_many_images_are_attacked_and_a_later_run_goes_on(places, monkeypatch
 def test_bad_counts_of_images_are_refused():
     with pytest.raises(ValueError, match="images must be at least 0, got -1"):
         Places(images=-1)
+
+
+# --- what attacks missed --------------------------------------------------------------------------
+
+
+def test_gradients_find_what_there_is_and_nothing_else():
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(6, 6, 1)).astype(np.float32)
+    images = rng.uniform(0.4, 0.6, (70, 6, 6, 1)).astype(np.float32)  # more than a batch
+
+    def logits_fn(x):
+        score = (x * weights).sum((1, 2, 3))
+        return jnp.stack([score, -score], axis=-1)
+
+    scores = np.asarray(logits_fn(images))
+    labels = scores.argmax(-1)
+    least = np.abs(scores[:, 0]) / np.abs(weights).sum()  # an l_inf radius that suffices
+    epsilon = float(np.median(least))
+    found = pgd.find(logits_fn, images, labels, epsilon, restarts=1, steps=20)
+    clear = np.abs(least - epsilon) > 1e-4
+    assert_array_equal(found[clear], (least < epsilon)[clear])
+
+
+def test_what_attacks_missed_is_counted_of_what_is_known(places, monkeypatch, capsys):
+    tables.main(dataclasses.replace(places, images=3))
+    document = tables.Path(places.document)
+    document.write_text("<!-- table: missed -->\n<!-- end -->\n")
+    asked = []
+
+    def all_of_them(logits_fn, images, labels, epsilon, **settings):
+        asked.append(len(images))
+        return np.ones(len(images), bool)
+
+    queries = [np.array([3, 0, 7], np.uint16), np.array([0, 0, 5], np.uint16)]
+    for seed, one in enumerate(queries):
+        tables._store(tables.Path(places.results), _ROW, seed).write(queries=one, seconds=1.0)
+    monkeypatch.setattr(missed.pgd, "find", all_of_them)
+    settings = missed.Gradients(
+        results=places.results, document=places.document, progress=False, restarts=2
+    )
+    missed.main(settings)
+    missed.main(settings)
+    assert asked == [1]  # the image that no run found, once
+    line = document.read_text().splitlines()[4]
+    known, ours, hunter, square = line.split("|")[3:7]
+    assert (int(known), ours.strip(), hunter.strip()) == (3, "-", "-")
+    assert square.split() == ["1.5", "±", "6.4"]  # one of seed 0, two of seed 1

@@ -41,6 +41,8 @@ class Config:
       bits: of the perturbation's codes, 2 to 8 (zoqo and zoqo_labels).
       structure: of zoqo's directions: "coarse_to_fine" (blocks that shrink), "dense", "rank_one" or
         "sparse".
+      patterns: begin at the best of four patterns of the whole image ("coarse_to_fine" and
+        zoqo_labels); if not, with all values raised.
       noise: law of zoqo's directions, "uniform", "gaussian" or "rademacher"; coarse_to_fine has
         whole blocks instead.
       step: zoqo's step rule, "floor" (the paper's: at least one whole code) or "dithered".
@@ -69,6 +71,7 @@ class Config:
     targeted: bool = False
     bits: int = 8
     structure: Structure = "coarse_to_fine"
+    patterns: bool = True
     noise: str = "rademacher"
     step: str = "dithered"
     learning_rate: float = 0.0

@@ -25,6 +25,7 @@ from zoqo_jax.interop.files import replacing
 __all__ = [
     "BUNDLED",
     "CNN",
+    "MLP",
     "LogitsFn",
     "Params",
     "ResNet",
@@ -41,12 +42,12 @@ __all__ = [
 Params = dict[str, Any]
 LogitsFn = Callable[[jax.Array], jax.Array]
 
-BUNDLED = ("cifar10", "mnist", "mnist_robust")
+BUNDLED = ("cifar10", "mnist", "mnist_5x5", "mnist_mlp", "mnist_narrow", "mnist_robust")
 """Names of the weights that lie beside this file."""
 
 
 class CNN(nn.Module):
-    """Two 3 x 3 convolutions, each halved by max-pooling, and two dense layers, for MNIST.
+    """Two convolutions, each halved by max-pooling, and two dense layers, for MNIST.
 
     Maps images, float32 of shape (n, 28, 28, 1) in [0, 1], to logits, float32 of shape
     (n, num_classes). The default sizes have 105,866 parameters.
@@ -54,6 +55,7 @@ class CNN(nn.Module):
     Attributes:
       features: channels of the two convolutions.
       hidden: units of the first dense layer.
+      kernel: pixels on a side of a convolution's filters.
       num_classes: number of logits.
 
     Example:
@@ -66,6 +68,7 @@ class CNN(nn.Module):
 
     features: tuple[int, int] = (16, 32)
     hidden: int = 64
+    kernel: int = 3
     num_classes: int = NUM_CLASSES
     image_shape = (28, 28, 1)
 
@@ -74,9 +77,40 @@ class CNN(nn.Module):
         """Logits of the images."""
         x = images
         for channels in self.features:
-            x = _halved(nn.relu(nn.Conv(channels, (3, 3))(x)))
+            x = _halved(nn.relu(nn.Conv(channels, (self.kernel, self.kernel))(x)))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.hidden)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class MLP(nn.Module):
+    """Three dense layers, for MNIST: a network without convolutions.
+
+    Maps images, float32 of shape (n, 28, 28, 1) in [0, 1], to logits, float32 of shape
+    (n, num_classes).
+
+    Attributes:
+      hidden: units of the first two layers.
+      num_classes: number of logits.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> images = jnp.zeros((2, 28, 28, 1))
+      >>> logits, variables = MLP().init_with_output(jax.random.key(0), images)
+      >>> logits.shape, sum(leaf.size for leaf in jax.tree.leaves(variables))
+      ((2, 10), 118282)
+    """
+
+    hidden: tuple[int, int] = (128, 128)
+    num_classes: int = NUM_CLASSES
+    image_shape = (28, 28, 1)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits of the images."""
+        x = images.reshape(images.shape[0], -1)
+        for units in self.hidden:
+            x = nn.relu(nn.Dense(units)(x))
         return nn.Dense(self.num_classes)(x)
 
 
@@ -166,7 +200,7 @@ def fold(variables: Mapping[str, Any]) -> Params:
     return params
 
 
-def network(params: Mapping[str, Any]) -> CNN | ResNet:
+def network(params: Mapping[str, Any]) -> CNN | MLP | ResNet:
     """The network that parameters belong to, by their names and shapes.
 
     Args:
@@ -180,22 +214,28 @@ def network(params: Mapping[str, Any]) -> CNN | ResNet:
       True
     """
     try:
-        width = params["Conv_0"]["kernel"].shape[-1]
-        if "Conv_2" in params:
-            module = ResNet(width, num_classes=params["Dense_0"]["kernel"].shape[-1])
-        else:
-            features = (width, params["Conv_1"]["kernel"].shape[-1])
-            sizes = (params[name]["kernel"].shape[-1] for name in ("Dense_0", "Dense_1"))
-            module = CNN(features, *sizes)
+        module = _module(params)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"params must be those of a CNN or a ResNet, got {_shapes(params)}."
+            f"params must be those of a CNN, an MLP or a ResNet, got {_shapes(params)}."
         ) from error
     images = jax.ShapeDtypeStruct((1, *module.image_shape), jnp.float32)
     wanted = _shapes(jax.eval_shape(module.init, jax.random.key(0), images)["params"])
     if _shapes(params) != wanted:
         raise ValueError(f"params must have the shapes {wanted}, got {_shapes(params)}.")
     return module
+
+
+def _module(params: Mapping[str, Any]) -> CNN | MLP | ResNet:
+    def outputs(name: str) -> int:
+        return params[name]["kernel"].shape[-1]
+
+    if "Conv_0" not in params:
+        return MLP((outputs("Dense_0"), outputs("Dense_1")), outputs("Dense_2"))
+    if "Conv_2" in params:
+        return ResNet(outputs("Conv_0"), num_classes=outputs("Dense_0"))
+    features, side = (outputs("Conv_0"), outputs("Conv_1")), params["Conv_0"]["kernel"].shape[0]
+    return CNN(features, outputs("Dense_0"), side, outputs("Dense_1"))
 
 
 def apply(params: Params, images: jax.Array) -> jax.Array:

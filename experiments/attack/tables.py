@@ -32,7 +32,7 @@ from experiments.attack.run import Case, load_case
 from experiments.files import writable
 from experiments.store import Row, Store, storing
 
-__all__ = ["ROWS", "Places", "Row", "Runs", "load"]
+__all__ = ["ROWS", "Places", "Row", "Runs", "case", "load"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CHUNK = 1_000
@@ -104,6 +104,10 @@ def _rows() -> Iterator[Row]:
                 name = f"{base.weights}, {'targeted, ' if targeted else ''}{loss}"
                 config = dataclasses.replace(base, loss=loss, targeted=targeted)
                 yield from _strongest("losses", name, config, seeds)
+    # The start patterns were chosen on "mnist"; the others never saw them.
+    for weights in ("mnist", "mnist_narrow", "mnist_5x5", "mnist_mlp", "cifar10"):
+        base = _some(cifar if weights == "cifar10" else mnist, 300)
+        yield from _with_and_without(dataclasses.replace(base, weights=weights))
     yield from _labels("labels_mnist", _some(mnist, 1_000))
     yield from _labels("labels_robust", robust)
     yield from _labels("labels_cifar10", _some(cifar, 1_000))
@@ -136,6 +140,20 @@ def _strongest(table: str, name: str, config: Config, seeds: int) -> Iterator[Ro
     square = dataclasses.replace(config, method="square")
     yield Row(table, f"{name}, ZOQO", config, seeds)
     yield Row(table, f"{name}, Square Attack", square, seeds)
+
+
+def _with_and_without(base: Config) -> Iterator[Row]:
+    plain, name = dataclasses.replace(base, patterns=False), base.weights
+    yield Row("patterns", f"{name}, ZOQO", base, seeds=3)
+    yield Row("patterns", f"{name}, ZOQO without patterns", plain, seeds=3)
+    hunter = dataclasses.replace(base, method="sign_hunter")
+    yield Row("patterns", f"{name}, SignHunter", hunter)
+    labels = {"num_images": 100, "method": "zoqo_labels", "model_batch": 4}
+    yield Row("patterns", f"{name}, labels, ZOQO", dataclasses.replace(base, **labels))
+    alone = dataclasses.replace(plain, **labels)
+    yield Row("patterns", f"{name}, labels, ZOQO without patterns", alone)
+    rays = dataclasses.replace(base, **{**labels, "method": "rays"})
+    yield Row("patterns", f"{name}, labels, RayS", rays)
 
 
 def _labels(table: str, base: Config) -> Iterator[Row]:
@@ -188,8 +206,13 @@ def _is_chosen(row: Row, places: Places) -> bool:
     return places.only in f"{row.table} {row.name}"
 
 
-def _case(config: Config, places: Places) -> Case:
-    """The images of a configuration, from the data set that was named on the command line."""
+def case(config: Config, places: Places) -> Case:
+    """The images of a configuration, from the data set that was named on the command line.
+
+    Example:
+      >>> case(Config(num_images=2), Places()).labels.tolist()
+      [7, 2]
+    """
     if config.dataset == "cifar10":
         config = dataclasses.replace(config, dataset=places.cifar10)
     return load_case(config)
@@ -199,8 +222,8 @@ def _attack(places: Places, row: Row, seed: int) -> bool:
     """Attack the images of a run that were not attacked before, and say whether there were any."""
     store = _store(Path(places.results), row, seed)
     config = dataclasses.replace(row.config, seed=seed)
-    case = _case(config, places)
-    total = min(len(case.images), places.images or len(case.images))
+    chosen = case(config, places)
+    total = min(len(chosen.images), places.images or len(chosen.images))
     chunk = _SMALL_CHUNK if config.method in LABEL_METHODS else _CHUNK
     queries = store.content.get("queries", np.zeros(0, np.uint16))
     seconds = store.content.get("seconds", 0.0)
@@ -210,7 +233,7 @@ def _attack(places: Places, row: Row, seed: int) -> bool:
         total=total, initial=len(queries), desc=title, unit="image", disable=not places.progress
     ) as bar:
         while len(queries) < total:
-            part = case.take(slice(len(queries), min(len(queries) + chunk, total)))
+            part = chosen.take(slice(len(queries), min(len(queries) + chunk, total)))
             found, spent = _one(part, config, bar, len(queries))
             queries, seconds = np.concatenate([queries, found]), seconds + spent
             store.write(queries=queries, seconds=seconds)
@@ -236,14 +259,14 @@ def _draw(table: str, places: Places, path: Path) -> None:
     rows = [row for row in ROWS if row.table == table and row.name in _SEEN]
     if not rows:
         return
-    case = _case(rows[0].config, places)
-    _, first = np.unique(case.labels, return_index=True)
-    _, images, labels, _ = case.take(first)
+    chosen = case(rows[0].config, places)
+    _, first = np.unique(chosen.labels, return_index=True)
+    _, images, labels, _ = chosen.take(first)
     drawn = [pages.Example("the image", images, [str(label) for label in labels])]
     for row in rows:
-        outcome = attack.attack(case.logits_fn, images, labels, row.config)
+        outcome = attack.attack(chosen.logits_fn, images, labels, row.config)
         seen = np.clip(images + outcome.perturbation, 0.0, 1.0)
-        read = np.asarray(case.logits_fn(seen)).argmax(-1)
+        read = np.asarray(chosen.logits_fn(seen)).argmax(-1)
         words = [
             f"{label}, {spent:,} quer{'ies' if spent > 1 else 'y'}"
             if label != right

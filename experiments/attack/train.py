@@ -6,6 +6,8 @@
   descent finds in an l_inf ball (Madry et al., "Towards Deep Learning Models Resistant to
   Adversarial Attacks", 2018, arXiv 1706.06083); the ball grows to its size in the first third of
   the training.
+- "narrow_cnn", "cnn_5x5" and "mlp", for MNIST: the same recipe, half the channels and units,
+  filters of 5 x 5 pixels, and no convolutions at all.
 - "resnet", for CIFAR-10: stochastic gradient descent with Nesterov momentum, a learning rate that
   rises and falls along a line, weight decay, smoothed labels, and images shifted by up to four
   pixels and mirrored at random.
@@ -34,13 +36,14 @@ import optax
 from tqdm import tqdm
 
 from experiments.attack.data import load
-from experiments.attack.models import CNN, LogitsFn, ResNet, fold, load_classifier, save_params
+from experiments.attack.models import CNN, MLP, LogitsFn, ResNet, fold, load_classifier, save_params
+from experiments.attack.pgd import random_start, uphill
 from experiments.files import writable
 from experiments.store import Store
 
 __all__ = ["TrainConfig", "accuracy", "train"]
 
-Network = Literal["cnn", "robust_cnn", "resnet"]
+Network = Literal["cnn", "robust_cnn", "narrow_cnn", "cnn_5x5", "mlp", "resnet"]
 
 _ATTACK_STEPS = 7  # of projected gradient descent, on each batch
 
@@ -61,6 +64,9 @@ class _Recipe(NamedTuple):
 _RECIPES: dict[str, _Recipe] = {
     "cnn": _Recipe(CNN(), 10, 128, 2e-3, max_shift=2),
     "robust_cnn": _Recipe(CNN(), 16, 128, 1e-3, max_shift=2, epsilon=0.3),
+    "narrow_cnn": _Recipe(CNN((8, 16), 32), 10, 128, 2e-3, max_shift=2),
+    "cnn_5x5": _Recipe(CNN(kernel=5), 10, 128, 2e-3, max_shift=2),
+    "mlp": _Recipe(MLP(), 10, 128, 2e-3, max_shift=2),
     "resnet": _Recipe(ResNet(normalised=True), 36, 256, 0.2, 4, mirrored=True, smoothing=0.1),
 }
 
@@ -72,7 +78,7 @@ class TrainConfig:
     Attributes:
       data: what `data.load` takes, with a train and a test split.
       output: the `.npz` file to write; its folder is made if need be.
-      network: "cnn", "robust_cnn" or "resnet".
+      network: "cnn", "robust_cnn", "narrow_cnn", "cnn_5x5", "mlp" or "resnet".
       epochs: passes over the training images; 0 takes the network's default.
       batch_size: images per step; 0 takes the network's default. The rest of an epoch's last batch
         is left out.
@@ -234,7 +240,7 @@ def _fit(
 
 @cache  # A new but equal optimizer would compile the same step again.
 def _optimizer(recipe: _Recipe, steps: int) -> optax.GradientTransformation:
-    if isinstance(recipe.module, CNN):
+    if isinstance(recipe.module, CNN | MLP):
         return optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, steps))
     rises = max(steps // 5, 1)
     rate = optax.join_schedules(
@@ -296,11 +302,9 @@ def _shift(images: jax.Array, key: jax.Array, most: int) -> jax.Array:
 
 def _adversarial(loss_of: Any, images: jax.Array, key: jax.Array, epsilon: jax.Array) -> jax.Array:
     """The images, moved uphill within the ball, from a random point of it."""
-    start = jax.random.uniform(key, images.shape, minval=-1.0, maxval=1.0) * epsilon
-    x = jnp.clip(images + start, 0.0, 1.0)
+    x = random_start(images, key, epsilon)
     for _ in range(_ATTACK_STEPS):  # in a loop of XLA's, convolutions have slow gradients on a CPU
-        x = x + 2.5 / _ATTACK_STEPS * epsilon * jnp.sign(jax.grad(loss_of)(x))
-        x = jnp.clip(jnp.clip(x, images - epsilon, images + epsilon), 0.0, 1.0)
+        x = uphill(loss_of, x, images, epsilon, 2.5 / _ATTACK_STEPS * epsilon)
     return x
 
 

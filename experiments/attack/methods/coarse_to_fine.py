@@ -30,7 +30,7 @@ from experiments.attack.methods.method import Method
 from experiments.attack.methods.square import changed, side, stripes
 from experiments.attack.methods.zoqo import grid
 
-__all__ = ["blocks", "count_of_blocks", "following", "make", "patterns", "share"]
+__all__ = ["blocks", "count_of_blocks", "following", "make", "patterns", "share", "starts"]
 
 _STRIDE = 10_007  # between one block of a round and the next, where it visits each of them once
 _PATIENCE = 3  # questions of a search by random squares, at least, for each value of the image
@@ -55,7 +55,7 @@ def share(config: Config, channels: int) -> float:
 def make(config: Config, shape: tuple[int, int, int]) -> Method:
     """Blocks from coarse to fine on the grid of `config.bits` bits."""
     low, high = zq.dequantize(grid(config)(jnp.array([-config.epsilon, config.epsilon])))
-    first_block = len(patterns(jnp.zeros(shape)))
+    first_block = len(starts(jnp.zeros(shape), config))
     first_search = first_block + count_of_blocks(shape)
     left = max(config.budget - first_search, 1)
     length = left // max(left // (_PATIENCE * math.prod(shape)), 1)  # of a search
@@ -75,10 +75,10 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
         return corners.untried(state.tried, proposed, state.signs)
 
     def init(key: jax.Array, image: jax.Array) -> _State:
-        starts = patterns(image)
+        signs = starts(image, config)
         tried = corners.none_tried(shape, config.budget)
         never, zero = jnp.float32(jnp.inf), jnp.int32(0)
-        return _State(starts, following(starts), starts[0], never, zero, tried, key)
+        return _State(signs, following(signs), signs[0], never, zero, tried, key)
 
     def ask(state: _State) -> jax.Array:
         return jnp.where(asked(state) > 0, high, low)[None]
@@ -98,8 +98,20 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
     return Method(init, ask, tell, 1, lambda state: corners.all_tried(state.tried))
 
 
+def starts(image: jax.Array, config: Config) -> jax.Array:
+    """The signs that a search begins with, int8 (starts, height, width, channels).
+
+    The four of `patterns` or, where the configuration wants none, all 1.
+
+    Example:
+      >>> starts(jnp.zeros((28, 28, 1)), Config(patterns=False)).shape
+      (1, 28, 28, 1)
+    """
+    return patterns(image) if config.patterns else jnp.ones((1, *image.shape), jnp.int8)
+
+
 def patterns(image: jax.Array) -> jax.Array:
-    """The signs that a search begins with, int8 (patterns, height, width, channels).
+    """Four patterns of the whole image, int8 signs (patterns, height, width, channels).
 
     Example:
       >>> patterns(jnp.zeros((28, 28, 1))).shape

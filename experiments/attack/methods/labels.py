@@ -33,7 +33,7 @@ from experiments.attack.methods.coarse_to_fine import (
     blocks,
     count_of_blocks,
     following,
-    patterns,
+    starts,
 )
 from experiments.attack.methods.method import Method
 
@@ -66,7 +66,7 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
     edge = 2 ** (config.bits - 1) - 1  # of the ball, in codes
     code = config.epsilon / edge * (1 - 1e-6)  # lest rounding leave the ball
     farthest = min(max(math.ceil(_FINE / config.epsilon), _FINE), _MOST)  # all is black or white
-    count = len(patterns(jnp.zeros(shape)))
+    count = len(starts(jnp.zeros(shape), config))
     squares, channels = count_of_blocks(shape), shape[-1]
     flips = squares * (1 + channels) if channels > 1 else squares
 
@@ -96,11 +96,11 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
 
     def init(key: jax.Array, image: jax.Array) -> _State:
         key, other = jax.random.split(key)
-        starts, zero = patterns(image), jnp.int32(0)
+        first, zero = starts(image, config), jnp.int32(0)
         return _State(
-            starts=starts,
-            after=following(starts),
-            signs=starts[0],
+            starts=first,
+            after=following(first),
+            signs=first[0],
             radius=jnp.int32(_FINE),
             low=zero,
             step=jnp.float32(0),
