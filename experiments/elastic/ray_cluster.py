@@ -1,0 +1,60 @@
+"""A connection to Ray: a cluster by its address, or Ray on this machine for this run alone."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+from experiments.elastic.config import Config
+
+__all__ = ["connected"]
+
+_PASSED_ON = ("JAX_PLATFORMS", "XLA_FLAGS")  # of the head's environment, to workers elsewhere
+
+
+@contextlib.contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Ray, as long as the `with` block lasts; workers go with it.
+
+    Raises:
+      ConnectionError: nobody answers at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    given: dict[str, object] = {"address": config.address}
+    passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    if config.address:
+        given["runtime_env"] = {"env_vars": passed}
+    else:
+        cpus = max(1, round(config.workers * config.cpus + 0.49))
+        given = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    with _own_signals():
+        try:
+            ray.init(**given, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+            where = config.address or "this machine"
+            words = " ".join(str(error).split())[:300]
+            raise ConnectionError(f"address: there is no Ray cluster at {where}: {words}") from None
+    try:
+        yield
+    finally:
+        with _own_signals():
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, which the command has: it is given back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
