@@ -14,22 +14,25 @@ from experiments.elastic.config import Config, Module
 
 def main(config: Config, run: Module) -> None:
     """Make the run, and say what came of it."""
-    say(f"training {run.module}, kept in {config.log}: loading JAX")
+    say(f"training {run.module}, kept in {config.log}: starting Ray")
     from experiments.elastic.claims import claimed_log
-    from experiments.elastic.crew import Crew
-    from experiments.elastic.head import Head
     from experiments.elastic.ray_cluster import connected
-    from experiments.elastic.replica import Replica
-    from experiments.elastic.tasks import task_of
 
-    with claimed_log(config.log):
+    # Ray's processes are started before JAX has threads, which a fork does not take along.
+    with claimed_log(config.log), connected(config):
+        from experiments.elastic.crew import Crew
+
+        crew = Crew(config, run)
+        crew.hire()  # they load JAX, the model and the data while this process does
+        say("loading JAX")
+        from experiments.elastic.head import Head
+        from experiments.elastic.replica import Replica
+        from experiments.elastic.tasks import task_of
+
         head = Head(config, Replica(task_of(run), config.hash_every))
         try:
             head.catch_up()
-            if head.replica.step < run.steps:
-                say("starting Ray and the workers")
-                with connected(config):
-                    head.run(Crew(config, run))
+            head.run(crew)
         except KeyboardInterrupt:
             where = f"{len(head.records)} of {run.steps} steps are in {config.log}"
             raise command.Stopped(where) from None
