@@ -1,20 +1,34 @@
 """Train with workers that come and go.
 
-    python -m experiments.elastic --module=package.module --log=run/log --steps=1000
+    python -m experiments.elastic --model=model.gguf --output=run --log=run/log --num_queries=4
 
-starts workers on this machine by Ray, has them evaluate pieces of each step, and writes a line of
-the log for each. Workers and this command itself may be killed at any time: the same command again
-goes on, and comes to the same codes bit for bit, whoever evaluated what.
+fine-tunes as `experiments.finetune` does, but for looks at dev and test examples: it starts workers
+by Ray, on this machine or on the cluster of --address, has them evaluate pieces of each step, and
+writes a line of the log for each. Workers and this command itself may be killed at any time: the
+same command again goes on, and comes to the same codes, bit for bit, whoever evaluated what.
+
+    ... --module=package.module --log=run/log --steps=1000
+
+trains what a module of your own has; `--module=... --help` lists the settings of such a run.
 """
+
+import sys
+from typing import Any
 
 from experiments import command
 from experiments.command import say
 from experiments.elastic.config import Config, Module
+from experiments.finetune.config import Config as Finetune
 
 
-def main(config: Config, run: Module) -> None:
+def main(config: Config, run: Any) -> None:
     """Make the run, and say what came of it."""
-    say(f"training {run.module}, kept in {config.log}: starting Ray")
+    what = run.module if isinstance(run, Module) else run.model
+    if not isinstance(run, Module) and run.moves_floats:
+        raise ValueError(
+            f"method={run.method!r} moves floats: take one that moves codes or scales."
+        )
+    say(f"training {what}, kept in {config.log}: starting Ray")
     from experiments.elastic.claims import claimed_log
     from experiments.elastic.ray_cluster import connected
 
@@ -24,10 +38,10 @@ def main(config: Config, run: Module) -> None:
 
         crew = Crew(config, run)
         crew.hire()  # they load JAX, the model and the data while this process does
-        say("loading JAX")
+        say("loading JAX, the model and the data")
         from experiments.elastic.head import Head
         from experiments.elastic.replica import Replica
-        from experiments.elastic.tasks import task_of
+        from experiments.elastic.tasks import task_of, written
 
         head = Head(config, Replica(task_of(run), config.hash_every))
         try:
@@ -36,8 +50,11 @@ def main(config: Config, run: Module) -> None:
         except KeyboardInterrupt:
             where = f"{len(head.records)} of {run.steps} steps are in {config.log}"
             raise command.Stopped(where) from None
-        print(f"{head.replica.step} steps, hash of the codes {head.replica.digest()}")
+        path = written(run, head.replica.params)
+    wrote = f"; wrote {path}" if path else ""
+    print(f"{head.replica.step} steps, hash of the codes {head.replica.digest()}{wrote}")
 
 
 if __name__ == "__main__":
-    command.run(main, Config, Module, about=__doc__ or "")
+    own = any(one.replace("-", "_").startswith("__module") for one in sys.argv[1:])
+    command.run(main, Config, Module if own else Finetune, about=__doc__ or "")

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from experiments.cluster import here
 from experiments.command import whole
 from experiments.files import claimed, plain, read_json, writable, write_json
-from experiments.finetune.config import Config
+from experiments.finetune.config import PLACES, Config
 from experiments.finetune.objective import Scores
 from experiments.leaves import as_arrays, like
 from experiments.store import changed, defaults
@@ -96,7 +96,7 @@ class Folder:
     @property
     def settings(self) -> str:
         """What processes of one run must all be given, as text; where things lie may differ."""
-        kept = {name: x for name, x in self._settings.items() if name not in _PLACES}
+        kept = {name: x for name, x in self._settings.items() if name not in PLACES}
         return json.dumps(kept, sort_keys=True)
 
     def __enter__(self) -> "Folder":
@@ -241,9 +241,6 @@ class _Checkpoints:
             )
             for step in set(self._manager.all_steps()) - {now.step, now.best_step}:
                 self._manager.delete(step)
-
-
-_PLACES = ("model", "data", "dev", "test", "output", "cache")
 
 
 def _merit(line: dict[str, float]) -> tuple[float, float]:

@@ -64,7 +64,7 @@ def check_start(team: Team, settings: str, tokens: dict[str, data.Tokens], param
       ValueError: they have not all the same; what differs is named, and in which process.
     """
     if team.count > 1:
-        examples = [_content(some) for some in tokens.values()]
+        examples = [some.content for some in tokens.values()]
         digests = {"data": digest(examples), "model": digest(params)}
         team.check(code=code_digest(), settings=settings, **digests)
 
@@ -81,11 +81,3 @@ def check_codes(team: Team, now: Progress) -> None:
 
 def _is_alone(mesh: Any) -> bool:
     return mesh is None or mesh.size == 1
-
-
-def _content(tokens: data.Tokens) -> list[Any]:
-    """The arrays that examples are made of, without what was computed of them."""
-    return [
-        tokens.sequences, tokens.begins, tokens.answers, tokens.words, tokens.learnt,
-        tokens.firsts, tokens.weights,
-    ]  # fmt: skip
