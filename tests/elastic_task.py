@@ -27,4 +27,4 @@ def _start():
 
 
 params = _start()
-tx = zq.zoqo(key=KEY, num_queries=3)
+tx = zq.zoqo(1.0, 2.0, key=KEY, num_queries=3)

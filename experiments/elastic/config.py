@@ -24,7 +24,7 @@ class Config:
       lost_seconds: after which a worker that does not answer is replaced.
       hash_every: steps between comparisons of the replicas' codes.
       checkpoint_every: steps between checkpoints, from which newcomers begin.
-      join_seconds: how long to wait for the cluster, and for a first worker.
+      join_seconds: how long to go on waiting where no worker is there.
 
     Raises:
       ValueError: a setting outside what is said above, naming it and its value.
@@ -39,7 +39,7 @@ class Config:
     lost_seconds: float = 600.0
     hash_every: int = 20
     checkpoint_every: int = 100
-    join_seconds: int = 120
+    join_seconds: int = 600
 
     def __post_init__(self) -> None:
         """Refuse what would end in a wait for nobody."""

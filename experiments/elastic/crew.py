@@ -54,13 +54,14 @@ class Crew:
     def __init__(self, config: Config, run: Any) -> None:
         self.config = config
         self.members: dict[str, Member] = {}
-        self.wanted, self.failed, self._run, self._count = config.workers, 0, run, 0
+        self.wanted, self.not_before = config.workers, 0.0  # the time when another may be asked for
+        self._run, self._count = run, 0
         options = {"num_cpus": config.cpus, "num_gpus": config.gpus, "max_restarts": 0}
         self._kind = ray.remote(**options)(Worker)
 
     def hire(self) -> None:
         """Ask for as many workers as are wanted; Ray starts each where there is room for it."""
-        while len(self.members) < self.wanted:
+        while len(self.members) < self.wanted and time.monotonic() >= self.not_before:
             self._count += 1
             name = f"worker {self._count}"
             actor = self._kind.remote(self._run, self.config.hash_every)

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import numpy as np
+from ray.exceptions import RayActorError
 from tqdm import tqdm
 
 from experiments.cluster import code_digest
@@ -25,7 +26,8 @@ from experiments.store import changed
 __all__ = ["Head"]
 
 _SAYS_EVERY = 10.0  # seconds between two words about a wait
-_FAILURES = 3  # workers that cannot start, one after another, before the run ends
+_FAILURES = 3  # errors of workers, without a step between them, that end the run
+_PAUSE = 5.0  # seconds after an error before another worker is asked for
 _FAR = 20  # steps: a worker further behind follows first, and is given work then
 
 
@@ -45,13 +47,19 @@ class Head:
         self.log, self.checkpoints = Log(config.log), Checkpoints(config.log)
         task = replica.task
         begins, self.records = self.log.read()
-        if words := changed(begins, task.depends_on) if begins else "":
-            raise ValueError(f"log: {config.log} has a run with {words}: name another file.")
+        self._begins = {"run": task.depends_on, "code": code_digest()}
         self.is_new = not begins
+        if words := changed(begins["run"], task.depends_on) if begins else "":
+            raise ValueError(f"log: {config.log} has a run with {words}: name another file.")
+        if begins and begins["code"] != self._begins["code"]:
+            say(
+                f"{config.log} was begun with another version of the code or of JAX: the run goes "
+                "on, and ends where hashes say that codes are others"
+            )
         self._hashes = {x.step: x.hash for x in self.records if x.hash}
         self._newest = self.checkpoints.newest(min(len(self.records), task.steps))
-        self._said = self._waits = 0.0
-        self._stored: Any = None
+        self._alone = self._said = 0.0  # since when there has been no worker, and it was said
+        self._failures = 0
         self.expelled: dict[str, str] = {}
         self.wasted = 0
 
@@ -59,6 +67,9 @@ class Head:
         """Make the codes of the log's last step; the newest checkpoint is the begin."""
         if self._newest is not None:
             self.replica.restore(*self._newest)
+            if self.replica.step in self._hashes:
+                self.replica.hashes[self.replica.step] = self.replica.digest()
+                self._check_own()
         steps = self.records[self.replica.step : self.replica.task.steps]
         bar = tqdm(steps, "replaying the log", unit="step", disable=not progress or not steps)
         for record in bar:
@@ -72,7 +83,7 @@ class Head:
                 raise ValueError(
                     f"log: {self.config.log} says that the codes before step {step} have the hash "
                     f"{self._hashes[step]}, and here they have {found}: the code, JAX or the "
-                    "machine is another, or a checkpoint beside it is of another run."
+                    "machine is another, or the checkpoint beside it is of another run."
                 )
         self.replica.hashes = {}
 
@@ -80,11 +91,11 @@ class Head:
         """All steps that are left. A stop takes effect between two steps."""
         steps, replica = self.replica.task.steps, self.replica
         if self.is_new:
-            self._written(lambda: self.log.begin(replica.task.depends_on))
+            self._written(lambda: self.log.begin(self._begins))
             self.is_new = False
         bar = tqdm(total=steps, initial=replica.step, unit="step", disable=not progress)
         with bar:
-            crew.hire()
+            self._alone = self._said = time.monotonic()
             while replica.step < steps:
                 loss = self.step(crew)
                 bar.update()
@@ -118,13 +129,14 @@ class Head:
             self._check_own()
             if replica.step % self.config.checkpoint_every == 0:
                 self._keep()
+        self._failures = 0
         return float(losses.mean())
 
     def _keep(self) -> None:
         """Write a checkpoint of this step."""
         if self._newest is not None and self._newest.step == self.replica.step:
             return
-        self._newest, self._stored = Start(self.replica.step, self.replica.arrays()), None
+        self._newest = Start(self.replica.step, self.replica.arrays())
         self._written(lambda: self.checkpoints.write(self._newest))
 
     def _written(self, write: Any) -> None:
@@ -145,7 +157,6 @@ class Head:
         """What workers find of all pieces of a round."""
         pieces, shape = self.replica.shape(kind)
         one = Round(self.replica.step, kind, pieces, shape, self.config.lease_seconds)
-        since = time.monotonic()
         while not one.is_complete:
             self._give(crew, one, losses)
             for member, answer in crew.events(min(one.until(time.monotonic()), 1.0)):
@@ -153,7 +164,7 @@ class Head:
             for member in crew.overdue():
                 self._lose(crew, one, member, "it has not answered")
             crew.hire()
-            self._wait(crew, since)
+            self._wait(crew)
         self.wasted += one.wasted
         return one.found
 
@@ -201,7 +212,9 @@ class Head:
             return self._expel(
                 crew, None, member, "it has another version of the code or of JAX than the head"
             )
-        crew.admit(member, self._newest, 0 if self._newest is None else self._newest.step)
+        step = 0 if self._newest is None else self._newest.step
+        say(f"\n{member.name} is there ({member.where}), and begins at step {step}")
+        crew.admit(member, self._newest, step)
 
     def _expel(self, crew: Crew, one: Round | None, member: Member, why: str) -> None:
         """Let a worker go that is not of this run, and have no other in its place."""
@@ -216,30 +229,37 @@ class Head:
     def _lose(self, crew: Crew, one: Round, member: Member, why: Any) -> None:
         """A worker is gone; another takes its place."""
         self._drop(crew, one, member)
-        words = " ".join(str(why).split())
-        if member.has is None:
-            crew.failed += 1
-            if crew.failed >= _FAILURES:
-                raise RuntimeError(
-                    f"workers: {crew.failed} could not start, the last: {words[-600:]}"
-                )
-        say(f"\n{member.name} is lost, another is asked for: {words[:200]}")
+        is_killed = isinstance(why, RayActorError) and member.has is not None
+        words = "it was killed, or its machine is gone"
+        if not is_killed:
+            words = str(why).strip().splitlines()[-1].strip()
+            self._failures += 1
+            crew.not_before = time.monotonic() + _PAUSE
+        say(f"\n{member.name} ({member.where}) is lost, another is asked for: {words}")
+        if self._failures >= _FAILURES:
+            raise RuntimeError(f"workers: {_FAILURES} failed, and none made a step: {words}")
 
     def _drop(self, crew: Crew, one: Round | None, member: Member) -> None:
         crew.drop(member)
         if one is not None:
             one.forget(member.name)
 
-    def _wait(self, crew: Crew, since: float) -> None:
-        """Say what is waited for, and that it takes too long."""
-        if crew.present:
-            crew.failed, self._waits = 0, 0.0
-            return
+    def _wait(self, crew: Crew) -> None:
+        """Say what is waited for.
+
+        Raises:
+          ConnectionError: no worker has come in time.
+        """
         now = time.monotonic()
-        self._waits = self._waits or now
-        if now - max(self._said, self._waits) > _SAYS_EVERY:
+        if crew.present:
+            self._alone = self._said = now
+            return
+        waits = now - self._alone
+        if waits > self.config.join_seconds:
+            raise ConnectionError(f"workers: none has come in {waits:.0f} seconds: {crew.room()}.")
+        if now - self._said > _SAYS_EVERY:
             self._said = now
-            say(f"\nwaiting for a worker, {now - self._waits:.0f} seconds: {crew.room()}")
+            say(f"\nwaiting for a worker, {waits:.0f} seconds: {crew.room()}")
 
 
 def _whole(losses: Any) -> np.ndarray:
