@@ -82,7 +82,7 @@ class Actor:
     """Stands for Ray's handle: methods give a call that is made later."""
 
     def __init__(self, name, replica):
-        self.name, self.worker = name, Worker.__new__(Worker)
+        self.name, self.worker = name, Worker(RUN, 10)
         self.worker._replica = replica
 
     def __getattr__(self, method):

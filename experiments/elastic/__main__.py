@@ -12,6 +12,7 @@ same command again goes on, and comes to the same codes, bit for bit, whoever ev
 trains what a module of your own has; `--module=... --help` lists the settings of such a run.
 """
 
+import contextlib
 import sys
 from typing import Any
 
@@ -28,16 +29,20 @@ def main(config: Config, run: Any) -> None:
         raise ValueError(
             f"method={run.method!r} moves floats: take one that moves codes or scales."
         )
-    say(f"training {what}, kept in {config.log}: starting Ray")
+    say(f"training {what}, kept in {config.log}: reading it")
     from experiments.elastic.claims import claimed_log
+    from experiments.elastic.log import Log
     from experiments.elastic.ray_cluster import connected
 
-    # Ray's processes are started before JAX has threads, which a fork does not take along.
-    with claimed_log(config.log), connected(config):
-        from experiments.elastic.crew import Crew
+    with claimed_log(config.log), contextlib.ExitStack() as exits:
+        crew = None
+        if len(Log(config.log).read()[1]) < run.steps:
+            # Ray's processes are started before JAX has threads, which a fork does not take along.
+            exits.enter_context(connected(config))
+            from experiments.elastic.crew import Crew
 
-        crew = Crew(config, run)
-        crew.hire()  # they load JAX, the model and the data while this process does
+            crew = Crew(config, run)
+            crew.hire()  # they load JAX, the model and the data while this process does
         say("loading JAX, the model and the data")
         from experiments.elastic.head import Head
         from experiments.elastic.replica import Replica

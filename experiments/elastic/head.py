@@ -87,8 +87,8 @@ class Head:
                 )
         self.replica.hashes = {}
 
-    def run(self, crew: Crew, progress: bool = True) -> None:
-        """All steps that are left. A stop takes effect between two steps."""
+    def run(self, crew: Crew | None, progress: bool = True) -> None:
+        """All steps that are left, by a crew where there are any. A stop waits for a step's end."""
         steps, replica = self.replica.task.steps, self.replica
         if self.is_new:
             self._written(lambda: self.log.begin(self._begins))
@@ -229,15 +229,15 @@ class Head:
     def _lose(self, crew: Crew, one: Round, member: Member, why: Any) -> None:
         """A worker is gone; another takes its place."""
         self._drop(crew, one, member)
-        is_killed = isinstance(why, RayActorError) and member.has is not None
         words = "it was killed, or its machine is gone"
-        if not is_killed:
+        if not isinstance(why, RayActorError):
             words = str(why).strip().splitlines()[-1].strip()
             self._failures += 1
             crew.not_before = time.monotonic() + _PAUSE
-        say(f"\n{member.name} ({member.where}) is lost, another is asked for: {words}")
+        where = f" ({member.where})" if member.where else ""
+        say(f"\n{member.name}{where} is lost, another is asked for: {words}")
         if self._failures >= _FAILURES:
-            raise RuntimeError(f"workers: {_FAILURES} failed, and none made a step: {words}")
+            raise RuntimeError(f"workers: {_FAILURES} failed, and no step was made: {words}")
 
     def _drop(self, crew: Crew, one: Round | None, member: Member) -> None:
         crew.drop(member)

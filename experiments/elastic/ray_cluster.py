@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from experiments.command import say
 from experiments.elastic.config import Config
 from experiments.elastic.log import Log
 
@@ -31,6 +32,9 @@ def connected(config: Config) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # The head says it in a line, where Ray's takes ten and goes to standard output.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
+    say(f"connecting to the Ray cluster at {config.address}" if config.address else "starting Ray")
     import ray
 
     given: dict[str, object] = {"address": config.address}

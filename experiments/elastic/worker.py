@@ -37,16 +37,18 @@ class Worker:
     """
 
     def __init__(self, run: Any, hash_every: int) -> None:
+        self._run, self._hash_every = run, hash_every
+        self._replica: Any = None
+
+    def greet(self) -> Greeting:
+        """Load the task, and say who this is and what its replica depends on."""
+        from experiments.cluster import code_digest
         from experiments.elastic.replica import Replica
         from experiments.elastic.tasks import task_of
 
-        self._replica = Replica(task_of(run), hash_every)
-
-    def greet(self) -> Greeting:
-        """Who it is, and what its replica depends on."""
-        from experiments.cluster import code_digest
-
-        return Greeting(platform.node(), os.getpid(), self._replica.task.depends_on, code_digest())
+        self._replica = self._replica or Replica(task_of(self._run), self._hash_every)
+        depends_on = self._replica.task.depends_on
+        return Greeting(platform.node(), os.getpid(), depends_on, code_digest())
 
     def begin(self, start: Start | None) -> None:
         """Take the place of a replica that is further."""
