@@ -1,24 +1,36 @@
 """Elastic runs: whoever evaluates what, dies or comes, the codes are those of one process."""
 
+import copy
+import errno
 import functools
+import os
 import pickle
 import random
+import re
+import signal
+import subprocess
+import sys
 import types
+from pathlib import Path
 
+import elastic_soak
 import elastic_task
 import jax
+import numpy as np
 import pytest
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 import zoqo_jax as zq
 from experiments.cluster import digest
+from experiments.elastic import head as head_module
 from experiments.elastic.config import Config, Module
 from experiments.elastic.crew import Crew
 from experiments.elastic.head import Head
+from experiments.elastic.leases import Answer
 from experiments.elastic.log import Log
 from experiments.elastic.replica import Replica
 from experiments.elastic.task import of_module
-from experiments.elastic.worker import Worker
+from experiments.elastic.worker import Greeting, Worker
 
 RUN = Module("elastic_task", steps=200, parts=2)
 
@@ -44,38 +56,23 @@ def plain(steps):
 
 
 class Replicas:
-    """Replicas that tests use again: each has its programs compiled."""
+    """Replicas that share compiled programs."""
 
     def __init__(self):
-        self.free, self.lent = [], []
+        self.first = Replica(of_module(RUN), hash_every=10)
+        self.begin = self.first.arrays()
 
-    def __call__(self):
+    def __call__(self, hash_every=10, steps=200):
         """One at step 0."""
-        if not self.free:
-            replica = Replica(of_module(RUN), hash_every=10)
-            self.begin = replica.arrays()
-            self.free.append(replica)
-        replica = self.free.pop()
-        replica.restore(0, self.begin)
-        self.lent.append(replica)
-        return replica
-
-    def back(self, replica):
-        if replica in self.lent:
-            self.lent.remove(replica)
-            self.free.append(replica)
+        found = copy.copy(self.first)
+        found.restore(0, self.begin)
+        found.hash_every, found.task = hash_every, found.task._replace(steps=steps)
+        return found
 
 
 @pytest.fixture(scope="module")
-def _replicas():
+def replicas():
     return Replicas()
-
-
-@pytest.fixture
-def replicas(_replicas):
-    yield _replicas
-    _replicas.free += _replicas.lent
-    _replicas.lent = []
 
 
 class Actor:
@@ -101,7 +98,7 @@ class Local(Crew):
         self._kind, self._replicas, self._random = self, replicas, random.Random(seed)
 
     def remote(self, run, hash_every):
-        return Actor(f"worker {self._count}", self._replicas())
+        return Actor(f"worker {self._count}", self._replicas(hash_every))
 
     def events(self, seconds):
         waiting = [one for one in self.members.values() if one.call is not None]
@@ -120,7 +117,6 @@ class Local(Crew):
 
     def drop(self, member):
         self.members.pop(member.name, None)
-        self._replicas.back(member.actor.worker._replica)
 
     def room(self):
         return "no room"
@@ -145,12 +141,12 @@ def dies_at(step):
 
 def config(tmp_path, **given):
     usual = {"workers": 3, "hash_every": 10, "checkpoint_every": 50, "lease_seconds": 1e-3}
-    return Config(log=str(tmp_path / "log"), **{**usual, **given})
+    return Config(**{"log": str(tmp_path / "log"), **usual, **given})
 
 
-def made(config, replicas, faults=(), seed=0):
+def made(config, replicas, faults=(), seed=0, steps=200):
     """A head that has made all steps."""
-    head = Head(config, replicas())
+    head = Head(config, replicas(config.hash_every, steps))
     head.catch_up(progress=False)
     head.run(Local(config, replicas, faults, seed), progress=False)
     return head
@@ -183,3 +179,189 @@ def test_workers_that_die_and_come_and_a_head_that_does_leave_the_codes_of_one_p
     said = capsys.readouterr().err
     assert said.count("is lost, another is asked for") == 3
     assert said.count("is there") == 3 + 3 + 3
+
+
+@pytest.mark.parametrize("hash_every", [10, 1])
+def test_a_worker_with_other_codes_is_expelled(hash_every, tmp_path, replicas, capsys):
+    def goes_wrong(replica, answer):
+        if replica.step >= 7 and not hasattr(replica, "is_wrong"):
+            replica.is_wrong = True
+            leaf = replica._trained["out"]
+            replica._trained["out"] = leaf.with_codes(leaf.codes[::-1])
+        return answer
+
+    given = config(tmp_path, hash_every=hash_every, workers=2)
+    head = made(given, replicas, {"worker 2": goes_wrong}, steps=40)
+    assert list(head.expelled) == ["worker 2"]
+    said = capsys.readouterr().err
+    assert re.search(r"worker 2 \(.*\) is expelled: its codes before step \d+ have the hash", said)
+    if hash_every == 1:  # then none of the losses of its codes was entered
+        assert head.replica.digest() == plain(200)[39]
+
+
+def test_newcomers_with_another_task_or_version_are_expelled(tmp_path, replicas, capsys):
+    def has_other_data(replica, answer):
+        if isinstance(answer, Greeting):
+            return answer._replace(depends_on={**answer.depends_on, "data": "ab"})
+        return answer
+
+    def is_older(replica, answer):
+        return answer._replace(versions="ab") if isinstance(answer, Greeting) else answer
+
+    faults = {"worker 1": has_other_data, "worker 2": is_older}
+    head = made(config(tmp_path), replicas, faults, steps=20)
+    assert head.replica.digest() == plain(200)[19]
+    said = capsys.readouterr().err
+    assert re.search(
+        r"worker 1 \(.*\) is expelled: it has another data, 'ab' instead of '\w+'", said
+    )
+    assert re.search(r"worker 2 \(.*\) is expelled: it has another version of the code", said)
+    with pytest.raises(RuntimeError, match="workers: all were expelled: worker 1: it has"):
+        made(config(tmp_path / "2", workers=1), replicas, faults)
+
+
+def test_answers_that_no_sound_worker_gives_never_enter(tmp_path, replicas, capsys):
+    def spoils(change):
+        def fault(replica, answer):
+            is_one = isinstance(answer, Answer) and answer.found is not None and replica.step > 3
+            return answer._replace(found=change(answer.found)) if is_one else answer
+
+        return fault
+
+    faults = {
+        "worker 1": spoils(lambda found: np.full_like(found, np.nan)),
+        "worker 2": spoils(lambda found: found[..., :1]),
+    }
+    head = made(config(tmp_path), replicas, faults, steps=20)
+    assert head.replica.digest() == plain(200)[19]
+    assert sorted(head.expelled) == ["worker 1", "worker 2"]
+    assert "it found nan and nan where worker" in head.expelled["worker 1"]
+
+
+def test_workers_that_are_silent_are_replaced(tmp_path, replicas, capsys):
+    def silent(replica, answer):
+        if replica.step >= 5:
+            raise Silent
+        return answer
+
+    given = config(tmp_path, lost_seconds=0.2)
+    head = made(given, replicas, {"worker 1": silent, "worker 2": silent}, steps=200)
+    assert head.replica.digest() == plain(200)[-1] and not head.expelled
+    assert capsys.readouterr().err.count("is lost, another is asked for: it has not answered") == 2
+
+
+def test_errors_of_all_workers_end_the_run(tmp_path, replicas, monkeypatch):
+    def fails(replica, answer):
+        raise RayTaskError(
+            "greet", "Traceback\n  ...\nValueError: model: no such file", ValueError()
+        )
+
+    monkeypatch.setattr(head_module, "_PAUSE", 0.0)
+    words = "workers: 3 failed, and no step was made: ValueError: model: no such file"
+    with pytest.raises(RuntimeError, match=words):
+        made(config(tmp_path), replicas, {f"worker {i}": fails for i in range(9)})
+
+
+def test_where_no_worker_comes_the_head_says_so(tmp_path, replicas, monkeypatch, capsys):
+    def silent(replica, answer):
+        raise Silent
+
+    monkeypatch.setattr(head_module, "_SAYS_EVERY", 0.3)
+    given = config(tmp_path, workers=1, join_seconds=1)
+    with pytest.raises(ConnectionError, match=r"workers: none has come in \d seconds: no room"):
+        made(given, replicas, {"worker 1": silent})
+    assert "waiting for a worker, 0 seconds: no room" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_waited_for(tmp_path, replicas, monkeypatch, capsys):
+    """The fifth line and the ones after it find no room for a while, and then they do."""
+    count, fsync = [0], os.fsync
+
+    def full(file):
+        count[0] += 1
+        if 5 <= count[0] < 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    head = made(config(tmp_path), replicas, steps=20)
+    assert head.replica.digest() == plain(200)[19]
+    assert "log: No space left on device: waiting for room" in capsys.readouterr().err
+    assert len(Log(str(tmp_path / "log")).read()[1]) == 20
+
+
+def test_a_log_of_another_run_or_of_other_codes_is_refused(tmp_path, replicas):
+    given = config(tmp_path)
+    made(given, replicas, steps=20)
+    other = replicas()
+    other.task = other.task._replace(depends_on={**other.task.depends_on, "parts": 4})
+    with pytest.raises(ValueError, match=r"log: .* has a run with another parts, 2 instead of 4"):
+        Head(given, other)
+    begins, records = Log(given.log).read()
+    (tmp_path / "log").unlink()
+    log = Log(given.log)
+    log.read()
+    log.begin(begins)
+    for one in records:
+        log.append(one._replace(losses=one.losses[::-1]))
+    for path in tmp_path.glob("log.checkpoint-*"):
+        path.unlink()
+    head = Head(given, replicas(steps=20))
+    with pytest.raises(ValueError, match=r"log: .* says that the codes before step 10 have the ha"):
+        head.catch_up(progress=False)
+
+
+def test_a_log_goes_on_at_any_address(tmp_path, replicas):
+    given = config(tmp_path, log=f"memory:/{tmp_path}/log")
+    made(given, replicas, steps=60)
+    assert made(given, replicas, steps=70).replica.digest() == plain(200)[69]
+
+
+# By Ray
+
+
+def elastic(*arguments):
+    line = [sys.executable, "-m", "experiments.elastic", "--module=elastic_task", "--parts=2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    paths = os.pathsep.join(map(str, Path(__file__).resolve().parents[:2]))
+    return subprocess.Popen([*line, *arguments], env={**os.environ, "PYTHONPATH": paths}, **pipes)
+
+
+def heard(process, words):
+    """The first match of words in what a process says, and all until then."""
+    said = ""
+    while not (found := re.search(words, said)):
+        more = process.stdout.read(1)
+        assert more, said
+        said += more
+    return found
+
+
+def test_a_worker_that_is_killed_and_a_command_that_is_given_again(tmp_path):
+    log = f"--log={tmp_path}/log"
+    first = elastic(log, "--steps=100000000", "--hash_every=10", "--workers=1")
+    worker = heard(first, r"worker 1 is there \(process (\d+) on ")
+    heard(first, "1 workers, loss")
+    os.kill(int(worker[1]), signal.SIGKILL)
+    heard(first, "it was killed, or its machine is gone")
+    first.send_signal(signal.SIGINT)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGINT
+    steps = int(re.search(r"stopped: (\d+) of 100000000 steps are in ", said)[1])
+    again = elastic(log, f"--steps={steps}")
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 0, said
+    assert f"{steps} steps, hash of the codes {plain(steps)[-1]}" in said
+
+
+def test_an_address_where_nobody_answers_is_named(tmp_path):
+    process = elastic(f"--log={tmp_path}/log", "--address=127.0.0.1:1", "--join_seconds=1")
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: --address: nobody answers at 127.0.0.1:1 in 1 seconds: Connection ref" in said
+
+
+@pytest.mark.slow
+def test_a_minute_of_kills(tmp_path):
+    steps, found = elastic_soak.main(elastic_soak.Soak(str(tmp_path), 8, 60, heads=2))
+    assert steps >= 50 and found == plain(steps)[-1]

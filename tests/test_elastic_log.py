@@ -224,3 +224,15 @@ def test_a_worker_alone_is_asked_twice():
         assert not one.is_complete
         one.enter("a", Answer(one.lease("a", 1, 0.0, alone=True), losses(np.nan, 2)))
     assert one.is_complete
+
+
+def test_a_worker_does_not_confirm_itself_where_its_lease_was_long():
+    """Another has the same pieces, and is late: the first gets its lease."""
+    one = a_round(1)
+    lease = one.lease("b", 1, 0.0)
+    assert one.lease("a", 1, 11.0) == lease
+    assert one.enter("a", Answer(lease, losses(np.nan, 2))) == {}
+    assert one.lease("a", 1, 99.0) == lease
+    assert one.enter("a", Answer(lease, losses(np.nan, 2))) == {}
+    assert not one.is_complete and one.doubts == "a found nan and 2"
+    assert list(one.enter("b", Answer(lease, losses(1, 2)))) == ["a"]

@@ -32,11 +32,27 @@ def main(config: Config, run: Any) -> None:
     say(f"training {what}, kept in {config.log}: reading it")
     from experiments.elastic.claims import claimed_log
     from experiments.elastic.log import Log
-    from experiments.elastic.ray_cluster import connected
 
-    with claimed_log(config.log), contextlib.ExitStack() as exits:
+    with claimed_log(config.log):
+        try:
+            replica, path = _made(config, run)
+        except KeyboardInterrupt:
+            kept = len(Log(config.log).read()[1])
+            where = f"{kept} of {run.steps} steps are in {config.log}"
+            raise command.Stopped(where) from None
+    wrote = f"; wrote {path}" if path else ""
+    print(f"{replica.step} steps, hash of the codes {replica.digest()}{wrote}")
+
+
+def _made(config: Config, run: Any) -> tuple[Any, Any]:
+    """The replica of a run that is over, and the file that was written of it."""
+    from experiments.elastic.log import Log
+
+    with contextlib.ExitStack() as exits:
         crew = None
         if len(Log(config.log).read()[1]) < run.steps:
+            from experiments.elastic.ray_cluster import connected
+
             # Ray's processes are started before JAX has threads, which a fork does not take along.
             exits.enter_context(connected(config))
             from experiments.elastic.crew import Crew
@@ -49,15 +65,9 @@ def main(config: Config, run: Any) -> None:
         from experiments.elastic.tasks import task_of, written
 
         head = Head(config, Replica(task_of(run), config.hash_every))
-        try:
-            head.catch_up()
-            head.run(crew)
-        except KeyboardInterrupt:
-            where = f"{len(head.records)} of {run.steps} steps are in {config.log}"
-            raise command.Stopped(where) from None
-        path = written(run, head.replica.params)
-    wrote = f"; wrote {path}" if path else ""
-    print(f"{head.replica.step} steps, hash of the codes {head.replica.digest()}{wrote}")
+        head.catch_up()
+        head.run(crew)
+    return head.replica, written(run, head.replica.params)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ class Head:
     def _found(self, crew: Crew, kind: str, losses: np.ndarray | None = None) -> np.ndarray:
         """What workers find of all pieces of a round."""
         pieces, shape = self.replica.shape(kind)
-        one = Round(self.replica.step, kind, pieces, shape, self.config.lease_seconds)
+        began = time.monotonic()
+        one = Round(self.replica.step, kind, pieces, shape, self.config.lease_seconds, began)
         while not one.is_complete:
             self._give(crew, one, losses)
             for member, answer in crew.events(min(one.until(time.monotonic()), 1.0)):
@@ -164,7 +165,7 @@ class Head:
             for member in crew.overdue():
                 self._lose(crew, one, member, "it has not answered")
             crew.hire()
-            self._wait(crew)
+            self._wait(crew, one)
         self.wasted += one.wasted
         return one.found
 
@@ -174,7 +175,7 @@ class Head:
         idle = [member for member in crew.present if member.is_idle]
         near = [member for member in idle if known - member.has <= _FAR]
         for number, member in enumerate(near):
-            alone = len(crew.present) == 1
+            alone = len(crew.members) == 1 or now - one.began > self.config.lost_seconds
             lease = one.lease(member.name, len(near) - number, now, alone)
             if lease is not None:
                 crew.send(member, self.records[member.has :], lease, losses)
@@ -244,7 +245,7 @@ class Head:
         if one is not None:
             one.forget(member.name)
 
-    def _wait(self, crew: Crew) -> None:
+    def _wait(self, crew: Crew, one: Round) -> None:
         """Say what is waited for.
 
         Raises:
@@ -252,12 +253,15 @@ class Head:
         """
         now = time.monotonic()
         if crew.present:
-            self._alone = self._said = now
+            self._alone = now
+            if now - max(self._said, one.began) > _SAYS_EVERY and one.doubts:
+                self._said = now
+                say(f"\nwaiting for another worker, step {one.step}: {one.doubts}")
             return
         waits = now - self._alone
         if waits > self.config.join_seconds:
             raise ConnectionError(f"workers: none has come in {waits:.0f} seconds: {crew.room()}.")
-        if now - self._said > _SAYS_EVERY:
+        if now - max(self._said, self._alone) > _SAYS_EVERY:
             self._said = now
             say(f"\nwaiting for a worker, {waits:.0f} seconds: {crew.room()}")
 

@@ -44,6 +44,7 @@ class _Given:
     worker: str
     lease: Lease
     until: float
+    alone: bool
 
 
 class Round:
@@ -55,6 +56,7 @@ class Round:
       pieces: how many.
       shape: of what is found of a piece.
       seconds: after which a lease may go to another worker, too.
+      began: when.
 
     Example:
       >>> one = Round(7, "losses", 4, (1, 2), seconds=10.0)
@@ -70,9 +72,15 @@ class Round:
     """
 
     def __init__(
-        self, step: int, kind: str, pieces: int, shape: Sequence[int], seconds: float
+        self,
+        step: int,
+        kind: str,
+        pieces: int,
+        shape: Sequence[int],
+        seconds: float,
+        began: float = 0.0,
     ) -> None:
-        self.step, self.kind, self._seconds = step, kind, seconds
+        self.step, self.kind, self._seconds, self.began = step, kind, seconds, began
         self.found = np.zeros((pieces, *shape), np.float32)
         self._is_there = np.zeros(pieces, bool)
         self._given: list[_Given] = []
@@ -84,6 +92,12 @@ class Round:
         """Whether all pieces are there."""
         return bool(self._is_there.all())
 
+    @property
+    def doubts(self) -> str:
+        """Who found no finite numbers that another worker is to find, too, in words."""
+        found = sorted({f"{who} found {_words(losses)}" for who, losses in self._doubted.values()})
+        return ", ".join(found)
+
     def lease(self, worker: str, idle: int, now: float, alone: bool = False) -> Lease | None:
         """Work for a worker, or None where there is none.
 
@@ -93,7 +107,7 @@ class Round:
           worker: its name.
           idle: how many workers wait for work, this one among them.
           now: seconds, of any clock that does not go back.
-          alone: whether there is no other worker, also none at work.
+          alone: whether it may confirm by itself that a loss is no finite number.
         """
         free = ~self._is_there
         for given in self._given:
@@ -114,7 +128,7 @@ class Round:
             first, last = old.lease.first, old.lease.last
             old.until = now + self._seconds  # its pieces are with two workers now
         lease = Lease(self.step, self.kind, first, last)
-        self._given.append(_Given(worker, lease, now + self._seconds))
+        self._given.append(_Given(worker, lease, now + self._seconds, alone))
         return lease
 
     def until(self, now: float) -> float:
@@ -159,16 +173,19 @@ class Round:
             if self._is_there[piece]:
                 self.wasted += 1
             else:
-                wrong |= self._enter(worker, piece, losses)
+                wrong |= self._enter(worker, piece, losses, known[0].alone)
         return wrong
 
-    def _enter(self, worker: str, piece: int, losses: np.ndarray) -> dict[str, str]:
-        """Enter a piece; a loss that is not finite only where two evaluations say so."""
-        is_finite, doubted = np.isfinite(losses), self._doubted.pop(piece, None)
-        agree = doubted is not None and (np.isfinite(doubted[1]) == is_finite).all()
+    def _enter(self, worker: str, piece: int, losses: np.ndarray, alone: bool) -> dict[str, str]:
+        """Enter a piece; a loss that is not finite only where two workers say so."""
+        is_finite, doubted = np.isfinite(losses), self._doubted.get(piece)
+        is_second = doubted is not None and (alone or doubted[0] != worker)
+        agree = is_second and (np.isfinite(doubted[1]) == is_finite).all()
         if not is_finite.all() and not agree:
-            self._doubted[piece] = worker, losses
+            if doubted is None or is_second:
+                self._doubted[piece] = worker, losses
             return {}
+        self._doubted.pop(piece, None)
         self.found[piece] = np.where(is_finite, losses, np.float32(np.nan))
         self._is_there[piece] = True
         if agree or doubted is None or doubted[0] == worker:

@@ -5,7 +5,9 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
 
 from experiments.command import say
@@ -13,6 +15,8 @@ from experiments.elastic.config import Config
 from experiments.elastic.log import Log
 
 __all__ = ["connected"]
+
+_SAYS_EVERY = 10.0  # seconds between two words about a wait
 
 _PASSED_ON = ("JAX_PLATFORMS", "XLA_FLAGS")  # of the head's environment, to workers elsewhere
 # What one process of this machine has compiled, those that come later read: a newcomer is there in
@@ -35,6 +39,7 @@ def connected(config: Config) -> Iterator[None]:
     # The head says it in a line, where Ray's takes ten and goes to standard output.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")
     say(f"connecting to the Ray cluster at {config.address}" if config.address else "starting Ray")
+    _await(config.address, config.join_seconds)
     import ray
 
     given: dict[str, object] = {"address": config.address}
@@ -58,6 +63,33 @@ def connected(config: Config) -> Iterator[None]:
     finally:
         with _own_signals():
             ray.shutdown()
+
+
+def _await(address: str, seconds: float) -> None:
+    """Wait until someone answers at an address; Ray itself would not say that it waits.
+
+    Raises:
+      ConnectionError: nobody has, in time.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", and what Ray is to refuse
+    began = said = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+            return
+        except (OSError, OverflowError) as error:
+            words = getattr(error, "strerror", None) or str(error)
+        now = time.monotonic()
+        if now - began > seconds:
+            raise ConnectionError(
+                f"address: nobody answers at {address} in {seconds:.0f} seconds: {words}."
+            )
+        if now - said > _SAYS_EVERY:
+            said = now
+            say(f"address: nobody answers at {address} yet ({words}), {now - began:.0f} seconds")
+        time.sleep(0.5)
 
 
 @contextlib.contextmanager

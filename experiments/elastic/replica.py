@@ -55,7 +55,7 @@ class Replica:
             def run(trained: Any, state: Any, rest: Any, *given: Any) -> Any:
                 return fn(task.join(trained, rest), state, *given)
 
-            return lambda *given: run(self._trained, self._state, self._rest, *given)
+            return run
 
         def step(params: Any, state: Any, losses: Any, look: Any) -> Any:
             params, state = remote.step(params, state, losses, look)
@@ -95,14 +95,14 @@ class Replica:
             examples = self.task.part(self.step, part)
             given = () if examples is None else (examples,)
             if lease.kind == "look":
-                found.append(self._look(losses, *given))
+                found.append(self._asked(self._look, losses, *given))
             else:
-                found.append(self._losses(self.pieces[group], *given))
+                found.append(self._asked(self._losses, self.pieces[group], *given))
         return np.stack([np.asarray(x) for x in found])
 
     def wants_look(self, losses: np.ndarray) -> bool:
         """Whether the step wants the losses before and after it."""
-        return self.is_sized and bool(self._wants_look(losses))
+        return self.is_sized and bool(self._asked(self._wants_look, losses))
 
     def follow(self, records: Iterable[Record]) -> None:
         """Make the steps of the log; those that are made already are left out.
@@ -119,10 +119,14 @@ class Replica:
                     f"next step, {self.step}, of the run with the key {self.key}."
                 )
             look = np.zeros(2, np.float32) if record.look is None else record.look
-            self._trained, self._state = self._step(record.losses, look)
+            self._trained, self._state = self._asked(self._step, record.losses, look)
             self.step += 1
             if self.step % self.hash_every == 0:
                 self.hashes[self.step] = self.digest()
+
+    def _asked(self, program: Any, *given: Any) -> Any:
+        """What a program makes of the codes."""
+        return program(self._trained, self._state, self._rest, *given)
 
     def digest(self) -> str:
         """A hash of the codes and of the state that the next step depends on."""
