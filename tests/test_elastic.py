@@ -244,10 +244,13 @@ def test_workers_that_are_silent_are_replaced(tmp_path, replicas, capsys):
             raise Silent
         return answer
 
-    given = config(tmp_path, lost_seconds=0.2)
+    given = config(tmp_path, lost_seconds=1.0)
     head = made(given, replicas, {"worker 1": silent, "worker 2": silent}, steps=200)
     assert head.replica.digest() == plain(200)[-1] and not head.expelled
-    assert capsys.readouterr().err.count("is lost, another is asked for: it has not answered") == 2
+    said = capsys.readouterr().err
+    for name in ("worker 1", "worker 2"):
+        words = rf"{name} \(.*\) is lost, another is asked for: it has not answered"
+        assert re.search(words, said)
 
 
 def test_errors_of_all_workers_end_the_run(tmp_path, replicas, monkeypatch):
@@ -345,18 +348,18 @@ def test_a_worker_that_is_killed_and_a_command_that_is_given_again(tmp_path):
     os.kill(int(worker[1]), signal.SIGKILL)
     heard(first, "it was killed, or its machine is gone")
     first.send_signal(signal.SIGINT)
-    said, _ = first.communicate(timeout=60)
+    said, _ = first.communicate(timeout=200)
     assert first.returncode == 128 + signal.SIGINT
     steps = int(re.search(r"stopped: (\d+) of 100000000 steps are in ", said)[1])
     again = elastic(log, f"--steps={steps}")
-    said, _ = again.communicate(timeout=60)
+    said, _ = again.communicate(timeout=200)
     assert again.returncode == 0, said
     assert f"{steps} steps, hash of the codes {plain(steps)[-1]}" in said
 
 
 def test_an_address_where_nobody_answers_is_named(tmp_path):
     process = elastic(f"--log={tmp_path}/log", "--address=127.0.0.1:1", "--join_seconds=1")
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "error: --address: nobody answers at 127.0.0.1:1 in 1 seconds: Connection ref" in said
 
