@@ -13,6 +13,7 @@ import sys
 import types
 from pathlib import Path
 
+import elastic_sized_task
 import elastic_soak
 import elastic_task
 import jax
@@ -36,10 +37,10 @@ RUN = Module("elastic_task", steps=200, parts=2)
 
 
 @functools.cache
-def plain(steps):
+def plain(steps, task=elastic_task):
     """The hash after each step that one process makes."""
     mesh = zq.distributed.mesh(devices=jax.devices()[:1])
-    tx = zq.distributed.spread(elastic_task.tx, mesh, parts=RUN.parts)
+    tx = zq.distributed.spread(task.tx, mesh, parts=RUN.parts)
 
     @jax.jit
     def step(params, state, batch):
@@ -58,8 +59,8 @@ def plain(steps):
 class Replicas:
     """Replicas that share compiled programs."""
 
-    def __init__(self):
-        self.first = Replica(of_module(RUN), hash_every=10)
+    def __init__(self, run=RUN):
+        self.first = Replica(of_module(run), hash_every=10)
         self.begin = self.first.arrays()
 
     def __call__(self, hash_every=10, steps=200):
@@ -179,6 +180,15 @@ def test_workers_that_die_and_come_and_a_head_that_does_leave_the_codes_of_one_p
     said = capsys.readouterr().err
     assert said.count("is lost, another is asked for") == 3
     assert said.count("is there") == 3 + 3 + 3
+
+
+@pytest.mark.slow
+def test_steps_that_size_themselves_are_those_of_one_process(tmp_path):
+    """Steps that look at the loss before and after them have a second round of pieces."""
+    replicas = Replicas(Module("elastic_sized_task", parts=2))
+    head = made(config(tmp_path), replicas, {"worker 1": dies_at(5)}, steps=30)
+    assert head.replica.digest() == plain(30, elastic_sized_task)[-1]
+    assert sum(x.look is not None for x in Log(head.config.log).read()[1]) > 3
 
 
 @pytest.mark.parametrize("hash_every", [10, 1])
