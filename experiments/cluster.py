@@ -22,7 +22,7 @@ from typing import Any
 from experiments import command, settings
 from experiments.command import say
 
-__all__ = ["ALONE", "Cluster", "Team", "code_digest", "here", "joined"]
+__all__ = ["ALONE", "Cluster", "Team", "code_digest", "digest", "here", "joined"]
 
 _SAYS_EVERY = 10.0  # seconds between two words about a wait
 _LAST = 3.0  # seconds that process 0 stays when it fails
@@ -290,3 +290,18 @@ def code_digest() -> str:
             digest.update(str(path.relative_to(root)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def digest(tree: Any) -> str:
+    """What tells a tree's arrays from others, keys by their words."""
+    import jax
+    import numpy as np
+
+    found = hashlib.sha256()
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        x = np.ascontiguousarray(x)
+        found.update(repr((x.shape, str(x.dtype))).encode())
+        found.update(x.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]

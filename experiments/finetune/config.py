@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from experiments import settings
 
-__all__ = ["Config", "Method", "Normalise", "Query", "Rounding", "Train"]
+__all__ = ["PLACES", "Config", "Method", "Normalise", "Query", "Rounding", "Train"]
 
 # Those of `zq.caq_zo` and of `data.encode`, which a test compares: importing them takes seconds,
 # and --help none.
@@ -17,6 +17,7 @@ Method = Literal["zoqo", "caq_zo", "quzo", "qes", "qzo", "mezo", "zo_signsgd", "
 Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
 _SIZED = ("zoqo", "caq_zo", "quzo", "qes")
+PLACES = ("model", "data", "dev", "test", "output", "cache")  # settings of where things lie
 _NAMES = {
     "zoqo": "ZOQO", "caq_zo": "CAQ-ZO", "quzo": "QuZO", "qes": "QES", "qzo": "QZO", "mezo": "MeZO",
     "zo_signsgd": "ZO-SignSGD", "adam": "Adam",

@@ -21,8 +21,9 @@ import orbax.checkpoint as ocp
 from experiments.cluster import here
 from experiments.command import whole
 from experiments.files import claimed, plain, read_json, writable, write_json
-from experiments.finetune.config import Config
+from experiments.finetune.config import PLACES, Config
 from experiments.finetune.objective import Scores
+from experiments.leaves import as_arrays, like
 from experiments.store import changed, defaults
 
 __all__ = ["Folder", "Guest", "Progress"]
@@ -55,10 +56,7 @@ class Progress(NamedTuple):
 
     def arrays(self) -> dict[str, Any]:
         """The arrays, NumPy's, in lists; keys as their words."""
-        leaves = jax.tree.leaves(here(self.state))
-        state = [jax.random.key_data(x) if _is_key(x) else x for x in leaves]
-        lists = {"trained": here(self.trained), "state": state}
-        found = {name: list(map(np.asarray, some)) for name, some in lists.items()}
+        found = {"trained": as_arrays(here(self.trained)), "state": as_arrays(here(self.state))}
         return {**found, "log": self.log}
 
     def of(self, arrays: dict[str, Any], facts: dict[str, Any]) -> "Progress":
@@ -70,13 +68,9 @@ class Progress(NamedTuple):
           >>> again.step, bool(again.state[0] == start.state[0])
           (5, True)
         """
-        typed = [
-            jax.random.wrap_key_data(jnp.asarray(x)) if _is_key(one) else jnp.asarray(x)
-            for x, one in zip(arrays["state"], jax.tree.leaves(self.state), strict=True)
-        ]
         return Progress(
             trained=[jnp.array(x) for x in arrays["trained"]],
-            state=jax.tree.unflatten(jax.tree.structure(self.state), typed),
+            state=like(self.state, arrays["state"]),
             log=np.array(arrays["log"]),
             **facts,
         )
@@ -102,7 +96,7 @@ class Folder:
     @property
     def settings(self) -> str:
         """What processes of one run must all be given, as text; where things lie may differ."""
-        kept = {name: x for name, x in self._settings.items() if name not in _PLACES}
+        kept = {name: x for name, x in self._settings.items() if name not in PLACES}
         return json.dumps(kept, sort_keys=True)
 
     def __enter__(self) -> "Folder":
@@ -249,13 +243,6 @@ class _Checkpoints:
                 self._manager.delete(step)
 
 
-_PLACES = ("model", "data", "dev", "test", "output", "cache")
-
-
 def _merit(line: dict[str, float]) -> tuple[float, float]:
     """What the best step has most of: right answers, and among as many the lower loss."""
     return line["dev_accuracy"], -line["dev_loss"]
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

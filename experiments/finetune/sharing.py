@@ -4,14 +4,12 @@ All begin with process 0's progress, on all devices, and compare what they must 
 code, settings, data and model before the first step, and codes on the way.
 """
 
-import hashlib
 from typing import Any
 
 import jax
-import numpy as np
 
 import zoqo_jax as zq
-from experiments.cluster import Team, code_digest, here
+from experiments.cluster import Team, code_digest, digest, here
 from experiments.finetune import data
 from experiments.finetune.config import Config
 from experiments.finetune.folder import Progress
@@ -66,8 +64,8 @@ def check_start(team: Team, settings: str, tokens: dict[str, data.Tokens], param
       ValueError: they have not all the same; what differs is named, and in which process.
     """
     if team.count > 1:
-        examples = [_content(some) for some in tokens.values()]
-        digests = {"data": _digest(examples), "model": _digest(params)}
+        examples = [some.content for some in tokens.values()]
+        digests = {"data": digest(examples), "model": digest(params)}
         team.check(code=code_digest(), settings=settings, **digests)
 
 
@@ -78,26 +76,8 @@ def check_codes(team: Team, now: Progress) -> None:
       ValueError: they have; the step and the process are named.
     """
     if team.count > 1:
-        team.check(**{f"codes after step {now.step}": _digest(here(now.trained))})
+        team.check(**{f"codes after step {now.step}": digest(here(now.trained))})
 
 
 def _is_alone(mesh: Any) -> bool:
     return mesh is None or mesh.size == 1
-
-
-def _content(tokens: data.Tokens) -> list[Any]:
-    """The arrays that examples are made of, without what was computed of them."""
-    return [
-        tokens.sequences, tokens.begins, tokens.answers, tokens.words, tokens.learnt,
-        tokens.firsts, tokens.weights,
-    ]  # fmt: skip
-
-
-def _digest(tree: Any) -> str:
-    """What tells arrays from others."""
-    digest = hashlib.sha256()
-    for x in jax.tree.leaves(tree):
-        x = np.ascontiguousarray(x)
-        digest.update(repr((x.shape, str(x.dtype))).encode())
-        digest.update(x.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()[:16]

@@ -23,6 +23,7 @@ from experiments import footprint
 from experiments.cluster import ALONE, Team, here
 from experiments.command import say, whole
 from experiments.finetune import data, objective, sharing, states
+from experiments.finetune.batches import Batches, training_tokens
 from experiments.finetune.config import Config
 from experiments.finetune.folder import Folder, Progress
 from experiments.finetune.methods import transformation
@@ -123,7 +124,7 @@ class _Run:
         self.test_texts, self.remarks = texts["test"], data.remarks(texts)
         for remark in self.remarks:
             say(f"data: {remark}")
-        tokens = {"train": _training_tokens(texts["train"], all_layers, config)}
+        tokens = {"train": training_tokens(texts["train"], all_layers, config)}
         for part in ("dev", "test"):
             tokens[part] = data.encode_for(texts[part], all_layers, config.normalise)
             if not len(tokens[part]):
@@ -135,13 +136,11 @@ class _Run:
             cache = Path(config.cache or folder.scratch / "states")
             for part in tokens:
                 tokens[part] = states.with_states(below, tokens[part], cache, progress=progress)
-        self.examples = tokens["train"]
-        self.lengths = self.examples.lengths
+        self.batches = Batches(tokens["train"], config)
         evaluate = objective.evaluator(self.model.decoder)  # one, so that both compile it once
         self.dev = functools.partial(evaluate, tokens=tokens["dev"])
         self.test = functools.partial(evaluate, tokens=tokens["test"])
         self.step = programs(self._step, donate=(0, 1))
-        self.epoch: tuple[int, list[np.ndarray]] = (-1, [])
         self.told: list[zq.Info] = []
 
     def outcome(self) -> Outcome | None:
@@ -295,7 +294,7 @@ class _Run:
         """The next step."""
         began = time.perf_counter()
         trained, state, seen, differences = self.step(
-            now.trained, now.state, self.rest, self._batch(now.step)
+            now.trained, now.state, self.rest, self.batches(now.step)
         )
         now.log[now.step] = np.asarray(differences)
         if self.config.method != "adam":
@@ -339,35 +338,6 @@ class _Run:
         self.folder.write_history([line], "a")
         return now
 
-    def _batch(self, step: int) -> objective.Batch:
-        size, seed = self.config.batch_size, self.config.seed
-        epoch, place = divmod(step, len(self.examples) // size)
-        if self.epoch[0] != epoch:
-            self.epoch = epoch, data.batches(self.lengths, size, seed, epoch)
-        return objective.batch_of(self.examples, self.epoch[1][place])
-
     def _is_stale(self, now: Progress) -> bool:
         patience = self.config.patience * self.config.eval_every
         return bool(patience) and now.step - now.best_step >= patience
-
-
-def _training_tokens(texts: data.Texts, model: Checkpoint, config: Config) -> data.Tokens:
-    """The training examples that are short enough."""
-    window = model.architecture.context
-    if config.max_tokens > window:
-        raise ValueError(
-            f"max_tokens must be at most {window}, the model's context, got {config.max_tokens}."
-        )
-    tokens = data.encode_for(texts, model, config.normalise)
-    short = np.flatnonzero(tokens.lengths <= config.max_tokens)
-    if len(short) < len(tokens):
-        say(
-            f"data: {len(tokens) - len(short)} of {len(tokens)} training examples have more than "
-            f"max_tokens={config.max_tokens} and are left out"
-        )
-    if len(short) < config.batch_size:
-        raise ValueError(
-            f"batch_size must be at most {len(short)}, the training examples of at most "
-            f"{config.max_tokens} tokens, got {config.batch_size}."
-        )
-    return tokens.take(short)

@@ -23,10 +23,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from zoqo_jax.transforms.remote import Remote
 from zoqo_jax.transforms.schedules import check_count
 from zoqo_jax.transforms.spreading import Parts, Spread
 
-__all__ = ["mesh", "replicate", "spread"]
+__all__ = ["Remote", "mesh", "replicate", "spread"]
 
 AXES = ("data", "queries")  # devices along the one have other examples, along the other queries
 

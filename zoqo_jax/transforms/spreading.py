@@ -26,7 +26,17 @@ from zoqo_jax.implicit.rules import quaxify
 from zoqo_jax.transforms import queries
 from zoqo_jax.xla import compiler
 
-__all__ = ["AxisNames", "Parts", "Spread", "over_queries", "spread_over"]
+__all__ = [
+    "AxisNames",
+    "Parts",
+    "Spread",
+    "loss_at",
+    "mean_of_parts",
+    "of_part",
+    "over_queries",
+    "spread_over",
+    "unit",
+]
 
 AxisNames = tuple[str | None, str | None]
 """Names of mapped axes: that which losses are averaged over, and that which queries are divided
@@ -88,11 +98,7 @@ class Spread(NamedTuple):
         if self.is_alone:
             return over_queries(functools.partial(ask, value_fn), num_queries, query_batch)
 
-        def unit(numbers: Array, part: Any) -> Array:
-            one = functools.partial(ask, self._objective(value_fn, part))
-            return jax.vmap(one)(numbers) if len(numbers) > 1 else one(numbers[0])[None]
-
-        run = compiler.shared(unit)
+        run = unit(ask, self._objective(value_fn))
 
         def group(numbers: Array) -> Array:
             return self._of_parts(lambda part: run(numbers, part))
@@ -126,7 +132,7 @@ class Spread(NamedTuple):
         """The loss at the parameters as they are, averaged over all parts; 0 if not wanted."""
 
         def loss() -> Array:
-            run = lambda part: queries.scalar(quaxify(self._objective(value_fn, part))(params))  # noqa: E731
+            run = lambda part: loss_at(self._objective(value_fn)(part), params)  # noqa: E731
             if self.data is None and self.parts is None:
                 return run(None)
             found = self._of_parts(compiler.shared(run))[None, :, None]
@@ -146,8 +152,9 @@ class Spread(NamedTuple):
         """Every axis of devices."""
         return _names(self.data) + _names(self.queries)
 
-    def _objective(self, value_fn: Callable[..., Any], part: Any) -> queries.Objective:
-        return value_fn if self.parts is None else lambda params: value_fn(params, part)
+    def _objective(self, value_fn: Callable[..., Any]) -> Callable[[Any], queries.Objective]:
+        """The objective of a part."""
+        return of_part(value_fn, self.parts is not None)
 
     def _of_parts(self, run: Callable[[Any], Array]) -> Array:
         """What is found of each of the device's parts, stacked."""
@@ -261,6 +268,46 @@ def spread_over(axis_names: AxisNames | None, axis_name: str | None) -> Spread:
     if axis_names[0] is not None and axis_names[0] == axis_names[1]:
         raise ValueError(f"axis_names must be two names, got {axis_names!r}.")
     return Spread(*axis_names)
+
+
+def of_part(value_fn: Callable[..., Any], has_parts: bool) -> Callable[[Any], queries.Objective]:
+    """The objective of a part of a batch, or of whatever the objective knows."""
+    if not has_parts:
+        return lambda part: value_fn
+    return lambda part: lambda params: value_fn(params, part)
+
+
+def unit(
+    ask: Callable[[queries.Objective, Any], Any], objective: Callable[[Any], queries.Objective]
+) -> Callable[[Int32[Array, " together"], Any], Float32[Array, "together 2 ..."]]:
+    """What is evaluated at once, some queries on one part, as a function compiled by itself."""
+
+    def run(numbers: Array, part: Any) -> Array:
+        one = functools.partial(ask, objective(part))
+        return jax.vmap(one)(numbers) if len(numbers) > 1 else one(numbers[0])[None]
+
+    return compiler.shared(run)
+
+
+def loss_at(value_fn: queries.Objective, params: PyTree) -> Float32[Array, ""]:
+    """The loss at parameters as they are."""
+    return queries.scalar(quaxify(value_fn)(params))
+
+
+def mean_of_parts(
+    found: Float32[Array, "queries parts sides ..."],
+) -> Float32[Array, "queries sides ..."]:
+    """Losses averaged over all parts by one device, to the bits that any number of them finds.
+
+    Examples:
+        >>> mean_of_parts(jnp.array([[[0.5, 1.0], [0.25, jnp.inf]]])).tolist()
+        [[nan, nan]]
+        >>> mean_of_parts(jnp.array([[[0.5, 1.0], [0.25, 2.0]]])).tolist()
+        [[0.375, 1.5]]
+    """
+    queries, parts = found.shape[:2]
+    whole = Spread(parts=Parts(None, jnp.ones(parts, bool), parts))
+    return whole._mean(found, Spread()._own(queries, 1), ())
 
 
 def over_queries(losses: Callable[[Any], Any], num_queries: int, query_batch: int | None) -> Any:

@@ -50,6 +50,14 @@ class Tokens:
         return len(self.sequences) if self.firsts is None else len(self.firsts) - 1
 
     @property
+    def content(self) -> list[Any]:
+        """The arrays that examples are made of, without what was computed of them."""
+        return [
+            self.sequences, self.begins, self.answers, self.words, self.learnt, self.firsts,
+            self.weights,
+        ]  # fmt: skip
+
+    @property
     def lengths(self) -> np.ndarray:
         """The number of tokens in the longest sequence of each example."""
         found = np.array([len(ids) for ids in self.sequences], int)
