@@ -196,8 +196,8 @@ plt.show()
 # %% [markdown]
 # ## Labels alone
 #
-# Many services answer with a label and nothing else. Then a question is about signs and a radius, an integer, 127
-# at the edge of the ball, and the answer is whether the image is misread there. `zoqo_labels` first looks for signs
+# Many services answer with a label and nothing else. Then a question is about signs and a radius, an integer,
+# 2,032 at the edge of the ball, and the answer is whether the image is misread there. `zoqo_labels` first looks for signs
 # that are misread at any radius, then flips squares: a flip is looked at a step nearer to the image, and stays, with
 # its radius, if it is misread there. In a ball of 0.2 the first signs seldom suffice. Of 32 images, this is the walk
 # of the one that takes the most labels.

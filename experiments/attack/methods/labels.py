@@ -13,7 +13,8 @@ inside the ball. What is chosen better here is
 - what a radius is: an integer, `_FINE` at the edge of the ball, whatever the bits. Where it lies
   between two codes of the grid, some values have the upper one and the others the lower one, by a
   threshold of each value's own, as in dithering. Else a grid of few codes would hide every flip
-  that shortens the radius by less than a code;
+  that shortens the radius by less than a code. Small squares do so even with 8 bits: with radii of
+  whole codes 5 of 1,000 pictures withstood 10,000 questions;
 - how a radius falls. RayS looks at a flip at the radius reached, and if it is misread there
   searches the new radius by halving, a dozen questions. Here a flip is looked at a few codes nearer
   to the image. If it is misread, both the flip and the nearer radius stay, and the next step is
@@ -39,8 +40,8 @@ from experiments.attack.methods.method import Method
 
 __all__ = ["make"]
 
-_FINE = 127  # the radius of the ball; of 8 bits a code is one
-_MOST = 2**23  # a radius at most: its product with a code stays in an int32
+_FINE = 127 * 16  # the radius of the ball; see above
+_MOST = 2**24  # a radius at most: its product with a code stays in an int32
 _PARTS = 16  # of the first radius, a start's: how well it is searched, and the first step
 _LONGER, _SHORTER = 1.5, 1.5**-0.5  # a step after a success, and after a failure
 _LONGEST = 1 / 4  # step, of the radius
@@ -57,7 +58,7 @@ class _State(NamedTuple):
     place: jax.Array  # int32 (), of the start, or of the flip
     search: jax.Array  # int32 (), searches finished
     is_begun: jax.Array  # bool (), whether a start was misread
-    thresholds: jax.Array  # uint8 in the image's shape, below _FINE, of rounding up to a code
+    thresholds: jax.Array  # uint16 in the image's shape, below _FINE, of rounding up to a code
     key: jax.Array
 
 
@@ -107,7 +108,7 @@ def make(config: Config, shape: tuple[int, int, int]) -> Method:
             place=zero,
             search=zero,
             is_begun=jnp.bool(False),
-            thresholds=jax.random.randint(other, shape, 0, _FINE, jnp.uint8),
+            thresholds=jax.random.randint(other, shape, 0, _FINE, jnp.uint16),
             key=key,
         )
 
