@@ -143,7 +143,7 @@ def a_round(pieces=2, seconds=10.0):
     return Round(3, "losses", pieces, (1, 2), seconds)
 
 
-def test_pieces_are_divided_among_the_idle_and_each_is_given_once():
+def test_pieces_are_divided_into_shares_and_each_is_given_once():
     one = a_round(5)
     found = [one.lease(name, 3 - i, 0.0) for i, name in enumerate("abc")]
     assert [(x.first, x.last) for x in found] == [(0, 2), (2, 4), (4, 5)]

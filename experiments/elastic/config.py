@@ -20,6 +20,8 @@ class Config:
         when it has.
       cpus: that a worker takes, of those that the cluster counts; it may be a fraction.
       gpus: the same.
+      share: of the pieces of a step that nobody has, what is divided among all workers at a time: 1
+        gives each its whole work at once and fewest messages, less lets fast workers do more.
       lease_seconds: after which work that was not answered is given to another worker, too.
       lost_seconds: after which a worker that does not answer is replaced.
       hash_every: steps between comparisons of the replicas' codes.
@@ -35,6 +37,7 @@ class Config:
     workers: int = 2
     cpus: float = 1.0
     gpus: float = 0.0
+    share: float = 0.25
     lease_seconds: float = 60.0
     lost_seconds: float = 600.0
     hash_every: int = 20
@@ -47,7 +50,15 @@ class Config:
             raise ValueError("log must not be empty.")
         least = {"workers": 1, "hash_every": 1, "checkpoint_every": 1, "join_seconds": 1}
         positive = ("lease_seconds", "lost_seconds")
-        settings.check(self, least=least, positive=positive, not_negative=("cpus", "gpus"))
+        settings.check(
+            self,
+            least=least,
+            positive=positive,
+            not_negative=("cpus", "gpus"),
+            within={"share": (0, 1)},
+        )
+        if not self.share:
+            raise ValueError(f"share must be greater than 0, got {self.share}.")
 
 
 @dataclasses.dataclass(frozen=True)

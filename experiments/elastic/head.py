@@ -174,9 +174,10 @@ class Head:
         now, known = time.monotonic(), len(self.records)
         idle = [member for member in crew.present if member.is_idle]
         near = [member for member in idle if known - member.has <= _FAR]
-        for number, member in enumerate(near):
+        shares = len(crew.present) / self.config.share
+        for member in near:
             alone = len(crew.members) == 1 or now - one.began > self.config.lost_seconds
-            lease = one.lease(member.name, len(near) - number, now, alone)
+            lease = one.lease(member.name, shares, now, alone)
             if lease is not None:
                 crew.send(member, self.records[member.has :], lease, losses)
         for member in idle:

@@ -6,6 +6,7 @@ both, so all that may happen to an answer is tried by tests without a cluster.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -98,14 +99,14 @@ class Round:
         found = sorted({f"{who} found {_words(losses)}" for who, losses in self._doubted.values()})
         return ", ".join(found)
 
-    def lease(self, worker: str, idle: int, now: float, alone: bool = False) -> Lease | None:
+    def lease(self, worker: str, shares: float, now: float, alone: bool = False) -> Lease | None:
         """Work for a worker, or None where there is none.
 
-        Pieces that nobody has are divided among the idle; then come those whose time is over.
+        A share of the pieces that nobody has; where there are none, pieces whose time is over.
 
         Args:
           worker: its name.
-          idle: how many workers wait for work, this one among them.
+          shares: into how many the pieces that nobody has are divided; at least one piece is given.
           now: seconds, of any clock that does not go back.
           alone: whether it may confirm by itself that a loss is no finite number.
         """
@@ -116,7 +117,7 @@ class Round:
             free[piece] &= alone or who != worker
         where = np.flatnonzero(free)
         if len(where):
-            first, most = int(where[0]), -(-len(where) // max(idle, 1))
+            first, most = int(where[0]), math.ceil(len(where) / max(shares, 1))
             last = first + 1
             while last < min(first + most, len(free)) and free[last]:
                 last += 1
