@@ -9,7 +9,7 @@ from experiments.store import Row
 __all__ = ["Simulated", "rows"]
 
 _WORKERS = (10, 30, 100, 300, 1_000, 3_000, 10_000)
-_MOST_LEASES = 60_000  # of a simulation, some ten seconds
+_MOST_LEASES = 20_000  # of a simulation, some seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ def rows(costs: Costs) -> Iterator[Row]:
 
     def row(table: str, name: str, plan: Plan, costs: Costs = costs) -> Row:
         leases = min(plan.queries * plan.parts, 8 * plan.workers)
-        steps = min(max(_MOST_LEASES // leases, 3), 100)
-        return Row(table, name, Simulated(plan, costs, steps), seeds=3)
+        steps = min(max(_MOST_LEASES // leases, 3), 200)
+        return Row(table, name, Simulated(plan, costs, steps))
 
     for queries in (64, 1_024, 16_384):
         for workers in _WORKERS:
