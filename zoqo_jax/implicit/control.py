@@ -169,16 +169,16 @@ def _while(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]
     def goes_on(carry: list[Any]) -> Array:
         return values_of(evaluate(params["cond_jaxpr"], [*of_cond, *carry])[0], "while")
 
-    carry = inputs[num_cond + num_body :]
-    if params["cond_jaxpr"].out_avals[0].ndim:  # vmapped: some go on where others have ended
-        carry = [values_of(x, "while") for x in carry]
-    else:
-        carry = _settled(once, carry, "while")
+    is_vmapped = params["cond_jaxpr"].out_avals[0].ndim > 0  # some go on where others have ended
+    start = inputs[num_cond + num_body :]
+    carry = [values_of(x, "while") for x in start] if is_vmapped else _settled(once, start, "while")
 
     def body(carry: list[Any]) -> list[Any]:
         new = _returned("while", carry, once(carry), [], program.out_avals)[0]
-        going = goes_on(carry) if params["cond_jaxpr"].out_avals[0].ndim else None
-        return new if going is None else [_where(going, *pair) for pair in zip(new, carry)]
+        if not is_vmapped:
+            return new
+        going = goes_on(carry)
+        return [_where(going, *pair) for pair in zip(new, carry, strict=True)]
 
     return jax.lax.while_loop(
         lambda carry: jnp.any(goes_on(carry)), body, _of_dtype(carry, program.out_avals)

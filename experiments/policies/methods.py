@@ -1,0 +1,195 @@
+"""A generation of each method: a population is tried, and what trains makes a step of its returns.
+
+Codes and SPSA: zoqo_jax evaluates `query_batch=None`, so all, of a step's queries at once, and a
+query's two sides on the same episodes. With ranks its losses are heard first, and the differences
+of their ranks given to the method in their place, which is the same step but for the numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+import zoqo_jax as zq
+from experiments.policies.config import Config
+
+__all__ = ["Generation", "Trainer", "ranked", "trainer"]
+
+MeanReturn = Callable[[list[Array], Array], Array]
+"""(layers, keys of episodes) -> mean return."""
+
+# Rate and radius, chosen once for all environments and bits: see docs/policies.md. Of zoqo and of
+# the methods of floats in units of weights, of the other methods as shares of the number of codes.
+_USUAL = {
+    "zoqo": (0.04, 0.25),
+    "caq_zo": (0.03, 0.06),
+    "qes": (0.03, 0.06),
+    "open_es": (0.04, 0.1),
+    "spsa": (0.04, 0.1),
+}
+_LAST = 0.1  # of the rate, which falls to this share of itself
+_WIDER = 2.0  # than the largest weight at the start, so that weights can grow
+_FEW = 2  # bits: three levels, of which a wider range would round nearly all weights to zero
+
+
+class Generation(NamedTuple):
+    """What is told of one: mean return of its population, and how many codes moved."""
+
+    mean_return: Array
+    codes_moved: Array
+
+
+class Trainer(Protocol):
+    """A method, started once and then given the episodes of each generation."""
+
+    def start(self, layers: list[Array], key: Array) -> Any:
+        """What is kept between generations."""
+        ...
+
+    def generation(self, kept: Any, episodes: Array) -> tuple[Any, Generation]:
+        """One step."""
+        ...
+
+    def layers(self, kept: Any) -> list[Array]:
+        """The policy: a list of layers, in codes or floats."""
+        ...
+
+
+def trainer(config: Config, mean_return: MeanReturn) -> Trainer:
+    """The method of a run.
+
+    Raises:
+      ImportError: evosax is not installed.
+    """
+    return (_OpenES if config.method == "open_es" else _Queries)(config, mean_return)
+
+
+def ranked(losses: Array) -> Array:
+    """Centred ranks: the least is -1/2, the greatest 1/2, equal ones are equal.
+
+    Example:
+      >>> ranked(jnp.array([[10.0, -1.0], [-1.0, 99.0]])).round(2).tolist()
+      [[0.17, -0.33], [-0.33, 0.5]]
+    """
+    places = jax.scipy.stats.rankdata(losses.reshape(-1)) - 1.0
+    return (places / (losses.size - 1) - 0.5).reshape(losses.shape)
+
+
+def lengths(config: Config) -> tuple[optax.Schedule, float]:
+    """How far steps go, a schedule, and how far queries look."""
+    rate, radius = _USUAL[config.method]
+    rate = config.learning_rate or rate
+    return optax.exponential_decay(rate, config.steps, _LAST), config.radius or radius
+
+
+def quantized(layers: list[Array], bits: int) -> list[zq.QuantizedArray]:
+    """Layers in codes, each of its own scale."""
+    if bits <= _FEW:
+        return [zq.Quantizer(bits)(layer) for layer in layers]
+    ranges = [_WIDER * float(jnp.abs(layer).max()) for layer in layers]
+    return [zq.Quantizer(bits, range=x)(layer) for x, layer in zip(ranges, layers, strict=True)]
+
+
+class _Queries:
+    """zoqo_jax's methods, of codes or floats."""
+
+    def __init__(self, config: Config, mean_return: MeanReturn) -> None:
+        self._config, self._mean_return = config, mean_return
+        self._tx = _transformation(config)
+
+    def start(self, layers: list[Array], key: Array) -> Any:
+        config = self._config
+        params = layers if config.bits == 32 else quantized(layers, config.bits)
+        own = lambda x: x._replace(key=key) if isinstance(x, zq.State) else x  # noqa: E731
+        state = jax.tree.map(own, self._tx.init(params), is_leaf=lambda x: isinstance(x, zq.State))
+        return params, state
+
+    def layers(self, kept: Any) -> list[Array]:
+        return kept[0]
+
+    def generation(self, kept: Any, episodes: Array) -> tuple[Any, Generation]:
+        params, state = kept
+        loss = lambda layers: -self._mean_return(layers, episodes)  # noqa: E731
+        step = functools.partial(self._tx.update, None, state, params)
+        if self._config.shaped == "comparisons":
+            updates, state = step(compare_fn=lambda a, b: jnp.sign(loss(a) - loss(b)))
+        elif self._config.shaped == "ranks":
+            _, heard = step(value_fn=loss)  # its update is not used, so it is not computed
+            losses = heard.info.losses
+            ranks = ranked(losses)
+            updates, state = step(differences=ranks[:, 0] - ranks[:, 1])
+            state = state._replace(info=state.info._replace(losses=losses))
+        else:
+            updates, state = step(value_fn=loss)
+        info = _info(state)
+        kept = zq.apply_updates(params, updates), state
+        return kept, Generation(-info.losses.mean(), info.codes_moved)
+
+
+def _info(state: Any) -> Any:
+    """Of a chain, that of the first transformation."""
+    return (state if isinstance(state, zq.State) else state[0]).info
+
+
+def _transformation(config: Config) -> optax.GradientTransformationExtraArgs:
+    key = jax.random.key(0)  # `start` puts the run's in its place
+    queries = {"num_queries": config.population // 2, "query_batch": None, "key": key}
+    if config.shaped == "sized":
+        return getattr(zq, config.method)(**queries)
+    rate, radius = lengths(config)
+    if config.method == "zoqo":
+        return zq.zoqo(rate, radius, noise="gaussian", step="dithered", **queries)
+    if config.method == "spsa":
+        return optax.chain(zq.spsa(radius, noise="gaussian", **queries), optax.adam(rate))
+    # Differences of ranks are about 0.4, so a step is about `rate` of the number of codes long,
+    # whatever the radius and the population.
+    codes = 2**config.bits
+    unit = codes * radius * codes * config.population**0.5
+    step = lambda count: rate(count) * unit  # noqa: E731
+    if config.method == "qes":
+        return zq.qes(step, radius * codes, window=None, decay=1.0, **queries)
+    off_grid = {"query": "off_grid", "radius": 2 * radius, "boundary": "clamp"}
+    return zq.caq_zo(step, rounding="error_feedback", **off_grid, **queries)
+
+
+class _OpenES:
+    """evosax's OpenES with Adam, by centred ranks of an antithetic population."""
+
+    def __init__(self, config: Config, mean_return: MeanReturn) -> None:
+        self._config, self._mean_return = config, mean_return
+
+    def _strategy(self, layers: list[Array]) -> Any:
+        try:
+            from evosax.algorithms import Open_ES
+        except ImportError:
+            raise ImportError(
+                "evosax is not installed: pip install -e '.[experiments,policies]', or make "
+                "policies."
+            ) from None
+        rate, radius = lengths(self._config)
+        spread = optax.constant_schedule(radius)
+        options = {"optimizer": optax.adam(rate), "std_schedule": spread}
+        return Open_ES(self._config.population, layers, **options)
+
+    def start(self, layers: list[Array], key: Array) -> Any:
+        strategy = self._strategy(layers)
+        return layers, strategy.init(key, layers, strategy.default_params), key
+
+    def layers(self, kept: Any) -> list[Array]:
+        return kept[0]
+
+    def generation(self, kept: Any, episodes: Array) -> tuple[Any, Generation]:
+        layers, state, key = kept
+        strategy = self._strategy(layers)
+        key, own = jax.random.split(key)
+        population, state = strategy.ask(own, state, strategy.default_params)
+        returns = jax.vmap(self._mean_return, (0, None))(population, episodes)
+        state, _ = strategy.tell(own, population, -returns, state, strategy.default_params)
+        count = jnp.float32(sum(layer.size for layer in layers))
+        return (strategy.get_mean(state), state, key), Generation(returns.mean(), count)
