@@ -80,8 +80,8 @@ def main(wanted: Runs, base: Config) -> None:
     document = writable("document", Path(wanted.document)) if wanted.document else None
     with storing(folder):
         report = Report(folder, document)
-        for config in all_of_them:
-            store = training.store_of(config, folder)
+        stores = [training.store_of(config, folder) for config in all_of_them]
+        for config, store in zip(all_of_them, stores, strict=True):
             if "final" in store.content:
                 continue
             title = f"{config.environment}, {pages.name(config)}, seed {config.seed}"

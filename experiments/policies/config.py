@@ -15,7 +15,15 @@ Method = Literal["zoqo", "caq_zo", "qes", "open_es", "spsa"]
 FLOATS = ("open_es", "spsa")  # methods that train floats
 Shaping = Literal["usual", "ranks", "returns", "comparisons", "sized"]
 
-# Chosen once, for all environments and bits: see docs/policies.md.
+# Rate and radius, chosen once for all environments and bits: see docs/policies.md. Of zoqo and of
+# the methods of floats in units of weights, of the other methods as shares of the number of codes.
+_USUAL = {
+    "zoqo": (0.04, 0.25),
+    "caq_zo": (0.03, 0.06),
+    "qes": (0.03, 0.06),
+    "open_es": (0.04, 0.1),
+    "spsa": (0.04, 0.1),
+}
 _GENERATIONS = {
     "CartPole-v1": 30,
     "Pendulum-v1": 100,
@@ -89,13 +97,25 @@ class Config:
         usual = "returns" if self.method == "spsa" else "ranks"
         return usual if self.shaping == "usual" else self.shaping
 
+    def used(self) -> "Config":
+        """These settings with what is usual in place of 0."""
+        rate, radius = _USUAL[self.method]
+        if self.shaped == "sized":
+            rate = radius = 0.0  # nobody asks
+        return dataclasses.replace(
+            self,
+            generations=self.generations or _GENERATIONS[self.environment],
+            learning_rate=self.learning_rate or rate,
+            radius=self.radius or radius,
+        )
+
     @property
     def steps(self) -> int:
         """Generations, as many as make no more evaluations than `generations` of the population.
 
         Steps that size themselves evaluate the policy itself twice besides.
         """
-        generations = self.generations or _GENERATIONS[self.environment]
+        generations = self.used().generations
         if self.shaped == "sized":
             return max(generations * self.population // (self.population + 2), 1)
         return generations

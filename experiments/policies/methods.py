@@ -24,16 +24,7 @@ __all__ = ["Generation", "Trainer", "ranked", "trainer"]
 MeanReturn = Callable[[list[Array], Array], Array]
 """(layers, keys of episodes) -> mean return."""
 
-# Rate and radius, chosen once for all environments and bits: see docs/policies.md. Of zoqo and of
-# the methods of floats in units of weights, of the other methods as shares of the number of codes.
-_USUAL = {
-    "zoqo": (0.04, 0.25),
-    "caq_zo": (0.03, 0.06),
-    "qes": (0.03, 0.06),
-    "open_es": (0.04, 0.1),
-    "spsa": (0.04, 0.1),
-}
-_LAST = 0.1  # of the rate, which falls to this share of itself
+_LAST = 0.1  # of the rate, which falls to this share of itself in the second half of a run
 _WIDER = 2.0  # than the largest weight at the start, so that weights can grow
 _FEW = 2  # bits: three levels, of which a wider range would round nearly all weights to zero
 
@@ -81,11 +72,11 @@ def ranked(losses: Array) -> Array:
     return (places / (losses.size - 1) - 0.5).reshape(losses.shape)
 
 
-def lengths(config: Config) -> tuple[optax.Schedule, float]:
-    """How far steps go, a schedule, and how far queries look."""
-    rate, radius = _USUAL[config.method]
-    rate = config.learning_rate or rate
-    return optax.exponential_decay(rate, config.steps, _LAST), config.radius or radius
+def falling(config: Config) -> optax.Schedule:
+    """The rate: as it is for half of a run, then falling."""
+    half = max(config.steps // 2, 1)
+    rate = config.used().learning_rate
+    return optax.exponential_decay(rate, half, _LAST, transition_begin=half)
 
 
 def quantized(layers: list[Array], bits: int) -> list[zq.QuantizedArray]:
@@ -142,7 +133,7 @@ def _transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     queries = {"num_queries": config.population // 2, "query_batch": None, "key": key}
     if config.shaped == "sized":
         return getattr(zq, config.method)(**queries)
-    rate, radius = lengths(config)
+    rate, radius = falling(config), config.used().radius
     if config.method == "zoqo":
         return zq.zoqo(rate, radius, noise="gaussian", step="dithered", **queries)
     if config.method == "spsa":
@@ -172,7 +163,7 @@ class _OpenES:
                 "evosax is not installed: pip install -e '.[experiments,policies]', or make "
                 "policies."
             ) from None
-        rate, radius = lengths(self._config)
+        rate, radius = falling(self._config), self._config.used().radius
         spread = optax.constant_schedule(radius)
         options = {"optimizer": optax.adam(rate), "std_schedule": spread}
         return Open_ES(self._config.population, layers, **options)

@@ -20,7 +20,7 @@ from jax import Array
 
 import zoqo_jax as zq
 from experiments.policies import environments, methods
-from experiments.policies.config import Config
+from experiments.policies.config import Config, Environment
 from experiments.store import Row, Store
 
 __all__ = ["Program", "policy", "program", "row_of", "store_of", "train"]
@@ -45,13 +45,11 @@ class Program(NamedTuple):
     Attributes:
       start: seed -> what is kept between generations.
       chunk: (kept, keys of episodes, first generation, how many) -> kept, and returns of each.
-      test: (kept, keys) -> mean return of the policy itself.
       layers: kept -> the policy.
     """
 
     start: Callable[[Keys], Any]
     chunk: Callable[..., Any]
-    test: Callable[..., Any]
     layers: Callable[[Any], list[Any]]
 
 
@@ -79,11 +77,14 @@ def program(config: Config) -> Program:
             functools.partial(step, episodes), kept, first + jnp.arange(length, dtype=jnp.int32)
         )
 
-    @jax.jit
-    def test(kept: Any, of: Array) -> Array:
-        return game.mean_return(zq.dequantize(trainer.layers(kept)), of)
+    return Program(start, chunk, trainer.layers)
 
-    return Program(start, chunk, test, trainer.layers)
+
+@functools.lru_cache(maxsize=5)
+def _mean_return(environment: Environment, hidden: int) -> Callable[..., Array]:
+    """What tests a policy of floats, compiled once for all methods."""
+    game = environments.make(Config(environment=environment, hidden=hidden))
+    return jax.jit(game.mean_return)
 
 
 def train(
@@ -108,11 +109,16 @@ def train(
         return store.content
     shared, of = program(dataclasses.replace(config, seed=0)), keys(config.seed)
     kept = shared.start(of)
-    saved = Store(store.path.with_suffix(".run.npz"), dataclasses.asdict(config))
+    saved = Store(store.path.with_suffix(".run.npz"), dataclasses.asdict(config.used()))
     found: dict[str, Any] = {name: [] for name in _LISTS} | {"seconds": 0.0}
     if saved.content:
         kept = restored(kept, saved.content)
         found |= {name: np.asarray(saved.content[name]).tolist() for name in found}
+
+    def tested(keys: Array) -> list[float]:
+        floats = zq.dequantize(shared.layers(kept))
+        return _rounded(_mean_return(config.environment, config.hidden)(floats, keys)[None])
+
     test = jax.random.split(of.test, config.test_episodes)
     while (done := len(found["population"])) < config.steps:
         begin = time.perf_counter()
@@ -122,11 +128,11 @@ def train(
         found["population"] += _rounded(told.mean_return)
         found["codes_moved"] += _rounded(told.codes_moved)
         found["generations"].append(done + length)
-        found["returns"] += _rounded(shared.test(kept, test)[None])
+        found["returns"] += tested(test)
         found["seconds"] = round(found["seconds"] + time.perf_counter() - begin, 2)
         saved.write(**found, **parts(kept))
     last = jax.random.split(jax.random.fold_in(of.test, 1), _FINAL * config.test_episodes)
-    (found["final"],) = _rounded(shared.test(kept, last)[None])
+    (found["final"],) = tested(last)
     layers = shared.layers(kept)
     found["policy_bytes"] = sum(x.nbytes for x in jax.tree.leaves(layers))
     if config.seed == 0:
@@ -141,12 +147,22 @@ def row_of(config: Config) -> Row:
     """The row of tables that a run belongs to, which names its files."""
     bits = "" if config.bits == 32 else f" {config.bits} bits"
     own = "" if config.shaping == "usual" else f" {config.shaping}"
-    return Row(config.environment, f"{config.method}{bits}{own}", config)
+    return Row(config.environment, f"{config.method}{bits}{own}", config.used())
 
 
 def store_of(config: Config, folder: Path) -> Store:
-    """Where a run's result is kept."""
-    return row_of(config).store(folder, config.seed, ".json", ())
+    """Where a run's result is kept.
+
+    Raises:
+      ValueError: that of other settings is there.
+    """
+    store = row_of(config).store(folder, config.seed, ".json", ())
+    if store.changed:
+        raise ValueError(
+            f"results: {store.path} is of a run with {store.changed}: name another folder, or "
+            "delete this file."
+        )
+    return store
 
 
 def policy(config: Config, folder: Path) -> list[Any] | None:
@@ -158,7 +174,7 @@ def policy(config: Config, folder: Path) -> list[Any] | None:
 
 def policy_store(config: Config, path: Path) -> Store:
     """Where the policy of a run is kept."""
-    return Store(path.with_suffix(".policy.npz"), dataclasses.asdict(config))
+    return Store(path.with_suffix(".policy.npz"), dataclasses.asdict(config.used()))
 
 
 def parts(tree: Any) -> dict[str, np.ndarray]:
