@@ -15,7 +15,6 @@ from experiments import command
 from experiments.policies import __main__ as policies
 from experiments.policies import environments, episode, methods, pages, training
 from experiments.policies.config import ENVIRONMENTS, Config
-from experiments.store import Store
 
 _TINY = Config(population=4, episodes=2, generations=3, hidden=4, test_episodes=2)
 
@@ -53,27 +52,32 @@ def test_a_population_on_one_batch_is_one_by_one(game):
     assert len(set(heard.info.losses.reshape(-1).tolist())) > 1
 
 
-def test_equal_sides_have_equal_returns(game):
-    """Both sides of a query play the same episodes, so what differs is the policy."""
-    params = zq.quantize(
-        [jnp.zeros_like(x) for x in game.start(jax.random.key(1))], zq.Quantizer(8, range=1.0)
-    )
+def test_equal_policies_have_equal_returns(game):
+    """All play the same episodes: where both sides of a query act alike, they return the same."""
+    params = _quantized(game)
     keys = jax.random.split(jax.random.key(2), 2)
-    tx = zq.zoqo(
-        1e-4,
-        1e-4,
-        key=jax.random.key(0),
-        num_queries=2,
-        query_batch=None,
-        density=0.001,
-        structure="sparse",
-    )
-    loss = lambda layers: -game.mean_return(layers, keys)  # noqa: E731
-    _, state = tx.update(None, tx.init(params), params, value_fn=loss)
+    tx = zq.zoqo(0.1, 0.3, key=jax.random.key(0), num_queries=2, query_batch=None)
+    always = lambda layers: [0 * layers[0], 0 * layers[1], layers[2].at[:].set(0)]  # noqa: E731
+    loss = lambda layers: -game.mean_return(always(layers), keys)  # noqa: E731
+    state = tx.init(params)
+    _, state = jax.jit(lambda: tx.update(None, state, params, value_fn=loss))()
+    assert len(set(state.info.losses.reshape(-1).tolist())) == 1
     np.testing.assert_array_equal(state.info.loss_differences, 0.0)
 
 
-@pytest.mark.parametrize("method, bits", [("zoqo", 8), ("qes", 2), ("open_es", 32), ("spsa", 32)])
+_SLOW = pytest.mark.slow  # each compiles a program of its own
+
+
+@pytest.mark.parametrize(
+    "method, bits",
+    [
+        ("zoqo", 8),
+        pytest.param("qes", 2, marks=_SLOW),
+        pytest.param("open_es", 32, marks=_SLOW),
+        pytest.param("spsa", 32, marks=_SLOW),
+        pytest.param("caq_zo", 4, marks=_SLOW),
+    ],
+)
 def test_a_run_goes_on_bit_for_bit(method, bits, tmp_path, monkeypatch):
     config = dataclasses.replace(_TINY, method=method, bits=bits)
     monkeypatch.setattr(training, "_CHUNK", 1)
@@ -98,15 +102,20 @@ def test_a_run_goes_on_bit_for_bit(method, bits, tmp_path, monkeypatch):
     assert training.train(config, training.store_of(config, tmp_path / "stopped")) == again
 
 
-def test_ranks_take_a_step_of_losses():
-    """Ranks of the losses that the method itself heard: of three in a row, the same step."""
+def test_ranks_say_nothing_of_units():
     losses = jnp.array([[3.0, 1.0], [1.0, 9.0]])
-    np.testing.assert_allclose(
-        methods.ranked(losses), [[1 / 6, -1 / 3], [-1 / 3, 1 / 2]], atol=1e-6
-    )
+    expected = [[1 / 6, -1 / 3], [-1 / 3, 1 / 2]]
+    np.testing.assert_allclose(methods.ranked(losses), expected, atol=1e-6)
+    np.testing.assert_array_equal(methods.ranked(1e6 * losses**3), methods.ranked(losses))
 
 
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param(x, marks=[_SLOW] * (x not in ("Pendulum-v1", "CartPole-v1")))
+        for x in ENVIRONMENTS
+    ],
+)
 def test_every_environment_is_played_and_drawn(environment, tmp_path):
     config = dataclasses.replace(_TINY, environment=environment)
     game = environments.make(config)
@@ -120,6 +129,7 @@ def test_every_environment_is_played_and_drawn(environment, tmp_path):
     assert (tmp_path / "one.gif").read_bytes()[:6] == b"GIF89a"
 
 
+@pytest.mark.slow
 def test_comparisons_of_returns_move_codes(tmp_path):
     config = dataclasses.replace(_TINY, shaping="comparisons", radius=0.5)
     found = training.train(config, training.store_of(config, tmp_path))
@@ -194,5 +204,4 @@ def test_committed_results_are_whole():
     folder = Path(policies.__file__).parent / "results"
     for config, runs in pages.load(folder):
         assert all(len(run["population"]) == config.steps for run in runs), pages.name(config)
-        for run in runs:
-            assert Store(folder / "none.json", {}).content == {} and np.isfinite(run["final"])
+        assert np.isfinite([run["final"] for run in runs]).all()

@@ -25,8 +25,8 @@ MeanReturn = Callable[[list[Array], Array], Array]
 """(layers, keys of episodes) -> mean return."""
 
 _LAST = 0.1  # of the rate, which falls to this share of itself in the second half of a run
-_WIDER = 2.0  # than the largest weight at the start, so that weights can grow
-_FEW = 2  # bits: three levels, of which a wider range would round nearly all weights to zero
+_RANGE = 2.0  # of weights: floats that learnt Pendulum stay within it
+_FEW = 2  # bits: three levels, of which this range would round nearly all weights to zero
 
 
 class Generation(NamedTuple):
@@ -80,11 +80,10 @@ def falling(config: Config) -> optax.Schedule:
 
 
 def quantized(layers: list[Array], bits: int) -> list[zq.QuantizedArray]:
-    """Layers in codes, each of its own scale."""
+    """Layers in codes."""
     if bits <= _FEW:
-        return [zq.Quantizer(bits)(layer) for layer in layers]
-    ranges = [_WIDER * float(jnp.abs(layer).max()) for layer in layers]
-    return [zq.Quantizer(bits, range=x)(layer) for x, layer in zip(ranges, layers, strict=True)]
+        return zq.quantize(layers, zq.Quantizer(bits))
+    return zq.quantize(layers, zq.Quantizer(bits, range=_RANGE))
 
 
 class _Queries:

@@ -100,7 +100,7 @@ def _order(config: Config) -> tuple[Any, ...]:
 
 
 def curves(found: Sequence[Found], path: Path) -> None:
-    """Draw returns of the policies themselves against generations, means over seeds."""
+    """Draw mean returns of populations against generations, means over seeds."""
     from matplotlib.figure import Figure
 
     shown = [one for one in ENVIRONMENTS if any(config.environment == one for config, _ in found)]
@@ -115,14 +115,13 @@ def curves(found: Sequence[Found], path: Path) -> None:
         for config, runs in found:
             if config.environment != environment or config.shaping != "usual":
                 continue
-            looks = min(len(run["returns"]) for run in runs)
-            mean = np.mean([run["returns"][:looks] for run in runs], axis=0)
+            mean = np.mean([run["population"] for run in runs], axis=0)
             style = drawing.style(names.index(name(config)))
-            places = runs[0]["generations"][:looks]
-            axis.plot(places, mean, label=name(config).replace(" (evosax)", ""), **style)
+            label = name(config).replace(" (evosax)", "")
+            axis.plot(np.arange(1, len(mean) + 1), mean, label=label, markevery=0.1, **style)
         if environment in _ANCHORS:
             axis.axhline(_ANCHORS[environment], color="0.6", lw=0.8)
-        axis.set(title=environment, xlabel="generations", ylabel="return")
+        axis.set(title=environment, xlabel="generations", ylabel="mean return of a population")
         if environment in _LEAST:
             axis.set_ylim(bottom=_LEAST[environment])
         axis.grid(alpha=0.3)
