@@ -19,8 +19,8 @@ Shaping = Literal["usual", "ranks", "returns", "comparisons", "sized"]
 # the methods of floats in units of weights, of the other methods as shares of the number of codes.
 _USUAL = {
     "zoqo": (0.04, 0.25),
-    "caq_zo": (0.03, 0.06),
-    "qes": (0.03, 0.06),
+    "caq_zo": (0.01, 0.025),
+    "qes": (0.01, 0.025),
     "open_es": (0.04, 0.1),
     "spsa": (0.04, 0.1),
 }
