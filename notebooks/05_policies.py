@@ -121,8 +121,8 @@ losses = ask(start, state, episodes)
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 axes[0].hist(-np.asarray(losses).ravel(), bins=30)
 axes[0].set(title="returns of a population", xlabel="mean of four episodes")
-axes[1].plot(*np.sort(methods.ranked(losses).T, axis=0), ".")
-axes[1].set(title="their centred ranks, both sides", xlabel="+", ylabel="-")
+axes[1].plot(*methods.ranked(losses).T, ".")
+axes[1].set(title="ranks of their losses", xlabel="one side of a query", ylabel="the other")
 plt.show()
 
 # %% [markdown]

@@ -52,6 +52,12 @@ def test_a_population_on_one_batch_is_one_by_one(game):
     assert len(set(heard.info.losses.reshape(-1).tolist())) > 1
 
 
+def test_an_episode_that_is_shown_ends_with_the_first_end(game):
+    """A pole that has fallen swings on, and may stand again."""
+    played = game.play(game.start(jax.random.key(5)), jax.random.key(6))
+    assert played.length == float(played.rewards[: played.length].sum()) < 100
+
+
 def test_equal_policies_have_equal_returns(game):
     """All play the same episodes: where both sides of a query act alike, they return the same."""
     params = _quantized(game)
@@ -99,6 +105,7 @@ def test_a_run_goes_on_bit_for_bit(method, bits, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
     assert not list(store.path.parent.glob("*.run.npz"))
     assert training.train(config, training.store_of(config, tmp_path / "stopped")) == again
+    assert training.program(config).chunk._cache_size() == 1  # compiled once for all chunks
 
 
 def test_ranks_say_nothing_of_units():

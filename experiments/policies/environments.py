@@ -99,7 +99,9 @@ class Game(NamedTuple):
             return new, (now[2], new[3] - now[3], now[4])
 
         _, (states, rewards, is_over) = jax.lax.scan(moment, start, None, length=self.longest)
-        return Played(states, rewards, int((~is_over).sum()))
+        # What is played on beyond the end may be no end again.
+        length = int(jnp.argmax(is_over)) if is_over.any() else self.longest
+        return Played(states, rewards, length)
 
     def _moment(self, layers: list[Array], key: Array, now: Any) -> Any:
         moment, observation, state, total, _ = now

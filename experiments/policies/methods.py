@@ -169,7 +169,10 @@ class _OpenES:
 
     def start(self, layers: list[Array], key: Array) -> Any:
         strategy = self._strategy(layers)
-        return layers, strategy.init(key, layers, strategy.default_params), key
+        state = strategy.init(key, layers, strategy.default_params)
+        # Python's numbers among it would have the second chunk compiled anew.
+        state = jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), state)
+        return layers, state, key
 
     def layers(self, kept: Any) -> list[Array]:
         return kept[0]
