@@ -170,9 +170,7 @@ class _OpenES:
     def start(self, layers: list[Array], key: Array) -> Any:
         strategy = self._strategy(layers)
         state = strategy.init(key, layers, strategy.default_params)
-        # Python's numbers among it would have the second chunk compiled anew.
-        state = jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), state)
-        return layers, state, key
+        return layers, _typed(state), key
 
     def layers(self, kept: Any) -> list[Array]:
         return kept[0]
@@ -185,4 +183,9 @@ class _OpenES:
         returns = jax.vmap(self._mean_return, (0, None))(population, episodes)
         state, _ = strategy.tell(own, population, -returns, state, strategy.default_params)
         count = jnp.float32(sum(layer.size for layer in layers))
-        return (strategy.get_mean(state), state, key), Generation(returns.mean(), count)
+        return (strategy.get_mean(state), _typed(state), key), Generation(returns.mean(), count)
+
+
+def _typed(state: Any) -> Any:
+    """A state without Python's numbers, for which the second chunk would be compiled anew."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), state)
