@@ -19,14 +19,14 @@ Shaping = Literal["usual", "ranks", "returns", "comparisons", "sized"]
 # the methods of floats in units of weights, of the other methods as shares of the number of codes.
 _USUAL = {
     "zoqo": (0.04, 0.25),
-    "caq_zo": (0.01, 0.025),
-    "qes": (0.01, 0.025),
+    "caq_zo": (0.02, 0.05),
+    "qes": (0.02, 0.05),
     "open_es": (0.04, 0.1),
     "spsa": (0.04, 0.1),
 }
 _GENERATIONS = {
     "CartPole-v1": 30,
-    "Pendulum-v1": 100,
+    "Pendulum-v1": 150,
     "Acrobot-v1": 30,
     "MountainCarContinuous-v0": 30,
     "Breakout-MinAtar": 100,
