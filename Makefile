@@ -40,7 +40,7 @@ finetune-tables: $(SMOLLM2)  ## fine-tune by every method for docs/finetune.md, 
 finetune: $(or $(INSTALLED_$(or $(MODEL),smollm2)),$(STAMP))  ## train a 4-bit model in place on film reviews, some 10 minutes; MODEL=your file or folder, DATA=your data
 	@$(RUN) -m experiments.finetune --model=$(or $(MODEL),smollm2) $(if $(DATA),--data=$(DATA)) --output=results/$(or $(basename $(notdir $(patsubst %/,%,$(MODEL)))),finetune)
 
-policies: $(STAMP)  ## train policies for CartPole and Pendulum in 8-, 4- and 2-bit codes, beside OpenES, some 5 minutes
+policies: $(STAMP)  ## train policies for CartPole and Pendulum in 8-, 4- and 2-bit codes, beside OpenES, some minutes
 	@$(RUN) -m experiments.policies
 
 test: style  ## check the style, then run every fast test and doctest
