@@ -20,7 +20,7 @@ TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal
 BENCHMARKS := dequantization formats step baselines scaling memory report
 
 .DEFAULT_GOAL := help
-.PHONY: help demo attack-tables cifar-model finetune finetune-tables test test-slow zoo bench lint style notebook docs wheel clean
+.PHONY: help demo attack-tables cifar-model finetune finetune-tables policies test test-slow zoo bench lint style notebook docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s  %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ finetune-tables: $(SMOLLM2)  ## fine-tune by every method for docs/finetune.md, 
 
 finetune: $(or $(INSTALLED_$(or $(MODEL),smollm2)),$(STAMP))  ## train a 4-bit model in place on film reviews, some 10 minutes; MODEL=your file or folder, DATA=your data
 	@$(RUN) -m experiments.finetune --model=$(or $(MODEL),smollm2) $(if $(DATA),--data=$(DATA)) --output=results/$(or $(basename $(notdir $(patsubst %/,%,$(MODEL)))),finetune)
+
+policies: $(STAMP)  ## train policies for CartPole and Pendulum in 8-, 4- and 2-bit codes, beside OpenES, some minutes
+	@$(RUN) -m experiments.policies
 
 test: style  ## check the style, then run every fast test and doctest
 	@$(TEST)

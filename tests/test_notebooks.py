@@ -76,6 +76,7 @@ def test_runs(path, monkeypatch):
         pytest.skip(f"{_NEEDS[path.stem]} is not installed: make finetune does")
     monkeypatch.setenv("QUICKSTART_STEPS", "100")
     monkeypatch.setenv("FINETUNE_STEPS", "4")
+    monkeypatch.setenv("POLICIES_GENERATIONS", "3")
     monkeypatch.setenv("ATTACK_IMAGES", "8")  # 64 take three minutes
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")

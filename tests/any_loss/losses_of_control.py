@@ -210,6 +210,23 @@ loss(
     fused=True,
 )
 loss(
+    "while_loop, vmapped: each ends on its own",
+    lambda q: jax.vmap(
+        lambda row, ends: lax.while_loop(
+            lambda c: c[1] < ends, lambda c: (jnp.tanh(c[0] @ q), c[1] + 1), (row, 0)
+        )[0]
+    )(x(3, 4), jnp.array([0, 3, 1])),
+    fused=True,
+)
+loss(
+    "while_loop, vmapped: a weight is the carry",
+    lambda q: jax.vmap(
+        lambda ends: lax.while_loop(
+            lambda c: c[1] < ends, lambda c: (jnp.tanh(c[0] @ q), c[1] + 1), (q, 0)
+        )[0]
+    )(jnp.array([0, 3, 1])),
+)
+loss(
     "while_loop, weight in the condition",
     lambda v: lax.while_loop(lambda c: jnp.sum(c) < jnp.sum(v**2), lambda c: c + 1.0, x(3)),
     flat=True,

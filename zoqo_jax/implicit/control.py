@@ -166,12 +166,28 @@ def _while(inputs: list[Any], flags: Flags, params: dict[str, Any]) -> list[Any]
     def once(carry: list[Any]) -> list[Any]:
         return evaluate(program, [*of_body, *carry])
 
-    carry = _settled(once, inputs[num_cond + num_body :], "while")
+    def goes_on(carry: list[Any]) -> Array:
+        return values_of(evaluate(params["cond_jaxpr"], [*of_cond, *carry])[0], "while")
+
+    is_vmapped = params["cond_jaxpr"].out_avals[0].ndim > 0  # some go on where others have ended
+    start = inputs[num_cond + num_body :]
+    carry = [values_of(x, "while") for x in start] if is_vmapped else _settled(once, start, "while")
+
+    def body(carry: list[Any]) -> list[Any]:
+        new = _returned("while", carry, once(carry), [], program.out_avals)[0]
+        if not is_vmapped:
+            return new
+        going = goes_on(carry)
+        return [_where(going, *pair) for pair in zip(new, carry, strict=True)]
+
     return jax.lax.while_loop(
-        lambda carry: values_of(evaluate(params["cond_jaxpr"], [*of_cond, *carry])[0], "while"),
-        lambda carry: _returned("while", carry, once(carry), [], program.out_avals)[0],
-        _of_dtype(carry, program.out_avals),
+        lambda carry: jnp.any(goes_on(carry)), body, _of_dtype(carry, program.out_avals)
     )
+
+
+def _where(is_new: Array, new: Array, old: Array) -> Array:
+    """New values of those that go on, by the first axes, and old ones of the others."""
+    return jnp.where(is_new.reshape(is_new.shape + (1,) * (new.ndim - is_new.ndim)), new, old)
 
 
 def _settled(

@@ -1,0 +1,1 @@
+"""Policies in few-bit codes, trained by the returns of their episodes alone."""
