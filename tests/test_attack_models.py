@@ -307,7 +307,7 @@ def test_training_refuses_bad_settings(tiny_folder, tmp_path):
     ("setting", "value"),
     [
         ("output", ""),
-        ("network", "mlp"),
+        ("network", "vit"),
         ("epochs", -1),
         ("batch_size", -1),
         ("learning_rate", -0.5),
