@@ -49,7 +49,7 @@ class Config:
         if not self.log:
             raise ValueError("log must not be empty.")
         least = {"workers": 1, "hash_every": 1, "checkpoint_every": 1, "join_seconds": 1}
-        positive = ("lease_seconds", "lost_seconds")
+        positive = ("lease_seconds", "lost_seconds", "share")
         settings.check(
             self,
             least=least,
@@ -57,8 +57,6 @@ class Config:
             not_negative=("cpus", "gpus"),
             within={"share": (0, 1)},
         )
-        if not self.share:
-            raise ValueError(f"share must be greater than 0, got {self.share}.")
 
 
 @dataclasses.dataclass(frozen=True)

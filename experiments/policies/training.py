@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 
 import zoqo_jax as zq
+from experiments.leaves import as_arrays, like
 from experiments.policies import environments, methods
 from experiments.policies.config import Config, Environment
 from experiments.store import Row, Store
@@ -178,22 +179,13 @@ def policy_store(config: Config, path: Path) -> Store:
 
 
 def parts(tree: Any) -> dict[str, np.ndarray]:
-    """The arrays of a tree, as a file holds them; keys as their words."""
-    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
-    arrays = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
-    words = [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in arrays]
-    return {f"part_{number}": x for number, x in enumerate(words)}
+    """The arrays of a tree, as a file holds them."""
+    return {f"part_{number}": x for number, x in enumerate(as_arrays(tree))}
 
 
-def restored(like: Any, content: dict[str, np.ndarray]) -> Any:
-    """The tree of which `parts` are in a file; `like` is one of the same form."""
-    leaves, form = jax.tree.flatten(like)
-    found = []
-    for number, leaf in enumerate(map(jnp.asarray, leaves)):
-        x = jnp.asarray(content[f"part_{number}"])
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        found.append(jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf)) if is_key else x)
-    return form.unflatten(found)
+def restored(tree: Any, content: dict[str, np.ndarray]) -> Any:
+    """The tree of which `parts` are in a file; the one that is given has the same form."""
+    return like(tree, [content[name] for name in parts(tree)])
 
 
 def _rounded(values: Array) -> list[float]:

@@ -62,8 +62,7 @@ class Costs:
             within={"slow": (0, 1)},
             positive=("evaluate", "lifetime"),
             not_negative=(
-                *("spread", "replay", "message", "latency", "record", "start", "load"),
-                *("slow", "slower"),
+                *("spread", "slower", "replay", "message", "latency", "record", "start", "load"),
             ),
         )
 
