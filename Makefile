@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS := experiments,interop,test,notebooks,zoo,ray,policies
+EXTRAS := experiments,interop,test,notebooks,zoo,ray,policies,peers
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 SMOLLM2 := $(VENV)/.smollm2

@@ -244,6 +244,49 @@ def test_rays_ends_where_it_would_ask_the_same_for_ever():
     assert outcome.queries[0] < 1_000
 
 
+# --- HopSkipJump ----------------------------------------------------------------------------------
+
+
+def test_hop_skip_jump_walks_along_the_boundary_and_is_the_same_for_a_seed():
+    weights, norm = drawn_weights(3)
+    model = linear(weights, lead=0.1 * norm)
+    config = Config(method="hop_skip_jump", epsilon=0.115, budget=4_000, model_batch=64)
+    before = np.random.get_state()[1].copy()
+    one, other = (attack(model, GREY, LABEL, config) for _ in range(2))
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+    assert one.success.all()
+    assert 100 < one.queries[0] < 4_000  # not by noise, but by its estimates of the normal
+    np.testing.assert_array_equal(one.perturbation, other.perturbation)
+    against = np.sign(one.perturbation[0]) == -np.sign(weights)
+    assert np.abs(weights)[against].sum() > 0.8 * norm
+
+
+def test_hop_skip_jump_begins_at_coarser_noise_where_fine_noise_is_read_rightly():
+    def is_fine(images):  # class 0: neighbours differ; 1: flat squares
+        rough = jnp.abs(images[:, 1:] - images[:, :-1]).mean((1, 2, 3))
+        return jnp.stack([rough, jnp.full(len(images), 0.2)], -1)
+
+    images = np.tile(np.float32([[0.0], [1.0]]), (4, 4))[None, ..., None]
+    answer, shown = recorder(is_fine)
+    config = Config(method="hop_skip_jump", epsilon=0.45, budget=2_000)
+    outcome = attack(answer, images, LABEL, config, compiled=False)
+    assert outcome.success.all()
+    coarse = next(i for i, one in enumerate(shown) if is_fine(one[None])[0].argmax() == 1)
+    assert 1 <= coarse <= 3
+    np.testing.assert_array_equal(shown[coarse][::2], shown[coarse][1::2])
+
+
+def test_hop_skip_jump_has_no_targets_and_no_more_than_its_budget():
+    config = Config(method="hop_skip_jump", epsilon=0.001, budget=150)
+    weights, norm = drawn_weights(4)
+    answer, shown = recorder(linear(weights, lead=0.1 * norm))
+    with pytest.raises(ValueError, match="targets must be None for hop_skip_jump"):
+        attack(answer, GREY, LABEL, config, targets=np.array([1]), compiled=False)
+    outcome = attack(answer, GREY, LABEL, config, compiled=False)
+    assert not outcome.success.any()
+    assert outcome.queries[0] == len(shown) == 150
+
+
 # --- SignFlip -------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ class Runs:
       baseline: run the other methods too: SignHunter, Square Attack and ZO-SignSGD, or RayS and
         SignFlip.
       labels: see only labels: run ZOQO, RayS and SignFlip that do, whatever the structures.
+      hop_skip_jump: with `labels` run ART's HopSkipJump, too; slow, and needs that package.
       output: folder for the table and the figure; those of an earlier run are replaced.
       progress: show a progress bar.
       epsilon: radius of the l_inf ball, pixels in [0, 1]; by default 0.3, of CIFAR-10 12/255.
@@ -42,6 +43,7 @@ class Runs:
     structures: tuple[str, ...] = ("coarse_to_fine", "dense")
     baseline: bool = True
     labels: bool = False
+    hop_skip_jump: bool = False
     output: str = "results/attack"
     progress: bool = True
     epsilon: float | None = None
@@ -49,6 +51,8 @@ class Runs:
     def __post_init__(self) -> None:
         """Refuse what nothing later would refuse."""
         settings.check(self, within={"bits": (2, 8)})
+        if self.hop_skip_jump and not self.labels:
+            raise ValueError("hop_skip_jump sees only labels: labels must be True, got False.")
         for one in self.structures:
             if one not in get_args(config.Structure):
                 allowed = get_args(config.Structure)
@@ -85,7 +89,7 @@ def _configs(wanted: Runs, base: Config) -> list[Config]:
     if wanted.labels:
         first = dataclasses.replace(base, method="zoqo_labels")
         configs = [dataclasses.replace(first, bits=bits) for bits in wanted.bits]
-        others = [name for name in config.LABEL_METHODS if name != "zoqo_labels"]
+        others = ["rays", "sign_flip"] + ["hop_skip_jump"] * wanted.hop_skip_jump
         return configs + _others(base, others if wanted.baseline else [])
     configs = [
         dataclasses.replace(base, bits=bits, structure=structure)

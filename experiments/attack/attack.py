@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.attack import methods
+from experiments.attack import hop_skip_jump, methods
 from experiments.attack.config import Config
 
 __all__ = ["Outcome", "attack", "margin_of"]
@@ -129,6 +129,14 @@ def attack(
             raise ValueError(f"targets must differ from labels, got {labels[place]} at {place}.")
     wanted = labels if targets is None else targets
     highest = int(max(labels.max(), wanted.max()))
+    marks = np.array([_mark(*pair, config.seed) for pair in zip(images, labels, strict=True)])
+    if config.method == "hop_skip_jump":
+        if targets is not None:
+            raise ValueError(
+                "targets must be None for hop_skip_jump: it begins at noise, of whatever class."
+            )
+        model = _chunked(logits_fn, config.model_batch) if compiled else logits_fn
+        return _one_by_one(model, images, labels, marks, config, on_progress)
     program = _program(_essence(config), images.shape[1:], targets is not None)
     if program.method.asks > config.budget:
         raise ValueError(
@@ -141,7 +149,6 @@ def attack(
         advance = program.compiled(logits_fn)
     else:
         advance = program.by_hand(logits_fn, highest)
-    marks = np.array([_mark(*pair, config.seed) for pair in zip(images, labels, strict=True)])
     tasks = _Task(images, wanted, marks, np.ones(len(images), bool))
     return _work_off(program, advance, tasks, config, on_progress)
 
@@ -185,6 +192,43 @@ def _work_off(
             finished += len(who)
         on_progress(finished, int(outcome.success.sum()))
     return outcome
+
+
+def _one_by_one(
+    model: Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    marks: np.ndarray,
+    config: Config,
+    on_progress: Callable[[int, int], None],
+) -> Outcome:
+    """HopSkipJump, whose library asks by itself."""
+    count, highest = len(images), int(labels.max())
+    outcome = Outcome(np.zeros(count, bool), np.zeros(count, np.int32), np.zeros_like(images))
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+
+        def misread(shown: np.ndarray, label: int = label) -> np.ndarray:
+            logits = _answers(model, shown, config.model_batch, highest, sees_labels=True)
+            return logits.max(-1) > logits[:, label]  # not where one is NaN
+
+        asked = hop_skip_jump.Asked(misread, image, config.epsilon, config.budget)
+        hop_skip_jump.search(asked, image, int(marks[i]))
+        point = asked.first if asked.hit is None else asked.hit
+        outcome.success[i], outcome.queries[i] = asked.hit is not None, asked.queries
+        outcome.perturbation[i] = 0 if point is None else point - image
+        on_progress(i + 1, int(outcome.success.sum()))
+    return outcome
+
+
+def _chunked(logits_fn: Model, size: int) -> Model:
+    """A JAX function as one of numpy arrays of at most `size` images, compiled once."""
+    jitted = jax.jit(logits_fn)
+
+    def model(shown: np.ndarray) -> np.ndarray:
+        padded = np.pad(shown, [(0, size - len(shown)), *[(0, 0)] * (shown.ndim - 1)])
+        return np.asarray(jitted(padded))[: len(shown)]
+
+    return model
 
 
 def _essence(config: Config) -> Config:

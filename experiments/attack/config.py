@@ -8,9 +8,16 @@ from experiments import settings
 __all__ = ["LABEL_METHODS", "Config", "Loss", "MethodName", "Structure"]
 
 MethodName = Literal[
-    "zoqo", "zo_sign_sgd", "sign_hunter", "square", "zoqo_labels", "rays", "sign_flip"
+    "zoqo",
+    "zo_sign_sgd",
+    "sign_hunter",
+    "square",
+    "zoqo_labels",
+    "rays",
+    "sign_flip",
+    "hop_skip_jump",
 ]
-LABEL_METHODS = ("zoqo_labels", "rays", "sign_flip")
+LABEL_METHODS = ("zoqo_labels", "rays", "sign_flip", "hop_skip_jump")
 Structure = Literal["dense", "rank_one", "sparse", "coarse_to_fine"]
 Loss = Literal["margin", "cross_entropy"]
 
@@ -20,6 +27,7 @@ _NAMES = {
     "square": "Square Attack",
     "rays": "RayS",
     "sign_flip": "SignFlip",
+    "hop_skip_jump": "HopSkipJump (ART)",
 }
 
 
@@ -33,7 +41,8 @@ class Config:
       weight_bits: 32 to attack the network in floats, 2 to 8 to quantize it first.
       num_images: how many correctly classified test images to attack, from the first on; 0: all.
       method: "zoqo", on the integer grid, "zo_sign_sgd", its float counterpart, "sign_hunter" or
-        "square"; of those that see only labels "zoqo_labels", "rays" or "sign_flip".
+        "square"; of those that see only labels "zoqo_labels", "rays", "sign_flip" or
+        "hop_skip_jump", which is ART's, an optional package, and slow.
       epsilon: radius of the l_inf ball, in pixel values (images lie in [0, 1]).
       budget: most evaluations of the model that one image may cost, at least 2.
       loss: "margin" of the logits or "cross_entropy"; methods that see only labels read neither.

@@ -31,6 +31,7 @@ _COLOURS = {
     "zoqo_labels": "C3",
     "rays": "C1",
     "sign_flip": "C2",
+    "hop_skip_jump": "C4",
 }
 
 

@@ -164,6 +164,7 @@ def _labels(table: str, base: Config) -> Iterator[Row]:
         yield Row(table, f"ZOQO, {bits} bit, labels", config)
     yield Row(table, "RayS", dataclasses.replace(base, method="rays"))
     yield Row(table, "SignFlip", dataclasses.replace(base, method="sign_flip"))
+    yield Row(table, "HopSkipJump", dataclasses.replace(base, method="hop_skip_jump"))
 
 
 ROWS = tuple(_rows())
