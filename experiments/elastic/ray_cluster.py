@@ -60,6 +60,8 @@ def connected(config: Config) -> Iterator[None]:
         except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
             where = config.address or "this machine"
             words = " ".join(str(error).split())[:300]
+            if "timeout" in words and "RAY_AUTH_MODE" not in os.environ:  # Ray does not say it
+                words += "; a cluster that wants a token needs RAY_AUTH_MODE=token here, too"
             raise ConnectionError(f"address: there is no Ray cluster at {where}: {words}") from None
     try:
         yield
