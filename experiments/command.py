@@ -1,5 +1,7 @@
 """The frame of every command: its flags, its first line, how it is stopped, and what it refuses.
 
+What a command compiled, the next one reads: ~/.cache/zoqo_jax, or JAX_COMPILATION_CACHE_DIR.
+
 A command is a function of one or more dataclasses of settings. It says at once what it is doing,
 and imports JAX only then. Ctrl-C, SIGTERM and a lost terminal stop it: it stores what it has, and
 its last line says from where the same command goes on. What it refuses is one line, and
@@ -7,12 +9,16 @@ its exit status is not 0.
 """
 
 import contextlib
+import hashlib
 import logging
+import os
+import platform
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import logging as absl_logging
@@ -69,6 +75,7 @@ def run(
             given = line.settings()
         except ValueError as error:
             _end(2, f"error: {line.typed(str(error))}")
+        _keep_compiled()
         main(*given)
     except KeyboardInterrupt as stop:
         number = _stops[-1] if _stops else signal.SIGINT
@@ -78,6 +85,24 @@ def run(
     except _REFUSED as error:
         text = " ".join(str(error).split()) or type(error).__name__
         _end(1, f"error: {line.typed(text)}")
+
+
+def _keep_compiled() -> None:
+    """Have JAX keep what takes it more than a second to compile, unless the environment says where.
+
+    Each kind of processor has a folder of its own, for programs use all instructions that it has.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    kind = platform.processor() + platform.machine()
+    with contextlib.suppress(OSError):  # only Linux has this file
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        kind += next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "zoqo_jax" / hashlib.sha256(kind.encode()).hexdigest()[:8]
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    if "jax" in sys.modules:  # which has read its environment
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", str(folder))
 
 
 @contextlib.contextmanager

@@ -12,15 +12,14 @@ from collections.abc import Iterator
 
 from experiments.command import say
 from experiments.elastic.config import Config
-from experiments.elastic.log import Log
 
 __all__ = ["connected"]
 
 _SAYS_EVERY = 10.0  # seconds between two words about a wait
 
 _PASSED_ON = ("JAX_PLATFORMS", "XLA_FLAGS")  # of the head's environment, to workers elsewhere
-# What one process of this machine has compiled, those that come later read: a newcomer is there in
-# a fraction of the time.
+# All that one process of this machine has compiled, those that come later read: a newcomer is
+# there in a fraction of the time.
 _COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -50,8 +49,8 @@ def connected(config: Config) -> Iterator[None]:
     if config.address:
         given["runtime_env"] = {"env_vars": passed}
     else:
-        if Log(config.log).is_local and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            os.environ |= {**_COMPILED, "JAX_COMPILATION_CACHE_DIR": f"{config.log}.compiled"}
+        for name, value in _COMPILED.items():
+            os.environ.setdefault(name, value)
         cpus = math.ceil(config.workers * config.cpus) or 1
         given = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     with _own_signals():
