@@ -1,7 +1,7 @@
 """What every test runs under: four host devices, strict promotion, and reproducible hypothesis.
 
 Programs are compiled in a hurry (`compiling.py`), unless XLA_NORMALLY=1 is in the environment, as
-it is for the slow tests.
+it is for the slow tests. Types are checked at each call (`typing_once.py`).
 """
 
 import gc
@@ -24,6 +24,10 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+import typing_once
+
+compiling.share_context()
+typing_once.install()
 
 hypothesis.settings.register_profile("default", deadline=None)  # the first example compiles
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
