@@ -29,6 +29,12 @@ import typing_once
 compiling.share_context()
 typing_once.install()
 
+from experiments import footprint  # noqa: E402  (types of what it imports are checked)
+
+# After each of its programs a run of fine-tuning forgets all that was traced in its process, and
+# here the other tests would trace it again.
+footprint.forget_traces = footprint.give_back = lambda: None
+
 hypothesis.settings.register_profile("default", deadline=None)  # the first example compiles
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
