@@ -13,7 +13,7 @@ import numpy as np
 
 from zoqo_jax.interop.files import replacing
 
-__all__ = ["claimed", "plain", "read_json", "writable", "write_json", "write_text"]
+__all__ = ["claimed", "locked", "plain", "read_json", "writable", "write_json", "write_text"]
 
 _LOCK = ".lock"
 
@@ -104,7 +104,8 @@ def claimed(
                 f"{setting}: {folder} holds other things, such as {strange[0]!r}: name a new or an "
                 "empty folder."
             )
-        lock = _lock(setting, folder)
+        words = f"is at work in {folder}: wait for it, stop it, or name another folder."
+        lock = locked(folder / _LOCK, setting, words)
         try:
             yield
         finally:
@@ -154,9 +155,12 @@ def _make(setting: str, folder: Path) -> list[Path]:
     return made
 
 
-def _lock(setting: str, folder: Path) -> int:
-    """Lock a folder, by the descriptor of a file in it."""
-    path = folder / _LOCK
+def locked(path: Path, setting: str, words: str) -> int:
+    """The descriptor of a file that this process alone has locked; it is made if need be.
+
+    Raises:
+      ValueError: another process has it, and does what the words say.
+    """
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -164,10 +168,7 @@ def _lock(setting: str, folder: Path) -> int:
         except BlockingIOError:
             owner = os.read(lock, 20).decode() or "unknown"
             os.close(lock)
-            raise ValueError(
-                f"{setting}: process {owner} is at work in {folder}: wait for it, stop it, or name "
-                "another folder."
-            ) from None
+            raise ValueError(f"{setting}: process {owner} {words}") from None
         # The one before may have removed the file between the two calls.
         if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
             os.ftruncate(lock, 0)

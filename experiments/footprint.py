@@ -20,6 +20,7 @@ __all__ = [
     "available",
     "child",
     "cores",
+    "forget_traces",
     "give_back",
     "job",
     "of_program",
@@ -92,6 +93,12 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def forget_traces() -> None:
+    """Drop what JAX keeps of all functions that it compiled, and give that memory back."""
+    jax.clear_caches()
+    give_back()
 
 
 def give_back() -> None:

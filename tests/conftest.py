@@ -1,13 +1,14 @@
 """What every test runs under: four host devices, strict promotion, and reproducible hypothesis.
 
 Programs are compiled in a hurry (`compiling.py`), unless XLA_NORMALLY=1 is in the environment, as
-it is for the slow tests.
+it is for the slow tests. Types are checked at each call (`typing_once.py`).
 """
 
 import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import compiling
 
@@ -24,6 +25,16 @@ import hypothesis
 import jax
 import jaxtyping
 import pytest
+import typing_once
+
+compiling.share_context()
+typing_once.install()
+
+from experiments import footprint  # noqa: E402  (types of what it imports are checked)
+
+# After each of its programs a run of fine-tuning forgets all that was traced in its process, and
+# here the other tests would trace it again.
+footprint.forget_traces = footprint.give_back = lambda: None
 
 hypothesis.settings.register_profile("default", deadline=None)  # the first example compiles
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
@@ -48,6 +59,16 @@ def _strict_promotion():
     """A promotion left to JAX is one nobody thought about; optax.adam itself needs "standard"."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _maps_are_left():
+    """A program takes 4 to 5 maps of memory, of which Linux lets a process have 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.is_file() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -94,11 +94,14 @@ def test_off_grid_losses_are_those_of_the_end_points(structure):
         return jnp.sum((h @ params["w"]) ** 2) + jnp.sort(params["w"])[:, 0].sum()
 
     tx = zq.caq_zo(1.0, key=KEY, query="off_grid", radius=0.2, structure=structure, **density)
-    probes = tx.probes(tx.init(params), params)
+    probes = jax.jit(lambda params: tx.probes(tx.init(params), params))(params)
+    at_end = jax.jit(
+        lambda params, probes, side: zq.dequantize(queries.endpoints(params, probes, side))
+    )
     for sides in ("together", "in_turn"):
         pair = jax.jit(functools.partial(queries.losses, loss, sides=sides))(params, probes)
         for side, actual in zip((1, -1), pair, strict=True):
-            expected = jax.jit(loss)(zq.dequantize(queries.endpoints(params, probes, side)))
+            expected = jax.jit(loss)(at_end(params, probes, jnp.int8(side)))
             np.testing.assert_allclose(actual, expected, rtol=1e-5)
         assert abs(pair[0] - pair[1]) > 1e-3
 

@@ -66,7 +66,7 @@ def assert_same_codes(actual, expected):
 
 
 OPTIONS = [
-    {},
+    pytest.param({}, marks=pytest.mark.slow),
     pytest.param({"structure": "rank_one", "boundary": "mask"}, marks=pytest.mark.slow),
     {"structure": "sparse", "density": 0.4, "step": "dithered"},
     {"num_queries": 3, "vote": "majority", "query_batch": None, "structure": "rank_one"},
@@ -96,8 +96,10 @@ def test_the_mean_of_several_comparisons_is_of_signs():
     """With vote="mean" and q > 1, g is the sign of a sum of vote times u."""
     tx, params = zoqo(num_queries=5), start()
     state = tx.init(params)
-    directions = [tx.probes(state, params, i)[0].draw(params["w"]) for i in range(5)]
-    updates, after = tx.update(None, state, params, compare_fn=judge)
+    draw = jax.jit(lambda params, i: tx.probes(state, params, i)[0].draw(params["w"]))
+    directions = [draw(params, i) for i in range(5)]
+    step = jax.jit(lambda params, state: tx.update(None, state, params, compare_fn=judge))
+    updates, after = step(params, state)
     g = np.sign(np.einsum("q,qij->ij", after.info.loss_differences, np.stack(directions)))
     codes = params["w"].codes.astype(int) - g.astype(int)
     grid = params["w"].grid
@@ -105,7 +107,11 @@ def test_the_mean_of_several_comparisons_is_of_signs():
     np.testing.assert_array_equal(moved, np.clip(codes, grid.low, grid.high))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_queries": 2, "num_comparisons": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"num_queries": 2, "num_comparisons": 3}],
+    ids=str,
+)
 def test_replay_rebuilds_a_run_of_comparisons(options):
     judged = noisy if "num_comparisons" in options else judge
     params, _, log = run(zoqo(**options), compare_fn=judged)

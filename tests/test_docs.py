@@ -33,7 +33,8 @@ GUIDES = [
 PROGRAM = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 DECIMAL = re.compile(r"\d+\.\d+")
 OF_EXTRA_ZOO = ("haiku", "keras")  # guides named like the package that they need
-SLOW_GUIDES = (*OF_EXTRA_ZOO, "equinox", "machines")  # like flax and nnx, 6 to 17 s each
+# Like nnx; what they read and write is tested by test_gguf.py; and 6 to 17 s each.
+SLOW_GUIDES = (*OF_EXTRA_ZOO, "equinox", "flax", "gguf", "machines")
 
 
 def is_defined(thing):

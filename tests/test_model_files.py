@@ -13,7 +13,11 @@ from zoqo_jax.interop import gguf
 
 FILES = Path(__file__).parent / "files"
 FOLDERS = sorted({path.parent for path in FILES.rglob("*.safetensors")})
-TRAINED = ("4-bits-gptq", "zero-points", "int4_asymmetric", "nvfp4", "mxfp4", "affine", "gguf")
+SOURCES = {**{str(path.relative_to(FILES)): path for path in FOLDERS}, "gguf": "gguf"}
+# Of each format one file, and of mlx none of its FP4: the other two formats' are trained.
+TRAINED = ("gptq/4-bits-gptq", "awq/zero-points", "compressed_tensors/int4_asymmetric",
+           "compressed_tensors/nvfp4", "mxfp4", "mlx/affine", "gguf")  # fmt: skip
+TRAINED_TOO = ("gptq/4-bits-gptq_v2", "compressed_tensors/mxfp4", "mlx/mxfp4", "mlx/nvfp4")
 
 
 def content(path):
@@ -23,7 +27,7 @@ def content(path):
     return {str(x.relative_to(path)): x.read_bytes() for x in path.rglob("*") if x.is_file()}
 
 
-@pytest.fixture(params=[*FOLDERS, "gguf"], ids=lambda path: Path(path).name)
+@pytest.fixture(params=SOURCES.values(), ids=SOURCES)
 def source(request, tmp_path):
     """A copy of a folder, or a GGUF file of a few types."""
     if request.param != "gguf":
@@ -50,9 +54,15 @@ def test_a_model_is_the_same_when_nothing_changed(source, tmp_path):
     assert content(target) == content(source)
 
 
-def test_a_model_trains_in_place(source, tmp_path, request):
-    if not any(f"[{name}" in request.node.name for name in TRAINED):
-        pytest.skip("another file of its format is trained")
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(SOURCES[name], id=name, marks=() if name in TRAINED else pytest.mark.slow)
+        for name in TRAINED + TRAINED_TOO
+    ],
+    indirect=True,
+)
+def test_a_model_trains_in_place(source, tmp_path):
     model = zq.load(source)
     quantized = [name for name, x in model.tensors.items() if zq.is_quantized(x)]
     params = {name: model.tensors[name] for name in quantized[:1]}

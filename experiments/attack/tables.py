@@ -21,10 +21,10 @@ from experiments.command import say
 if __name__ == "__main__":
     say("tables of attacks: loading JAX")  # which the imports below take seconds for
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
+from experiments import footprint
 from experiments.attack import attack, models, pages
 from experiments.attack.config import LABEL_METHODS, Config
 from experiments.attack.pages import Runs
@@ -192,7 +192,7 @@ def main(places: Places) -> None:
     with storing(folder):
         for row in chosen:
             if any([_attack(places, row, seed) for seed in range(row.seeds)]):
-                jax.clear_caches()  # or compiled programs pile up
+                footprint.forget_traces()  # or compiled programs pile up
                 pages.write(document, [load(folder, row) for row in ROWS])
         pages.write(document, [load(folder, row) for row in ROWS])
         for table in sorted({row.table for row in chosen}):

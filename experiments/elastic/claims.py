@@ -1,12 +1,12 @@
 """One head at a time for a log, as far as its file system can say so."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.elastic.log import Log
+from experiments.files import locked
 
 __all__ = ["claimed_log"]
 
@@ -27,14 +27,9 @@ def claimed_log(address: str) -> Iterator[None]:
     path = Path(log.path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = locked(Path(f"{path}.lock"), "log", f"writes {path}: wait for it, or stop it.")
     except OSError as error:
         raise ValueError(f"log: cannot write {path}: {error.strerror}.") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"log: another process writes {path}: wait for it, or stop it.") from None
     try:
         yield
     finally:

@@ -39,8 +39,7 @@ def programs(fn: Callable[..., Any], donate: Sequence[int] = ()) -> Callable[...
             once = jax.jit(lambda *args: fn(*args), donate_argnums=tuple(donate))
             compiled[kind] = once.lower(*args).compile()
             del once
-            jax.clear_caches()
-            footprint.give_back()
+            footprint.forget_traces()
         return compiled[kind](*args)
 
     return call

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from tqdm import tqdm
 
 from experiments import footprint, markdown
@@ -103,7 +102,7 @@ def check(
         content["seconds"] += time.perf_counter() - start
         store.write(versions=_versions())
         if number % _CELLS_SHARING_PROGRAMS == 0:
-            jax.clear_caches()
+            footprint.forget_traces()
     measured = [next(x for x in content["cells"] if x["cell"] == cell) for cell in cells]
     found = [{**one["cell"], **one["found"]} for one in measured]
     words = (

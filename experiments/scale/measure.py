@@ -19,36 +19,6 @@ from experiments.files import writable, write_json
 
 _LOAD = "experiments.scale.load"
 
-_PIECES = """
-import json, sys, time
-import numpy as np
-from experiments.elastic.config import Module
-from experiments.elastic.leases import Lease
-from experiments.elastic.log import Record
-from experiments.elastic.replica import Replica
-from experiments.elastic.task import of_module
-
-replica = Replica(of_module(Module(sys.argv[1], steps=100)), 10**9)
-pieces, _ = replica.shape("losses")
-lease = lambda i: Lease(replica.step, "losses", i, i + 1)
-
-def timed(what):
-    start = time.perf_counter()
-    found = what()
-    return time.perf_counter() - start, found
-
-losses = np.concatenate([replica.evaluate(lease(i))[0] for i in range(pieces)])
-each, follow = [], []
-for step in range(int(sys.argv[2])):
-    each += [timed(lambda: replica.evaluate(lease(i)))[0] for i in range(pieces)]
-    record = Record(step, replica.key, (0, pieces), (0, 1), losses)
-    follow.append(timed(lambda: (replica.follow([record]), replica.digest()))[0])
-digest = min(timed(replica.digest)[0] for _ in range(5))
-follow = max(float(np.median(follow[1:])) - digest, 0.0)
-print(json.dumps({"evaluate": float(np.median(each)), "spread": float(np.std(np.log(each))),
-                  "replay": follow, "pieces": pieces}))
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -90,7 +60,7 @@ def main(settings: Settings) -> None:
 def _pieces(module: str, steps: int, variables: dict[str, str]) -> dict[str, float]:
     import json
 
-    line = [sys.executable, "-c", _PIECES, module, str(steps)]
+    line = [sys.executable, "-m", "experiments.scale.pieces", module, str(steps)]
     done = subprocess.run(line, env=_environment(variables), check=True, capture_output=True)
     return json.loads(done.stdout.decode().splitlines()[-1])
 

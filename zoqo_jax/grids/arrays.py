@@ -369,11 +369,7 @@ class QuantizedArray(quax.ArrayValue):
         axis %= self.ndim
         if per_block.shape[axis] == 1:
             return per_block
-        shape = list(per_block.shape)
-        shape.insert(axis + 1, length)
-        longer = jnp.broadcast_to(jnp.expand_dims(per_block, axis + 1), shape)
-        shape[axis : axis + 2] = [shape[axis] * length]
-        return jax.lax.slice_in_dim(longer.reshape(shape), 0, self.shape[axis], axis=axis)
+        return _repeated(per_block, axis, length, self.shape[axis])
 
     def take_rows(self, fn: Callable[[Array], Array]) -> QuantizedArray:
         """The array of rearranged, picked or repeated rows, the last axis staying as it is.
@@ -438,6 +434,15 @@ class QuantizedArray(quax.ArrayValue):
         moved = [part.packed.astype(jnp.int16) + step.astype(jnp.int16) for part, step in pairs]
         parts = [jnp.clip(n, low, high) for n in moved]
         return dataclasses.replace(self, packed=packing.pack_parts(parts, self.bits))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _repeated(per_block: Array, axis: int, length: int, size: int) -> Array:
+    shape = list(per_block.shape)
+    shape.insert(axis + 1, length)
+    longer = jnp.broadcast_to(jnp.expand_dims(per_block, axis + 1), shape)
+    shape[axis : axis + 2] = [shape[axis] * length]
+    return jax.lax.slice_in_dim(longer.reshape(shape), 0, size, axis=axis)
 
 
 def _of_groups(per_group: Array, group: Array) -> Array:

@@ -63,6 +63,7 @@ def width(shape: tuple[int, ...], least: int, widths: Sequence[int] = WIDTHS) ->
     return next(fits, 8) if len(shape) > 1 else 8
 
 
+@functools.partial(jax.jit, static_argnames="bits", inline=True)
 def pack(codes: Integer[Array, "..."], bits: int) -> UInt8[Array, "..."]:
     """The bytes of codes of whatever integer dtype.
 
@@ -73,6 +74,7 @@ def pack(codes: Integer[Array, "..."], bits: int) -> UInt8[Array, "..."]:
     return pack_parts([cut(codes, i, parts(bits)) for i in range(parts(bits))], bits)
 
 
+@functools.partial(jax.jit, static_argnames="bits", inline=True)
 def pack_parts(codes: Sequence[Integer[Array, "..."]], bits: int) -> UInt8[Array, "..."]:
     """The bytes of codes that are given by part."""
     of_part = [part.astype(jnp.uint8) for part in codes]
@@ -89,6 +91,7 @@ def pack_parts(codes: Sequence[Integer[Array, "..."]], bits: int) -> UInt8[Array
     return jnp.concatenate(planes, axis=-1) if len(planes) > 1 else planes[0]
 
 
+@functools.partial(jax.jit, static_argnames="bits", inline=True)
 def unpack(packed: UInt8[Array, "..."], bits: int) -> UInt8[Array, "..."]:
     """The codes, one a byte.
 

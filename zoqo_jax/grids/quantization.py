@@ -328,8 +328,7 @@ class Quantizer:
         XLA may replace a division by a product with the reciprocal, or fuse a product with a sum.
         Neither is left to it here, so that uniform codes are the same compiled or not.
         """
-        centred = values if offset is None else values - offset
-        normalised = centred * (1 / jnp.where(scale > 0, scale, 1).astype(jnp.float32))
+        normalised = _normalised(values, scale, offset)
         grid, top = self.grid, 2**self.bits - 1
         if self._is_uniform:
             z, zero = normalised, -grid.levels[0]
@@ -338,8 +337,19 @@ class Quantizer:
         else:
             clipped = jnp.clip(normalised * self._bent[-1], -1.0, 1.0)
             z, zero = self.compander.forward(clipped) * (top / 2), 2.0 ** (self.bits - 1)
-        n = jnp.where(scale > 0, jnp.round(z) + zero, float(np.argmin(np.abs(grid.levels))))
-        return jnp.clip(n, grid.low, grid.high).astype(jnp.int32)
+        return _rounded(z, scale, zero, grid)
+
+
+@functools.partial(jax.jit, inline=True)
+def _normalised(values: Array, scale: Array, offset: Array | None) -> Array:
+    centred = values if offset is None else values - offset
+    return centred * (1 / jnp.where(scale > 0, scale, 1).astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnames=("zero", "grid"), inline=True)
+def _rounded(z: Array, scale: Array, zero: float, grid: Grid) -> Array:
+    n = jnp.where(scale > 0, jnp.round(z) + zero, float(np.argmin(np.abs(grid.levels))))
+    return jnp.clip(n, grid.low, grid.high).astype(jnp.int32)
 
 
 def _checked(values: Any) -> Float32[Array, "..."]:
@@ -500,9 +510,15 @@ def _is_value_dtype(dtype: Any) -> bool:
 
 def _is_finite(array: Array) -> bool:
     """Whether all of an array is finite, as far as can be told: a traced one counts as finite."""
-    return isinstance(array, Tracer) or bool(jnp.isfinite(array).all())
+    return isinstance(array, Tracer) or bool(_are_finite(array))
 
 
+@jax.jit
+def _are_finite(array: Array) -> Array:
+    return jnp.isfinite(array).all()
+
+
+@functools.partial(jax.jit, static_argnames="block", inline=True)
 def _in_blocks(values: Array, block: tuple[int, int] | None) -> Array:
     """Move a block's elements to a new last axis, padded with NaN; 1 long without blocks."""
     if block is None:
