@@ -28,7 +28,7 @@ _WIDER = {"Pendulum-v1": {"zoqo": 0.5, "open_es": 0.2, "spsa": 0.2}}  # radii th
 _GENERATIONS = {
     "CartPole-v1": 30,
     "Pendulum-v1": 400,
-    "Acrobot-v1": 30,
+    "Acrobot-v1": 60,
     "MountainCarContinuous-v0": 30,
     "Breakout-MinAtar": 100,
 }
