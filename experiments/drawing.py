@@ -23,14 +23,23 @@ _STYLES = (
 
 
 def style(number: int) -> dict[str, Any]:
-    """How the line of this number is drawn.
+    """How the line of this number is drawn; from the eighth on marks are hollow.
 
     Example:
-      >>> style(0)["marker"], style(1)["marker"]
-      ('o', 's')
+      >>> style(0)["marker"], style(1)["marker"], style(7)["marker"], style(7)["fillstyle"]
+      ('o', 's', 'o', 'none')
     """
-    color, line, marker = _STYLES[number % len(_STYLES)]
-    return {"color": color, "linestyle": line, "marker": marker, "markersize": 4.5, "lw": 1.4}
+    again, place = divmod(number, len(_STYLES))
+    color, _, marker = _STYLES[place]
+    line = _STYLES[(place + again) % len(_STYLES)][1]
+    return {
+        "color": color,
+        "linestyle": line,
+        "marker": marker,
+        "markersize": 4.5,
+        "fillstyle": "none" if again else "full",
+        "lw": 1.4,
+    }
 
 
 def label_ends(axis: Any, *, size: float = 8.0, lines: Sequence[Any] | None = None) -> None:

@@ -15,8 +15,8 @@ Method = Literal["zoqo", "caq_zo", "qes", "open_es", "spsa"]
 FLOATS = ("open_es", "spsa")  # methods that train floats
 Shaping = Literal["usual", "ranks", "returns", "comparisons", "sized"]
 
-# Rate and radius, chosen once for all environments and bits: see docs/policies.md. Of zoqo and of
-# the methods of floats in units of weights, of the other methods as shares of the number of codes.
+# Rate and radius, chosen once for all bits: see docs/policies.md. Of zoqo and of the methods of
+# floats in units of weights, of the other methods as shares of the number of codes.
 _USUAL = {
     "zoqo": (0.04, 0.25),
     "caq_zo": (0.02, 0.05),
@@ -24,10 +24,11 @@ _USUAL = {
     "open_es": (0.04, 0.1),
     "spsa": (0.04, 0.1),
 }
+_WIDER = {"Pendulum-v1": {"zoqo": 0.5, "open_es": 0.2, "spsa": 0.2}}  # radii that leave a plateau
 _GENERATIONS = {
     "CartPole-v1": 30,
-    "Pendulum-v1": 150,
-    "Acrobot-v1": 30,
+    "Pendulum-v1": 400,
+    "Acrobot-v1": 60,
     "MountainCarContinuous-v0": 30,
     "Breakout-MinAtar": 100,
 }
@@ -100,6 +101,7 @@ class Config:
     def used(self) -> "Config":
         """These settings with what is usual in place of 0."""
         rate, radius = _USUAL[self.method]
+        radius = _WIDER.get(self.environment, {}).get(self.method, radius)
         if self.shaped == "sized":
             rate = radius = 0.0  # nobody asks
         return dataclasses.replace(
