@@ -29,6 +29,7 @@ from experiments.store import Row, storing
 __all__ = ["Wanted", "rows"]
 
 _ROOT = Path(__file__).resolve().parents[2]
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 _FIRST = 75  # forward passes before the first look
 
 
@@ -115,6 +116,14 @@ def rows(wanted: Wanted) -> Iterator[Row]:
     constant = {**by_hand, "method": "adam", "decay": 1.0}
     yield row("Adam, float adapters, by back-propagation", **constant, **adapters)
     yield row("MeZO, float adapters", method="mezo", **adapters)
+    # Cores of all matrices, as they are so few numbers; adapters of q and v.
+    small = {**adapters, "core": 4, "targets": _MATRICES}
+    yield row("Adam, float cores of 4 x 4, by back-propagation", **constant, **small)
+    yield row("MeZO, float cores of 4 x 4", method="mezo", **small)
+    yield row("MeZO, float cores of 16 x 16", method="mezo", **{**small, "core": 16})
+    yield row("ZOQO, 8-bit cores of 4 x 4", bits=8, **small)
+    by_size = {"method": "caq_zo", "rounding": "error_feedback"}
+    yield row("CAQ-ZO, 8-bit cores of 4 x 4, error feedback", bits=8, **by_size, **small)
     yield row("ZOQO, 4-bit codes, sparse", **codes)
     yield row("CAQ-ZO, 4-bit codes, sparse", method="caq_zo", **codes)
     columns = {"structure": "columns", **codes}

@@ -34,7 +34,7 @@ def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
     folder = Path(config.output)
     trained = write_trained(folder, config, outcome.model, outcome.params)
     written = [trained]
-    if not config.moves_floats:
+    if not (config.moves_floats or config.guide_every):  # guides are of the data
         seed_log.save(folder / "replay.npz", config, outcome.model, outcome.log)
         written.append(folder / "replay.npz")
     _draw(outcome, folder / "curves.png")

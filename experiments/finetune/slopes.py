@@ -49,6 +49,8 @@ from zoqo_jax.transforms import floats
 
 __all__ = ["Heard", "Wanted", "figures"]
 
+_EACH = "ZOQO, 8-bit adapters"  # which directions of an example each are measured of, too
+_OF_EACH = f"{_EACH}, a direction for each example"
 _RADIUS = 2.0**-8  # of directions of floats, as a share of a leaf's root mean square
 
 
@@ -148,6 +150,7 @@ def main(wanted: Wanted) -> None:
     """Compare what is left, and write the table."""
     folder, document = Path(wanted.results), writable("document", Path(wanted.document))
     rows = list(curves.rows(curves.Wanted(layers=wanted.layers, sst2=wanted.sst2)))
+    names = [*(row.name for row in rows), _OF_EACH]
     with storing(folder):
         for name, path in zip(wanted.names, wanted.models, strict=True):
             words = "_".join(name.split())
@@ -165,9 +168,12 @@ def main(wanted: Wanted) -> None:
             point = _Point(path, wanted, left[0].config) if left else None
             for row in left:
                 say(f"{name}: {row.name}")
-                store.write(**{row.name: figures(point.heard(row.config))})
-                curves_page.write_slopes(document, folder, wanted.layers, [x.name for x in rows])
-        curves_page.write_slopes(document, folder, wanted.layers, [x.name for x in rows])
+                found = figures(point.heard(row.config))
+                store.write(**{row.name: found})
+                if row.name == _EACH:
+                    store.write(**{_OF_EACH: point.of_each(row.config, found)})
+                curves_page.write_slopes(document, folder, wanted.layers, names)
+        curves_page.write_slopes(document, folder, wanted.layers, names)
     print(f"table: {document}")
 
 
@@ -212,32 +218,18 @@ class _Point:
     def heard(self, config: Config) -> Heard:
         """What guesses of a row's kind are like."""
         kind = _Kind(self.model, config, self.batches[0])
-
-        @jax.jit
-        def true_gradient(gradient: list[jax.Array]) -> list[jax.Array]:
-            merged = lambda values: _matrices(_as_floats(kind.tree(values)))[0]  # noqa: E731
-            _, back = jax.vjp(merged, kind.values)
-            (of_values,) = back(gradient)
-            return [x * unit for x, unit in zip(of_values, kind.units, strict=True)]
-
-        gradient = true_gradient(self.gradient)
+        gradient = kind.gradient(self.gradient)
 
         @jax.jit
         def ends(count: jax.Array) -> Any:
             sides = [kind.displaced(count, side) for side in (1, -1)]
             half = [(a - b) / (2 * unit) for a, b, unit in zip(*sides, kind.units, strict=True)]
-            dot = lambda a, b: sum(jnp.vdot(x, y) for x, y in zip(a, b, strict=True))  # noqa: E731
-            return (
-                [_as_floats(kind.tree(side)) for side in sides],
-                half,
-                dot(half, gradient),
-                dot(half, half),
-            )
+            trees = [_as_floats(kind.tree(side)) for side in sides]
+            return trees, half, _dot(half, gradient), _dot(half, half)
 
         add = jax.jit(
             lambda total, half, by: [x + by * y for x, y in zip(total, half, strict=True)]
         )
-        square = lambda arrays: float(sum(jnp.vdot(x, x) for x in arrays))  # noqa: E731
         total = [jnp.zeros_like(x) for x in gradient]
         slopes, true, bends, lengths = [], [], [], []
         for count, batch in enumerate(tqdm(self.batches, desc="queries", unit="query")):
@@ -252,42 +244,102 @@ class _Point:
         slopes, true = np.array(slopes), np.array(true)
         along = float((slopes.mean(1) * true).sum())
         return Heard(
-            slopes, true, np.array(bends), np.array(lengths), square(gradient), along, square(total)
+            slopes,
+            true,
+            np.array(bends),
+            np.array(lengths),
+            float(_dot(gradient, gradient)),
+            along,
+            float(_dot(total, total)),
         )
+
+    def of_each(self, config: Config, shared: dict[str, float]) -> dict[str, float]:
+        """The figures of directions of an example each, one code long in all entries.
+
+        Args:
+          config: of adapters' codes.
+          shared: what was found of one direction for all examples of a batch.
+        """
+        kind = _Kind(self.model, config, self.batches[0])
+        gradient, params = kind.gradient(self.gradient), kind.params
+        batch_size = config.batch_size
+        each = zq.directions.with_options("per_example", examples=batch_size)
+        tx = zq.caq_zo(1.0, key=jax.random.key(config.seed), structure=each)
+        start, leaves = tx.init(params), kind.trained(params)
+
+        @jax.jit
+        def guess(count: jax.Array, batch: objective.Batch) -> list[jax.Array]:
+            probes = tx.probes(start._replace(count=count), params)
+            pair = zq.queries.losses(lambda tree: self._losses(tree, batch), params, probes)
+            said = (pair[0] - pair[1]) / 2
+            pairs = zip(probes, leaves, strict=True)
+            return [probe.contribute("product", said, leaf) for probe, leaf in pairs]
+
+        total = [jnp.zeros_like(x) for x in gradient]
+        for count, batch in enumerate(tqdm(self.batches, desc="queries", unit="query")):
+            total = jax.tree.map(jnp.add, total, guess(jnp.int32(count), batch))
+        lengths = _dot(total, total) * _dot(gradient, gradient)
+        measured = float(_dot(total, gradient) / lengths**0.5)
+        noise, count = shared["noise"], len(self.batches)
+        squared = (noise + 1) / batch_size * shared["dims"] / count
+        gain = shared["gain"] * (batch_size + noise) / (1 + noise)
+        return {
+            **shared,
+            "predicted": (1 / (1 + squared)) ** 0.5,
+            "measured": measured,
+            "gain": gain,
+        }
+
+
+def _dot(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    return sum(jnp.vdot(x, y) for x, y in zip(a, b, strict=True))
 
 
 class _Kind:
     """The directions of a way to train.
 
     Attributes:
+      params: the model's, ready to be trained.
       values: what trains, as floats.
       units: of each, the length of one in the coordinates in which directions are drawn.
     """
 
     def __init__(self, model: Any, config: Config, batch: objective.Batch) -> None:
-        self._params, self._floats = adapt(model, config), config.moves_floats
-        self._parts = Parts.of(self._params, config)
+        self.params, self._floats = adapt(model, config), config.moves_floats
+        self._parts = Parts.of(self.params, config)
         if self._floats:
-            self.values, self._rest = self._parts.split(self._params)
+            self.values, self._rest = self._parts.split(self.params)
             typical = floats.scales(floats.scales_at_start(self.values), self.values)
             self.units = [_RADIUS * x for x in typical]
             self._key = jax.random.key(config.seed)
             return
         tx = transformation(config)
-        self._steps, self._state = tx.probes.__self__, tx.init(self._params)
+        self._steps, self._state = tx.probes.__self__, tx.init(self.params)
         if config.guide_every:
             loss = objective.loss_fn(model.decoder)
-            seen = zq.observe(lambda params: loss(params, batch), self._params)
-            names = trained_leaves(self._params)
+            seen = zq.observe(lambda params: loss(params, batch), self.params)
+            names = trained_leaves(self.params)
             guides = tuple(seen[name].guide for name in names)
             self._steps = dataclasses.replace(self._steps, guides=guides)
-        leaves = self._trained(self._params)
+        leaves = self.trained(self.params)
         self.values = [zq.dequantize(leaf) for leaf in leaves]
         self.units = [leaf.broadcast_scales(leaf.step) for leaf in leaves]
 
     @staticmethod
-    def _trained(tree: Any) -> list[Any]:
+    def trained(tree: Any) -> list[Any]:
+        """The leaves of codes that train."""
         return [x for x in jax.tree.leaves(tree, is_leaf=zq.is_quantized) if is_trained(x)]
+
+    def gradient(self, gradient: list[jax.Array]) -> list[jax.Array]:
+        """That of the loss with respect to what trains, by that with respect to the matrices."""
+
+        @jax.jit
+        def of(gradient: list[jax.Array]) -> list[jax.Array]:
+            merged = lambda values: _matrices(_as_floats(self.tree(values)))[0]  # noqa: E731
+            (of_values,) = jax.vjp(merged, self.values)[1](gradient)
+            return [x * unit for x, unit in zip(of_values, self.units, strict=True)]
+
+        return of(gradient)
 
     def displaced(self, count: jax.Array, side: int) -> list[jax.Array]:
         """What trains at one end of a query."""
@@ -296,9 +348,9 @@ class _Kind:
             draws = [directions.draw(count, i, x) for i, x in enumerate(self.values)]
             trios = zip(self.values, draws, self.units, strict=True)
             return [x + side * unit * draw for x, draw, unit in trios]
-        probes = self._steps.probes(self._state._replace(count=count), self._params)
-        end = zq.queries.endpoints(self._params, probes, side)
-        return [zq.dequantize(leaf) for leaf in self._trained(end)]
+        probes = self._steps.probes(self._state._replace(count=count), self.params)
+        end = zq.queries.endpoints(self.params, probes, side)
+        return [zq.dequantize(leaf) for leaf in self.trained(end)]
 
     def tree(self, values: list[jax.Array]) -> Any:
         """The parameters with these in place of what trains."""
@@ -306,7 +358,7 @@ class _Kind:
             return self._parts.join(values, self._rest)
         left = iter(values)
         put = lambda leaf: next(left) if is_trained(leaf) else leaf  # noqa: E731
-        return jax.tree.map(put, self._params, is_leaf=zq.is_quantized)
+        return jax.tree.map(put, self.params, is_leaf=zq.is_quantized)
 
 
 def _as_floats(params: Any) -> Any:

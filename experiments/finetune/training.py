@@ -181,13 +181,15 @@ class _Run:
                 del trained
                 trained = checkpoints.best(now, self.shapes)
         params = self.parts.join(trained, self.rest)
+        # A run that may be made longer may come to a better step.
+        after = f"after_{now.best_step}" if self.config.looks else "after"
         return Outcome(
             model=self.model,
             params=params,
             best_step=now.best_step,
             log=now.log[: now.best_step],
             before=before,
-            after=self.folder.once(f"after_{now.best_step}", lambda: self.test(params)),
+            after=self.folder.once(after, lambda: self.test(params)),
             dev_before=self.dev_before,
             examples=self.counts,
             history=now.history,
