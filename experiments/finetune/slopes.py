@@ -149,7 +149,11 @@ def figures(heard: Heard) -> dict[str, float]:
 def main(wanted: Wanted) -> None:
     """Compare what is left, and write the table."""
     folder, document = Path(wanted.results), writable("document", Path(wanted.document))
-    rows = list(curves.rows(curves.Wanted(layers=wanted.layers, sst2=wanted.sst2)))
+    rows = [
+        row
+        for row in curves.rows(curves.Wanted(layers=wanted.layers, sst2=wanted.sst2))
+        if row.config.method in ("zoqo", "mezo")  # the others look where these do, or nowhere
+    ]
     names = [*(row.name for row in rows), _OF_EACH]
     with storing(folder):
         for name, path in zip(wanted.names, wanted.models, strict=True):
@@ -159,11 +163,7 @@ def main(wanted: Wanted) -> None:
                 {"layers": wanted.layers, "queries": wanted.queries, "examples": wanted.examples},
             )
             left = [
-                row
-                for row in rows
-                if row.config.method not in ("adam", "qzo")
-                and wanted.only in row.name
-                and row.name not in store.content
+                row for row in rows if wanted.only in row.name and row.name not in store.content
             ]
             point = _Point(path, wanted, left[0].config) if left else None
             for row in left:
