@@ -136,14 +136,15 @@ def figures(heard: Heard) -> dict[str, float]:
     squared = (noise / batch + 1) * dims / count
     # Slopes of a batch deviate as those of single examples would, if examples are independent.
     pairs = true / (2 * (1 + noise / batch) * 2 * np.mean(heard.bends))
-    return {
+    found = {
         "dims": dims,
         "noise": noise,
         "predicted": (1 / (1 + squared)) ** 0.5,
         "measured": heard.along / (heard.total * heard.gradient) ** 0.5,
-        "right": float(np.mean(heard.slopes.mean(1) * heard.true > 0)),
+        "right": np.mean(heard.slopes.mean(1) * heard.true > 0),
         "gain": 500 * pairs,
     }
+    return {name: float(x) for name, x in found.items()}
 
 
 def main(wanted: Wanted) -> None:
