@@ -222,10 +222,10 @@ class _Point:
         gradient = kind.gradient(self.gradient)
 
         @jax.jit
-        def ends(count: jax.Array) -> Any:
-            sides = [kind.displaced(count, side) for side in (1, -1)]
-            half = [(a - b) / (2 * unit) for a, b, unit in zip(*sides, kind.units, strict=True)]
-            trees = [_as_floats(kind.tree(side)) for side in sides]
+        def ends(held: _Held, gradient: list[jax.Array], count: jax.Array) -> Any:
+            sides = [kind.displaced(held, count, side) for side in (1, -1)]
+            half = [(a - b) / (2 * unit) for a, b, unit in zip(*sides, held.units, strict=True)]
+            trees = [_as_floats(kind.tree(held, side)) for side in sides]
             return trees, half, _dot(half, gradient), _dot(half, half)
 
         add = jax.jit(
@@ -234,7 +234,7 @@ class _Point:
         total = [jnp.zeros_like(x) for x in gradient]
         slopes, true, bends, lengths = [], [], [], []
         for count, batch in enumerate(tqdm(self.batches, desc="queries", unit="query")):
-            sides, half, along, length = ends(jnp.int32(count))
+            sides, half, along, length = ends(kind.held, gradient, jnp.int32(count))
             up, down = (np.asarray(self.read(side, batch)) for side in sides)
             del sides
             slopes.append((up - down) / 2)
@@ -262,23 +262,23 @@ class _Point:
           shared: what was found of one direction for all examples of a batch.
         """
         kind = _Kind(self.model, config, self.batches[0])
-        gradient, params = kind.gradient(self.gradient), kind.params
+        gradient, params = kind.gradient(self.gradient), kind.held.params
         batch_size = config.batch_size
         each = zq.directions.with_options("per_example", examples=batch_size)
         tx = zq.caq_zo(1.0, key=jax.random.key(config.seed), structure=each)
-        start, leaves = tx.init(params), kind.trained(params)
+        start = tx.init(params)
 
         @jax.jit
-        def guess(count: jax.Array, batch: objective.Batch) -> list[jax.Array]:
+        def guess(params: Any, count: jax.Array, batch: objective.Batch) -> list[jax.Array]:
             probes = tx.probes(start._replace(count=count), params)
             pair = zq.queries.losses(lambda tree: self._losses(tree, batch), params, probes)
             said = (pair[0] - pair[1]) / 2
-            pairs = zip(probes, leaves, strict=True)
+            pairs = zip(probes, kind.trained(params), strict=True)
             return [probe.contribute("product", said, leaf) for probe, leaf in pairs]
 
         total = [jnp.zeros_like(x) for x in gradient]
         for count, batch in enumerate(tqdm(self.batches, desc="queries", unit="query")):
-            total = jax.tree.map(jnp.add, total, guess(jnp.int32(count), batch))
+            total = jax.tree.map(jnp.add, total, guess(params, jnp.int32(count), batch))
         lengths = _dot(total, total) * _dot(gradient, gradient)
         measured = float(_dot(total, gradient) / lengths**0.5)
         noise, count = shared["noise"], len(self.batches)
@@ -296,35 +296,44 @@ def _dot(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
     return sum(jnp.vdot(x, y) for x, y in zip(a, b, strict=True))
 
 
-class _Kind:
-    """The directions of a way to train.
+class _Held(NamedTuple):
+    """What programs of a kind are given: closed over, XLA would compute with it as it compiles.
 
     Attributes:
       params: the model's, ready to be trained.
       values: what trains, as floats.
       units: of each, the length of one in the coordinates in which directions are drawn.
+      guides: of directions in columns.
     """
 
+    params: Any
+    values: list[jax.Array]
+    units: list[jax.Array]
+    guides: tuple[Any, ...] = ()
+
+
+class _Kind:
+    """The directions of a way to train."""
+
     def __init__(self, model: Any, config: Config, batch: objective.Batch) -> None:
-        self.params, self._floats = adapt(model, config), config.moves_floats
-        self._parts = Parts.of(self.params, config)
+        params, self._floats = adapt(model, config), config.moves_floats
+        self._parts = Parts.of(params, config)
+        self._key = jax.random.key(config.seed)
         if self._floats:
-            self.values, self._rest = self._parts.split(self.params)
-            typical = floats.scales(floats.scales_at_start(self.values), self.values)
-            self.units = [_RADIUS * x for x in typical]
-            self._key = jax.random.key(config.seed)
+            values, _ = self._parts.split(params)
+            typical = floats.scales(floats.scales_at_start(values), values)
+            self.held = _Held(params, values, [_RADIUS * x for x in typical])
             return
         tx = transformation(config)
-        self._steps, self._state = tx.probes.__self__, tx.init(self.params)
+        self._steps, self._state = tx.probes.__self__, tx.init(params)
+        guides = ()
         if config.guide_every:
             loss = objective.loss_fn(model.decoder)
-            seen = zq.observe(lambda params: loss(params, batch), self.params)
-            names = trained_leaves(self.params)
-            guides = tuple(seen[name].guide for name in names)
-            self._steps = dataclasses.replace(self._steps, guides=guides)
-        leaves = self.trained(self.params)
-        self.values = [zq.dequantize(leaf) for leaf in leaves]
-        self.units = [leaf.broadcast_scales(leaf.step) for leaf in leaves]
+            seen = zq.observe(lambda params: loss(params, batch), params)
+            guides = tuple(seen[name].guide for name in trained_leaves(params))
+        leaves = self.trained(params)
+        units = [leaf.broadcast_scales(leaf.step) for leaf in leaves]
+        self.held = _Held(params, [zq.dequantize(leaf) for leaf in leaves], units, guides)
 
     @staticmethod
     def trained(tree: Any) -> list[Any]:
@@ -335,31 +344,32 @@ class _Kind:
         """That of the loss with respect to what trains, by that with respect to the matrices."""
 
         @jax.jit
-        def of(gradient: list[jax.Array]) -> list[jax.Array]:
-            merged = lambda values: _matrices(_as_floats(self.tree(values)))[0]  # noqa: E731
-            (of_values,) = jax.vjp(merged, self.values)[1](gradient)
-            return [x * unit for x, unit in zip(of_values, self.units, strict=True)]
+        def of(held: _Held, gradient: list[jax.Array]) -> list[jax.Array]:
+            merged = lambda some: _matrices(_as_floats(self.tree(held, some)))[0]  # noqa: E731
+            (of_values,) = jax.vjp(merged, held.values)[1](gradient)
+            return [x * unit for x, unit in zip(of_values, held.units, strict=True)]
 
-        return of(gradient)
+        return of(self.held, gradient)
 
-    def displaced(self, count: jax.Array, side: int) -> list[jax.Array]:
+    def displaced(self, held: _Held, count: jax.Array, side: int) -> list[jax.Array]:
         """What trains at one end of a query."""
         if self._floats:
             directions = floats.Directions(self._key, 1, "rademacher")
-            draws = [directions.draw(count, i, x) for i, x in enumerate(self.values)]
-            trios = zip(self.values, draws, self.units, strict=True)
+            draws = [directions.draw(count, i, x) for i, x in enumerate(held.values)]
+            trios = zip(held.values, draws, held.units, strict=True)
             return [x + side * unit * draw for x, draw, unit in trios]
-        probes = self._steps.probes(self._state._replace(count=count), self.params)
-        end = zq.queries.endpoints(self.params, probes, side)
+        steps = dataclasses.replace(self._steps, guides=held.guides)
+        probes = steps.probes(self._state._replace(count=count), held.params)
+        end = zq.queries.endpoints(held.params, probes, side)
         return [zq.dequantize(leaf) for leaf in self.trained(end)]
 
-    def tree(self, values: list[jax.Array]) -> Any:
+    def tree(self, held: _Held, values: list[jax.Array]) -> Any:
         """The parameters with these in place of what trains."""
         if self._floats:
-            return self._parts.join(values, self._rest)
+            return self._parts.join(values, self._parts.split(held.params)[1])
         left = iter(values)
         put = lambda leaf: next(left) if is_trained(leaf) else leaf  # noqa: E731
-        return jax.tree.map(put, self.params, is_leaf=zq.is_quantized)
+        return jax.tree.map(put, held.params, is_leaf=zq.is_quantized)
 
 
 def _as_floats(params: Any) -> Any:
