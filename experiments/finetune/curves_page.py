@@ -102,6 +102,8 @@ def _draw(found: list[Found], path: Path) -> None:
     """Accuracy and loss against forward passes, means over seeds."""
     from matplotlib.figure import Figure
 
+    longest = max(len(one["history"]) for _, outcomes in found for one in outcomes)
+    marks = [75 * 4**k for k in range((longest + 1) // 2)]
     fig = Figure(figsize=(6.4 * len(_PANELS), 4.8), layout="constrained")
     for axis, (name, label) in zip(fig.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         times = 100 if name == "dev_accuracy" else 1
@@ -114,6 +116,8 @@ def _draw(found: list[Found], path: Path) -> None:
         start = times * found[0][1][0]["dev_before"][name.removeprefix("dev_")]
         axis.axhline(start, color="0.6", lw=0.8)
         axis.set_xscale("log")
+        axis.set_xticks(marks, [f"{mark:,}" for mark in marks])
+        axis.minorticks_off()
         axis.set_xlabel("forward passes of a batch (the line: before training)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)

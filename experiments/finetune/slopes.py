@@ -51,7 +51,9 @@ __all__ = ["Heard", "Wanted", "figures"]
 
 _EACH = "ZOQO, 8-bit adapters"  # which directions of an example each are measured of, too
 _OF_EACH = f"{_EACH}, a direction for each example"
-_RADIUS = 2.0**-8  # of directions of floats, as a share of a leaf's root mean square
+# Of directions of floats, as a share of a leaf's root mean square, or by itself where all are zero.
+# With 2^-8 of the mean square the curvature of adapters drowned in what float32 rounds off.
+_RADIUS, _RADIUS_OF_ZEROS = 2.0**-3, 2.0**-7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,8 +323,10 @@ class _Kind:
         self._key = jax.random.key(config.seed)
         if self._floats:
             values, _ = self._parts.split(params)
-            typical = floats.scales(floats.scales_at_start(values), values)
-            self.held = _Held(params, values, [_RADIUS * x for x in typical])
+            at_start = floats.scales_at_start(values)
+            radius = _RADIUS if at_start.any() else _RADIUS_OF_ZEROS
+            units = [radius * x for x in floats.scales(at_start, values)]
+            self.held = _Held(params, values, units)
             return
         tx = transformation(config)
         self._steps, self._state = tx.probes.__self__, tx.init(params)
