@@ -2,7 +2,7 @@
 
 A step of a zeroth-order method is a guess at the gradient. At a model as it is, and at models that
 runs left behind, this compares the guesses of each row of `curves.py` with the true gradient, by
-back-propagation over a thousand training sentences, and says what that makes of a forward pass.
+back-propagation over N training sentences, and says what that makes of a forward pass.
 
 A query looks along u and hears the slope b = u g_B of a batch of B examples. With g the gradient of
 all, in the coordinates in which u is drawn,
@@ -16,7 +16,8 @@ all, in the coordinates in which u is drawn,
   average, H the Hessian: `gain`, for 1,000 forward passes. In it dims do not occur: directions are
   good that are steep for how much they are curved, and steep in all examples.
 
-Only `gain` says which way is the best, as it does not depend on coordinates.
+Only `gain` says which way is the best, as it does not depend on coordinates. The true gradient is
+of N sentences, and noisy itself: |g|^2 is too large by the share noise / N, so `noise` is too small.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ _EACH = "ZOQO, 8-bit adapters"  # which directions of an example each are measur
 _OF_EACH = f"{_EACH}, a direction for each example"
 # Of directions of floats, as a share of a leaf's root mean square, or by itself where all are zero.
 # With 2^-8 of the mean square the curvature of adapters drowned in what float32 rounds off.
-_RADIUS, _RADIUS_OF_ZEROS = 2.0**-3, 2.0**-7
+_RADIUS, _RADIUS_OF_ZEROS = 2.0**-3, 2.0**-8
 
 
 @dataclasses.dataclass(frozen=True)
