@@ -17,7 +17,8 @@ all, in the coordinates in which u is drawn,
   good that are steep for how much they are curved, and steep in all examples.
 
 Only `gain` says which way is the best, as it does not depend on coordinates. The true gradient is
-of N sentences, and noisy itself: |g|^2 is too large by the share noise / N, so `noise` is too small.
+of N sentences, and noisy itself: |g|^2 is too large by the share noise / N, and where `noise` comes
+to about N, the gradient is not known at all.
 """
 
 import dataclasses
