@@ -64,7 +64,7 @@ def _slopes(name: str, found: dict[str, float]) -> list[str]:
         f"{found['predicted']:.4f}",
         f"{found['measured']:.4f}",
         f"{100 * found['right']:.0f}",
-        f"{found['gain']:.3f}",
+        f"{found['gain']:.3f}" if found["gain"] > 0 else "no bound",  # curved downwards
     ]
 
 
