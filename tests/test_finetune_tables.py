@@ -30,7 +30,7 @@ def keep(places, row, seed, **figures):
         "before": {"accuracy": 0.5, "loss": 1.0}, "after": {"accuracy": 0.75, "loss": 0.5},
         "forward_passes": 30, "seconds": 120.0, "resident_mib": 500.0, "history": looks,
     }  # fmt: skip
-    tables._store(Path(places.results), row, seed).write(**{**outcome, **figures})
+    tables.store(Path(places.results), row, seed).write(**{**outcome, **figures})
 
 
 def test_tables_say_what_runs_came_to(places, monkeypatch):
@@ -77,7 +77,7 @@ def test_a_row_runs_in_a_process_of_its_own_once(places, tmp_path, monkeypatch):
     assert min(outcome["resident_mib"] for outcome in outcomes) > 100
     assert outcomes[0]["before"] == outcomes[1]["before"]  # read once
     assert "| codes" in Path(places.document).read_text()
-    monkeypatch.setattr(tables, "_run", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(tables, "run", lambda *_: pytest.fail("ran again"))
     tables.main(places)
 
     broken = Row("sst2", "broken", dataclasses.replace(config, model=str(tmp_path / "none.gguf")))

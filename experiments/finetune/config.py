@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from experiments import settings
 
-__all__ = ["PLACES", "Config", "Method", "Normalise", "Query", "Rounding", "Train"]
+__all__ = ["LENGTH", "PLACES", "Config", "Method", "Normalise", "Query", "Rounding", "Train"]
 
 # Those of `zq.caq_zo` and of `data.encode`, which a test compares: importing them takes seconds,
 # and --help none.
@@ -16,7 +16,8 @@ Normalise = Literal["none", "tokens", "letters"]
 Method = Literal["zoqo", "caq_zo", "quzo", "qes", "qzo", "mezo", "zo_signsgd", "adam"]
 Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
-_SIZED = ("zoqo", "caq_zo", "quzo", "qes")
+_SIZED = ("zoqo", "caq_zo", "quzo", "qes", "mezo")
+LENGTH = ("steps", "looks")  # settings of how long a run is, and how often it is looked at
 PLACES = ("model", "data", "dev", "test", "output", "cache")  # settings of where things lie
 _NAMES = {
     "zoqo": "ZOQO", "caq_zo": "CAQ-ZO", "quzo": "QuZO", "qes": "QES", "qzo": "QZO", "mezo": "MeZO",
@@ -38,7 +39,8 @@ class Config:
         dev and test.
       dev: a file (or another `data`, whose dev examples are taken) of dev examples of its own;
         empty: they are among those of `data`.
-      test: the same for test examples.
+      test: the same for test examples; "dev" for those of dev once more, where no others are
+        wanted.
       normalise: what the log-probability of a choice of several tokens is divided by before choices
         are compared: "none", its "tokens", or its "letters".
       output: folder of all that the run writes; a run that was interrupted goes on there.
@@ -49,16 +51,20 @@ class Config:
       steps: of the optimizer; with 0 the test examples are read, and nothing is trained.
       batch_size: examples a step.
       max_tokens: longer training examples are left out; at most the model's context.
-      sized: whether steps size themselves, of zoqo, caq_zo, quzo and qes: learning_rate, radius,
-        density, decay and structure are not used then.
+      sized: whether steps size themselves, of zoqo, caq_zo, quzo, qes and mezo (whose gradients
+        are steps then, with no rate): learning_rate, radius and decay are not used, and structure
+        and density only of directions in columns.
       learning_rate: eta; value units (zoqo, zo_signsgd, mezo, adam), code units (caq_zo, quzo,
         qes; all layers in place bear about 0.05 / density) or scale units (qzo); 0: the method's
         default.
       radius: mu, in the same units, or 0; of caq_zo's off-grid queries a fraction of the range.
       decay: what is left of the learning rate, or of the density of sparse directions, at the end;
         it falls geometrically.
-      structure: of directions in codes, "dense", "rank_one" or "sparse"; "auto" is sparse for codes
-        in place and for zoqo's adapters of at most 4 bits unless dithered, and dense for others.
+      structure: of directions in codes, "dense", "rank_one" or "sparse"; or "columns", in a few
+        inputs of each matrix, with `sized`; "auto" is sparse for codes in place and for zoqo's
+        adapters of at most 4 bits unless dithered, and dense for others.
+      guide_every: steps between looks at what multiplies each matrix (`zq.observe`), which choose
+        the inputs of directions in columns and their signs; 0: they are chosen at random.
       query: caq_zo's, "aligned" or "off_grid".
       rounding: caq_zo's, "stochastic", "nearest", "threshold", "error_feedback" or "significant".
       noise: law of zoqo's directions.
@@ -73,6 +79,8 @@ class Config:
       grid: of an adapter's codes, "uniform" or "nf4" (4 bits).
       range: what an adapter's codes reach, value units.
       rank: of adapters.
+      core: adapters of so many numbers squared, between frozen principal directions of each matrix
+        (see `zq.lora`), in place of those of a rank; 0: of a rank.
       alpha: adapters are multiplied by alpha / rank.
       targets: names of the matrices that train, of q, k, v, o, gate, up, down; empty: all of them
         for codes, q and v for adapters.
@@ -80,6 +88,8 @@ class Config:
         computed once and kept on disk, so that a step costs as little as these layers.
       cache: folder for that, which runs may share; empty: in `output`.
       eval_every: steps between looks at the dev examples.
+      looks: how many forward passes are made before each of them, in place of `eval_every`; after
+        the last one the run ends.
       dev_examples: how many of them; 0: all.
       test_examples: how many test examples are read before and after; 0: all.
       patience: stop after so many looks without a better one; 0: never.
@@ -109,7 +119,8 @@ class Config:
     learning_rate: float = 0.0
     radius: float = 0.0
     decay: float = 0.125
-    structure: Literal["auto", "dense", "rank_one", "sparse"] = "auto"
+    structure: Literal["auto", "dense", "rank_one", "sparse", "columns"] = "auto"
+    guide_every: int = 0
     query: Query = "aligned"
     rounding: Rounding = "stochastic"
     noise: str = "rademacher"
@@ -122,11 +133,13 @@ class Config:
     grid: Literal["uniform", "nf4"] = "uniform"
     range: float = 0.3
     rank: int = 8
+    core: int = 0
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
     layers: int = 0
     cache: str = ""
     eval_every: int = 25
+    looks: tuple[int, ...] = ()
     dev_examples: int = 256
     test_examples: int = 512
     patience: int = 0
@@ -140,8 +153,9 @@ class Config:
                 raise ValueError(f"{name} must not be empty.")
         least = {
             "steps": 0, "batch_size": 1, "max_tokens": 1, "num_queries": 1, "query_batch": 1,
-            "parts": 1, "rank": 1, "layers": 0, "eval_every": 1, "dev_examples": 0,
-            "test_examples": 0, "patience": 0, "checkpoint_every": 1, "seed": 0,
+            "parts": 1, "rank": 1, "core": 0, "layers": 0, "eval_every": 1, "looks": 1,
+            "dev_examples": 0, "test_examples": 0, "patience": 0, "checkpoint_every": 1, "seed": 0,
+            "guide_every": 0,
         }  # fmt: skip
         rates = ("learning_rate", "radius")
         positive = ("decay", "range", "alpha")
@@ -158,6 +172,15 @@ class Config:
             raise ValueError(f"method={self.method!r} needs train={moved!r}, got {self.train!r}.")
         if self.sized and self.method not in _SIZED:
             raise ValueError(f"sized is for methods of {_SIZED}, got method={self.method!r}.")
+        if self.structure == "columns" and not self.sized:
+            raise ValueError("structure='columns' needs sized=True.")
+        if self.guide_every and (self.structure != "columns" or self.groups * self.parts > 1):
+            raise ValueError(
+                "guide_every needs structure='columns', and queries that are evaluated at once "
+                f"(query_batch), got structure={self.structure!r}."
+            )
+        if self.core and self.train != "lora":
+            raise ValueError(f"core={self.core} needs train='lora', got {self.train!r}.")
         if self.grid == "nf4" and self.bits != 4:
             raise ValueError(f"bits must be 4 with grid='nf4', got {self.bits}.")
         bad = [name for name in self.targets if name not in _MATRICES]
@@ -175,6 +198,7 @@ class Config:
         found = dataclasses.asdict(self) | {"targets": self.matrices}
         adapters, floats = self.train == "lora", self.moves_floats
         moves_codes = not floats and self.train != "scales"
+        in_columns = self.structure == "columns"
         rate, radius = self._defaults()
         found |= {"learning_rate": self.learning_rate or rate, "radius": self.radius or radius}
         found["density"] = self.probed
@@ -185,8 +209,9 @@ class Config:
             "learning_rate": self.sized,
             "decay": self.sized,
             "radius": radius is None or self.sized,
-            "density": not self.is_sparse or self.sized,
-            "structure": not moves_codes or self.sized,
+            "density": not (self.is_sparse or in_columns) or (self.sized and not in_columns),
+            "structure": not moves_codes or (self.sized and not in_columns),
+            "guide_every": not in_columns,
             "query": self.method != "caq_zo",
             "rounding": self.method != "caq_zo",
             "noise": self.method != "zoqo" or self.sized,
@@ -195,7 +220,10 @@ class Config:
             "query_batch": self.method == "adam",
             "parts": self.parts == 1,
             **dict.fromkeys(("bits", "grid", "range"), not adapters or floats),
-            **dict.fromkeys(("rank", "alpha"), not adapters),
+            **dict.fromkeys(("rank", "alpha"), not adapters or bool(self.core)),
+            "core": not self.core,
+            "looks": not self.looks,
+            "eval_every": bool(self.looks),
             **dict.fromkeys(("output", "cache"), True),
             "dev": not self.dev,
             "test": not self.test,
@@ -243,6 +271,11 @@ class Config:
             return self.structure == "sparse"
         few = self.method == "zoqo" and self.bits <= 4 and self.step_rule == "floor"
         return self.train == "codes" or few
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether no step depends on how many there will be, so that a run may be made longer."""
+        return self.sized or self.decay == 1.0
 
     @property
     def groups(self) -> int:

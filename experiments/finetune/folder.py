@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from experiments.cluster import here
 from experiments.command import whole
 from experiments.files import claimed, plain, read_json, writable, write_json
-from experiments.finetune.config import PLACES, Config
+from experiments.finetune.config import LENGTH, PLACES, Config
 from experiments.finetune.objective import Scores
 from experiments.leaves import as_arrays, like
 from experiments.store import changed, defaults
@@ -90,7 +90,7 @@ class Folder:
     def __init__(self, config: Config) -> None:
         self.path, self._steps = Path(config.output), config.steps
         self._settings, self._usual = plain(dataclasses.asdict(config)), defaults(config)
-        self._cache, self._exits = config.cache, ExitStack()
+        self._cache, self._exits, self._goes_on = config.cache, ExitStack(), config.goes_on
         self.scratch = self.path  # for what may be made again
 
     @property
@@ -136,7 +136,8 @@ class Folder:
                 f"output: {self.path} holds other things, such as 'config.json': name a new or an "
                 "empty folder."
             )
-        here = {**other, "output": self._settings["output"]}  # a folder may be moved
+        free = ("output", *(LENGTH if self._goes_on else ()))  # a folder may be moved
+        here = {**other, **{name: self._settings[name] for name in free}}
         if other and (words := changed(here, self._settings, self._usual)):
             raise ValueError(
                 f"output: {self.path} holds a run with {words}: name another folder, or delete "
@@ -218,12 +219,16 @@ class _Checkpoints:
         return self._read(now.best_step, now._replace(trained=blank)).trained
 
     def _read(self, step: int, like: Progress) -> Progress:
+        known = np.zeros((step, *like.log.shape[1:]), np.float32)
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                arrays=ocp.args.StandardRestore(like.arrays()), facts=ocp.args.JsonRestore()
+                arrays=ocp.args.StandardRestore({**like.arrays(), "log": known}),
+                facts=ocp.args.JsonRestore(),
             ),
         )
+        unknown = np.zeros_like(like.log[step:])
+        found["arrays"]["log"] = np.concatenate([found["arrays"]["log"], unknown])
         return like.of(found["arrays"], found["facts"])
 
     def write(self, now: Progress) -> None:
@@ -236,7 +241,8 @@ class _Checkpoints:
             self._manager.save(
                 now.step,
                 args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(now.arrays()), facts=ocp.args.JsonSave(now.facts)
+                    arrays=ocp.args.StandardSave({**now.arrays(), "log": now.log[: now.step]}),
+                    facts=ocp.args.JsonSave(now.facts),
                 ),
             )
             for step in set(self._manager.all_steps()) - {now.step, now.best_step}:

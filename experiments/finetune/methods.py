@@ -12,6 +12,9 @@ from experiments.finetune.config import Config
 __all__ = ["transformation"]
 
 
+_INPUTS = 2.0**-6  # share of a matrix's inputs that a direction in columns has
+
+
 def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run."""
     key = jax.random.key(config.seed)
@@ -22,7 +25,15 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
     used, sparse = config.used, config.is_sparse
     queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
     if config.sized:
+        if config.method == "mezo":
+            return optax.chain(zq.spsa(**queries))
         asked = {"rounding": config.rounding} if config.method == "caq_zo" else {}
+        if config.structure == "columns":
+            # A share of the entries of few inputs, so that guides have a choice to make.
+            outputs = min(1.0, config.probed / _INPUTS)
+            few = {"inputs": "columns", "outputs": outputs}
+            asked["structure"] = zq.directions.with_options("columns", **few)
+            asked["density"] = max(_INPUTS, config.probed)
         return getattr(zq, config.method)(**asked, **queries)
     # Of sparse directions the density falls.
     rate = used["learning_rate"] if sparse else falling(used["learning_rate"])

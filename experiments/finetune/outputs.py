@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import zoqo_jax as zq
@@ -33,7 +34,7 @@ def write(config: Config, outcome: Outcome, seconds: float) -> list[Path]:
     folder = Path(config.output)
     trained = write_trained(folder, config, outcome.model, outcome.params)
     written = [trained]
-    if not config.moves_floats:
+    if not (config.moves_floats or config.guide_every):  # guides are of the data
         seed_log.save(folder / "replay.npz", config, outcome.model, outcome.log)
         written.append(folder / "replay.npz")
     _draw(outcome, folder / "curves.png")
@@ -96,8 +97,9 @@ def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params:
         name = place.removesuffix("/weight")
         module = modules[name]
         targets.add(module.rpartition(".")[2])
-        for factor, kind in ((leaf.a, "A"), (leaf.b, "B")):
-            layers = np.asarray(zq.dequantize(factor))
+        a, b, *core = map(zq.dequantize, leaf.arrays[1:])
+        for factor, kind in ((jnp.matmul(*core, a) if core else a, "A"), (b, "B")):
+            layers = np.asarray(factor)
             for number, layer in zip(numbers, layers, strict=True):
                 place = f"base_model.model.{module.format(number)}.lora_{kind}.weight"
                 tensors[place] = _half_split(layer, name, kind, checkpoint)
@@ -106,8 +108,8 @@ def _write_adapter(folder: Path, checkpoint: Checkpoint, config: Config, params:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": checkpoint.metadata.get("general.name", ""),
-        "r": config.rank,
-        "lora_alpha": config.alpha,
+        "r": config.core or config.rank,
+        "lora_alpha": config.core or config.alpha,  # a core's bases have their scale
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(targets),

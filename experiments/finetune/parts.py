@@ -44,6 +44,8 @@ def adapt(checkpoint: Checkpoint, config: Config) -> Any:
     quantizer = zq.Quantizer(config.bits, compander=grid, range=config.range)
     quantizer = None if config.moves_floats else quantizer
     settings = {"key": key, "where": is_chosen, "quantizer": quantizer}
+    if config.core:
+        return zq.lora(params, core=config.core, **settings)
     return zq.lora(params, config.rank, config.alpha, **settings)
 
 

@@ -49,7 +49,8 @@ def rebuild(path: Path, model: str) -> tuple[Config, Checkpoint, Any]:
         with path.open("rb") as whole, np.load(whole, allow_pickle=False) as file:
             log, base = file["log"], str(file["base"])
             settings = json.loads(str(file["settings"]))
-        settings["targets"] = tuple(settings["targets"])
+        for name in {"targets", "looks"} & settings.keys():
+            settings[name] = tuple(settings[name])
         config = Config(model=model, output=str(path.parent), data="-", **settings)
     except (KeyError, TypeError, EOFError, ValueError, BadZipFile) as error:
         raise ValueError(f"log: {path} is no seed log of a run ({error}).") from error

@@ -24,10 +24,10 @@ if __name__ == "__main__":
 
 from experiments.files import read_json, writable, write_json
 from experiments.finetune import pages
-from experiments.finetune.config import Config
+from experiments.finetune.config import LENGTH, Config
 from experiments.store import Row, Store, storing
 
-__all__ = ["ROWS", "Row", "found"]
+__all__ = ["ROWS", "Row", "found", "run"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _ALL_PROGRAMS = {  # go to JAX's cache, however small and quickly compiled
@@ -147,7 +147,7 @@ def found(folder: Path, row: Row) -> list[dict[str, Any]]:
       >>> found(Path("/nowhere"), ROWS[0])
       []
     """
-    outcomes = (_store(folder, row, seed).content for seed in range(row.seeds))
+    outcomes = (store(folder, row, seed).content for seed in range(row.seeds))
     return [outcome for outcome in outcomes if outcome]
 
 
@@ -158,21 +158,31 @@ def main(places: Places) -> None:
     with storing(folder):
         for row in [] if places.render else chosen:
             for seed in range(row.seeds):
-                if not _store(folder, row, seed).content:
-                    _run(places, row, seed)
+                if not store(folder, row, seed).content:
+                    run(places, row, seed)
                     pages.write(document, [(row, found(folder, row)) for row in ROWS])
         pages.write(document, [(row, found(folder, row)) for row in ROWS])
     print(f"tables and figures: {document}")
 
 
-def _store(folder: Path, row: Row, seed: int) -> Store:
-    """What a run came to; nothing where it is not finished, or was another with this name."""
-    return row.store(folder, seed, ".json", ("data", "output", "cache"))
+def store(folder: Path, row: Row, seed: int) -> Store:
+    """What a run came to; nothing where it is not finished, or was another with this name.
+
+    A run that may be made longer is the same run when it is.
+    """
+    length = LENGTH if row.config.goes_on and row.config.looks else ()
+    return row.store(folder, seed, ".json", ("data", "output", "cache", *length))
 
 
-def _run(places: Places, row: Row, seed: int) -> None:
-    """Run a row in a process of its own, and store what it came to."""
-    store, work = _store(Path(places.results), row, seed), Path(places.work)
+def run(places: Any, row: Row, seed: int) -> None:
+    """Run a row in a process of its own, and store what it came to.
+
+    Args:
+      places: has `results`, `work` and `sst2`, as `Places`.
+      row: what to run.
+      seed: of the run.
+    """
+    kept, work = store(Path(places.results), row, seed), Path(places.work)
     output, cache = work / row.stem(seed), work / "states"
     config = dataclasses.replace(
         row.config, data=places.sst2, output=str(output), cache=str(cache), seed=seed
@@ -195,7 +205,7 @@ def _run(places: Places, row: Row, seed: int) -> None:
     outcome = read_json(output / "outcome.json")
     if shares:
         write_json(before, read_json(own))
-    store.write(used=outcome.pop("settings"), **outcome)
+    kept.write(used=outcome.pop("settings"), **outcome)
 
 
 def _process(config: Config, name: str, variables: dict[str, str]) -> None:

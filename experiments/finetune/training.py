@@ -118,9 +118,11 @@ class _Run:
         self.parts = Parts.of(self.params, config)
         trained, self.rest = self.parts.split(self.params)
         self.shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in trained]
-        texts = data.load_all(config.data, config.dev, config.test)
+        by_dev = config.test == "dev"
+        texts = data.load_all(config.data, config.dev, "" if by_dev else config.test)
         for part, count in (("dev", config.dev_examples), ("test", config.test_examples)):
             texts[part] = texts[part].sample(count, config.seed)
+        texts["test"] = texts["dev"] if by_dev else texts["test"]
         self.test_texts, self.remarks = texts["test"], data.remarks(texts)
         for remark in self.remarks:
             say(f"data: {remark}")
@@ -151,7 +153,9 @@ class _Run:
         if self.team.is_first:
             before = self.folder.once("before", lambda: self.test(self.params))
         if self.team.is_first and self.config.steps:
-            self.dev_before = self.folder.once("dev_before", lambda: self.dev(self.params))
+            by_dev = self.config.test == "dev"
+            look = (lambda: before) if by_dev else (lambda: self.dev(self.params))
+            self.dev_before = self.folder.once("dev_before", look)
         with self.folder.checkpoints() as checkpoints:
             now = sharing.begin(checkpoints.last(self._start()), self.mesh, self.team)
             self.rest = sharing.on_all(self.rest, self.mesh)
@@ -161,7 +165,7 @@ class _Run:
                 total=self.config.steps, initial=now.step, unit="step", disable=not self.progress
             )
             with bar, board:
-                if now.step < self.config.steps:
+                if not self._is_over(now):
                     bar.set_postfix_str(f"{self._dev_words(now)}, compiling a step")
                 now = self._steps(now, checkpoints, bar, board)
             sharing.check_codes(self.team, now)
@@ -177,13 +181,15 @@ class _Run:
                 del trained
                 trained = checkpoints.best(now, self.shapes)
         params = self.parts.join(trained, self.rest)
+        # A run that may be made longer may come to a better step.
+        after = f"after_{now.best_step}" if self.config.looks else "after"
         return Outcome(
             model=self.model,
             params=params,
             best_step=now.best_step,
             log=now.log[: now.best_step],
             before=before,
-            after=self.folder.once("after", lambda: self.test(params)),
+            after=self.folder.once(after, lambda: self.test(params)),
             dev_before=self.dev_before,
             examples=self.counts,
             history=now.history,
@@ -200,7 +206,7 @@ class _Run:
                     now = self._look(now, board)
                     if now.best_step == now.step:
                         checkpoints.write(now)
-                if now.step == self.config.steps or self._is_stale(now):
+                if self._is_over(now):
                     break
                 if now.step and now.step % self.config.checkpoint_every == 0:
                     sharing.check_codes(self.team, now)
@@ -223,7 +229,7 @@ class _Run:
 
     def _info(self, state: Any) -> zq.Info:
         """What the last step told; floats have an optimizer behind it."""
-        return state[0].info if self.config.moves_floats else state.info
+        return (state[0] if self.config.moves_floats or self.config.guide_every else state).info
 
     def _trouble(self) -> list[str]:
         """What is wrong with the steps that were just made."""
@@ -240,7 +246,7 @@ class _Run:
     def forward_passes(self, now: Progress) -> int:
         """Evaluations of the loss on a batch so far."""
         if self.config.sized:
-            return int(now.state.info.evaluations)
+            return int(self._info(now.state).evaluations)
         return now.step * self.passes_a_step
 
     def _step(
@@ -249,15 +255,16 @@ class _Run:
         """What trains and the state after a step, the loss it saw, and differences of losses."""
         loss, config = objective.loss_fn(self.model.decoder), self.config
         if not config.moves_floats:
-            params = self.parts.join(trained, rest)
-            updates, state = self.tx.update(None, state, params, **self._asked(loss, batch))
-            params = optax.apply_updates(params, updates)
-            return (
-                self.parts.split(params)[0],
-                state,
-                state.info.losses.mean(),
-                state.info.log,
-            )
+            params, asked = self.parts.join(trained, rest), self._asked(loss, batch)
+            if config.guide_every:
+                of_steps, guides = state
+                updates, of_steps = self.tx.update(None, of_steps, params, guides=guides, **asked)
+                state = of_steps, guides
+            else:
+                updates, state = self.tx.update(None, state, params, **asked)
+            info = self._info(state)
+            trained, _ = self.parts.split(optax.apply_updates(params, updates))
+            return trained, state, info.losses.mean(), info.log
 
         def of_trained(trained: Any, batch: objective.Batch = batch) -> jax.Array:
             tree = self.parts.join(trained, rest)
@@ -285,6 +292,8 @@ class _Run:
         params, self.params = self.params, None
         trained, _ = self.parts.split(params)
         state = self.tx.init(trained if self.config.moves_floats else params)
+        if self.config.guide_every:
+            state = state, self._guides(trained, self.batches(0))
         each = (self.config.num_queries, 2) if self.config.sized else (self.config.num_queries,)
         log = np.zeros((self.config.steps, *each), np.float32)
         fresh = [jnp.array(x) for x in trained]  # copies, that steps may write over
@@ -292,10 +301,10 @@ class _Run:
 
     def _advance(self, now: Progress, bar: Any, board: SummaryWriter) -> Progress:
         """The next step."""
-        began = time.perf_counter()
-        trained, state, seen, differences = self.step(
-            now.trained, now.state, self.rest, self.batches(now.step)
-        )
+        began, batch, state = time.perf_counter(), self.batches(now.step), now.state
+        if self.config.guide_every and now.step % self.config.guide_every == 0:
+            state = state[0], self._guides(now.trained, batch)
+        trained, state, seen, differences = self.step(now.trained, state, self.rest, batch)
         now.log[now.step] = np.asarray(differences)
         if self.config.method != "adam":
             self.told.append(jax.device_get(self._info(state)))
@@ -311,9 +320,28 @@ class _Run:
         )
         return now
 
+    def _guides(self, trained: Any, batch: objective.Batch) -> dict[str, zq.directions.Guide]:
+        """What multiplies each matrix that trains, of a batch's examples."""
+        loss, params = objective.loss_fn(self.model.decoder), self.parts.join(trained, self.rest)
+        seen = zq.observe(lambda params: loss(params, batch), params)
+        return {name: one.guide for name, one in seen.items()}
+
+    def _is_over(self, now: Progress) -> bool:
+        looks = self.config.looks
+        made = now.history[-1]["forward_passes"] if now.history else 0
+        return (
+            now.step >= self.config.steps
+            or self._is_stale(now)
+            or bool(looks and made >= looks[-1])
+        )
+
     def _is_due(self, now: Progress) -> bool:
         """Whether this step wants a look at the dev examples, and has had none."""
         at_last = now.step == self.config.steps
+        if self.config.looks and not at_last:
+            made = now.history[-1]["forward_passes"] if now.history else 0
+            upcoming = [look for look in self.config.looks if look > made]
+            return bool(upcoming) and self.forward_passes(now) >= upcoming[0]
         due = now.step > 0 and (at_last or now.step % self.config.eval_every == 0)
         return due and (not now.history or now.history[-1]["step"] != now.step)
 

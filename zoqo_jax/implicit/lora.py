@@ -4,11 +4,17 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, arXiv:210
 `LoraArray` stands in a weight's place like any implicit array: the model computes `x W^T` as
 `x W0^T + (x A^T) B^T alpha / rank`. W0 may be codes or floats; A and B are codes of a grid of
 their own, which transformations move, or floats.
+
+With `core=r`, A and B are frozen floats, the first r principal directions of W0, and what trains is
+a core of r x r numbers between them: `x W0^T + ((x A^T) C^T) B^T`, as in Bałazy, Banaei, Aberer and
+Tabor, "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", 2024,
+arXiv:2405.17604. Zeroth-order methods pay for each number that trains: here they are few.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,13 +38,14 @@ __all__ = ["LoraArray", "is_factor", "is_lora", "lora", "merge"]
 
 
 class LoraArray(quax.ArrayValue):
-    """`base + scaling * b @ a`, an implicit float array.
+    """`base + scaling * b @ a`, or with a core `base + scaling * b @ core @ a`, as floats.
 
     Attributes:
         base: (..., outputs, inputs), a frozen `QuantizedArray` or floats.
         a: (..., rank, inputs), codes or floats.
         b: (..., outputs, rank), codes or floats.
         scaling: alpha / rank.
+        core: (..., rank, rank), codes or floats, of which a and b are frozen bases; or None.
 
     Examples:
         >>> w = LoraArray(jnp.zeros((2, 3)), jnp.ones((1, 3)), jnp.ones((2, 1)), scaling=0.5)
@@ -50,25 +57,33 @@ class LoraArray(quax.ArrayValue):
     a: Any
     b: Any
     scaling: float = eqx.field(static=True)
+    core: Any = None
 
     def aval(self) -> ShapedArray:
         """The shape and dtype that JAX code sees."""
         return ShapedArray(tuple(self.base.shape), self.base.dtype)
 
+    @property
+    def arrays(self) -> list[Any]:
+        """The base, a, b and the core, if there is one."""
+        return [self.base, self.a, self.b, *([] if self.core is None else [self.core])]
+
     def materialise(self) -> Float[Array, "..."]:
         """The sum."""
 
-        def total(base: Array, a: Array, b: Array) -> Array:
+        def total(base: Array, a: Array, b: Array, core: Array | None) -> Array:
+            b = b if core is None else jnp.matmul(b, core)
             return base + self.scaling * jnp.matmul(b, a).astype(base.dtype)
 
-        return quaxify(total)(self.base, self.a, self.b)
+        return quaxify(total)(self.base, self.a, self.b, self.core)
 
 
 def lora(
     params: PyTree,
-    rank: int,
+    rank: int | None = None,
     alpha: float | None = None,
     *,
+    core: int | None = None,
     key: PRNGKeyArray,
     where: Callable[[tuple[Any, ...], Any], bool],
     quantizer: Quantizer | None = Quantizer(8, range=0.3),  # noqa: B008
@@ -79,22 +94,30 @@ def lora(
     is rounded to its grid with dither, half a step either way: rounded to nearest, it would be zero
     on a grid coarser than it is wide, and the first steps would find no slope in A or in B.
 
+    With `core=r` a weight gets r x r numbers instead, which begin at zero, between frozen bases: of
+    its values, B has the first r left singular vectors times their singular values, A the right
+    ones. Bases are float32, r (inputs + outputs) numbers beside each weight. An entry of the core
+    is a change as a share of a singular value, whatever the weight's scale.
+
     Args:
         params: any pytree; its quantized leaves are frozen.
-        rank: of the adapters, at least 1.
-        alpha: adapters are multiplied by alpha / rank; by default 2 rank.
-        key: of A.
+        rank: of the adapters, at least 1; or give `core`.
+        alpha: adapters are multiplied by alpha / rank; by default 2 rank. Not with `core`.
+        core: of how many numbers squared an adapter is, at least 1; at most the smaller side of
+            every chosen weight.
+        key: of A; with `core` nothing is random.
         where: `where(path, leaf) -> bool`, which leaves get one: (..., outputs, inputs), layers
             stacked on leading axes.
-        quantizer: of A and B. Its range is a number: what an adapter's entries can reach. None
+        quantizer: of A and B, or of the core. Its range is a number: what entries can reach. None
             leaves them floats.
 
     Returns:
         The tree, with a `LoraArray` for each chosen leaf.
 
     Raises:
-        ValueError: `rank` below 1, `where` that chooses nothing or what is no matrix, or a fitted
-            range, which the zeros of B do not have.
+        ValueError: `rank` below 1, both it and `core` or neither, a core larger than a weight,
+            `where` that chooses nothing or what is no matrix, or a fitted range, which zeros do not
+            have.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -102,9 +125,21 @@ def lora(
         >>> params = lora(params, 2, key=jax.random.key(0), where=lambda path, w: w.ndim == 2)
         >>> zq.quaxify(lambda params, x: params["w"] @ x + params["b"])(params, jnp.ones(64))
         Array([65., 65., 65.], dtype=float32)
+
+        Nine numbers for a weight:
+
+        >>> params = {"w": jnp.eye(8)}
+        >>> params = lora(params, core=3, key=jax.random.key(0), where=lambda path, w: True)
+        >>> params["w"].core.shape, params["w"].a.shape
+        ((3, 3), (3, 8))
     """
+    if (rank is None) == (core is None):
+        raise ValueError(f"either rank or core must be given, got {rank} and {core}.")
+    if core is not None and alpha is not None:
+        raise ValueError(f"alpha={alpha} is not for core={core}: its bases have a scale.")
+    rank = core if rank is None else rank
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
+        raise ValueError(f"{'rank' if core is None else 'core'} must be at least 1, got {rank}.")
     if quantizer is not None and isinstance(quantizer.range, str):
         raise ValueError(f"quantizer must have a range in numbers, got {quantizer.range!r}.")
     scaling = (2 * rank if alpha is None else alpha) / rank
@@ -120,6 +155,14 @@ def lora(
                 f"{leaf.shape}."
             )
         *stack, outputs, inputs = leaf.shape
+        if core is not None:
+            count += 1
+            if core > min(outputs, inputs):
+                name = jax.tree_util.keystr(path)
+                raise ValueError(f"core={core} is more than {name} of shape {leaf.shape} bears.")
+            a, b = _bases(leaf, core)
+            middle = jnp.zeros((*stack, core, core), jnp.float32)
+            return LoraArray(leaf, a, b, 1.0, middle if quantizer is None else quantizer(middle))
         reach = 1.0 / math.sqrt(inputs)
         of_leaf = jax.random.fold_in(random_bits.threefry(key), count)
         shape = (*stack, rank, inputs)
@@ -167,8 +210,9 @@ def is_factor(tree: PyTree) -> PyTree:
         false = jax.tree.map(lambda _: False, leaf)
         if not is_lora(leaf):
             return false
-        a, b = (jax.tree.map(lambda _: True, x) for x in (leaf.a, leaf.b))
-        return dataclasses.replace(false, a=a, b=b)
+        names = ("a", "b") if leaf.core is None else ("core",)
+        true = {name: jax.tree.map(lambda _: True, getattr(leaf, name)) for name in names}
+        return dataclasses.replace(false, **true)
 
     return jax.tree.map(one, tree, is_leaf=is_lora)
 
@@ -187,20 +231,43 @@ def merge(tree: PyTree) -> PyTree:
     )
 
 
+def _bases(leaf: Any, count: int) -> tuple[Array, Array]:
+    """The first right singular vectors of a weight's values, and the left ones times singular ones.
+
+    One matrix of a stack is decoded at a time. Each left vector's largest entry is positive, so
+    that they are the same wherever they are computed, up to rounding.
+    """
+
+    def of_matrix(w: Array) -> tuple[Array, Array]:
+        u, s, v = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
+        u, s, v = u[:, :count], s[:count], v[:count]
+        most = jnp.take_along_axis(u, jnp.abs(u).argmax(axis=0, keepdims=True), axis=0)[0]
+        sign = jnp.where(most < 0, -1.0, 1.0)
+        return v * sign[:, None], u * s * sign
+
+    def of_all(w: Array) -> tuple[Array, Array]:
+        fn = of_matrix
+        for _ in w.shape[:-2]:
+            fn = functools.partial(jax.lax.map, fn)
+        return fn(w)
+
+    return jax.jit(quaxify(of_all))(leaf)
+
+
 @register("transpose", LoraArray)
 def _transpose(w: LoraArray, *, permutation: Any) -> Any:
     *stack, last, first = range(w.ndim)
     if tuple(permutation) != (*stack, first, last):
         return NotImplemented
-    turned = quaxify(lambda *arrays: [jnp.transpose(x, permutation) for x in arrays])
-    base, b, a = turned(w.base, w.a, w.b)
-    return LoraArray(base, a, b, w.scaling)
+    turned = quaxify(lambda arrays: [jnp.transpose(x, permutation) for x in arrays])
+    base, b, a, *core = turned(w.arrays)
+    return LoraArray(base, a, b, w.scaling, *core)
 
 
 def _of_layers(w: LoraArray, fn: Callable[[Array], Array]) -> LoraArray:
     """Apply what picks layers of a stack, (*layers, m, n) to (*fewer, m, n) for all m and n."""
-    base, b, a = quaxify(lambda *arrays: list(map(fn, arrays)))(w.base, w.b, w.a)
-    return LoraArray(base, a, b, w.scaling)
+    base, a, b, *core = quaxify(lambda arrays: list(map(fn, arrays)))(w.arrays)
+    return LoraArray(base, a, b, w.scaling, *core)
 
 
 @register("slice", LoraArray)
@@ -258,17 +325,17 @@ def _dot(x: Any, y: Any, *, dimension_numbers: Any, **params: Any) -> Any:
 
 @slices.register
 def _(w: LoraArray) -> Any:
-    parts = [slices(x) if is_implicit(x) else (x, lambda part: part) for x in (w.base, w.a, w.b)]
+    parts = [slices(x) if is_implicit(x) else (x, lambda part: part) for x in w.arrays]
 
     def layer(slice_: Any) -> LoraArray:
-        base, a, b = (of(x) for (_, of), x in zip(parts, slice_, strict=True))
-        return LoraArray(base, a, b, w.scaling)
+        base, a, b, *core = (of(x) for (_, of), x in zip(parts, slice_, strict=True))
+        return LoraArray(base, a, b, w.scaling, *core)
 
     return [stack for stack, _ in parts], layer
 
 
 def _product(w: LoraArray, x: Array, side: int, dims: Any, params: dict[str, Any]) -> Array:
-    """A product with `w` as operand number `side`: three products, none with a sum of weights."""
+    """A product with `w` as operand number `side`: one with each array, none with sums of them."""
 
     def dot(w: Any, x: Array, dims: Any) -> Array:
         operands = (x, w) if side else (w, x)
@@ -284,5 +351,6 @@ def _product(w: LoraArray, x: Array, side: int, dims: Any, params: dict[str, Any
     inner = dot(near, x, dims)  # rank is its last axis, or its first where w is on the left
     rank_axis = inner.ndim - 1 if side else 0
     both = ((rank_axis,), (axis,)) if side else ((axis,), (rank_axis,))
-    product = dot(far, inner.astype(x.dtype), (both, ((), ())))
-    return dot(w.base, x, dims) + w.scaling * product
+    for factor in (far,) if w.core is None else (w.core, far):
+        inner = dot(factor, inner.astype(x.dtype), (both, ((), ())))
+    return dot(w.base, x, dims) + w.scaling * inner
