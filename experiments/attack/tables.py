@@ -228,6 +228,7 @@ def _attack(places: Places, row: Row, seed: int) -> bool:
     chosen = case(config, places)
     total = min(len(chosen.images), places.images or len(chosen.images))
     chunk = _SMALL_CHUNK if config.method in LABEL_METHODS else _CHUNK
+    chunk = 10 if config.method == "hop_skip_jump" else chunk  # minutes, one after another
     queries = store.content.get("queries", np.zeros(0, np.uint16))
     seconds = store.content.get("seconds", 0.0)
     before = len(queries)
