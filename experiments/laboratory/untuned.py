@@ -161,11 +161,12 @@ def _run(
     if grid != FLOATS:
         params = [GRIDS[grid](x) for x in params]
     train, score = _programs(problem, setting.method, config.num_queries)
-    start, _ = score(data, params, choosing)
+    start, at_start = score(data, params, choosing)
     values = jnp.array([setting.value, setting.octaves, setting.radius], jnp.float32)
     params, told = train(data, params, jax.random.key(100 + seed), values, steps)
     end, loss = score(data, params, choosing)
     found = {"start": _plain(start), "score": _plain(end), "loss": _plain(loss)}
+    found["loss_at_start"] = _plain(at_start)
     if setting.method in UNTUNED:
         found["evaluations"] = int(told.evaluations[-1])
         found |= {"size": float(told.size[-1]), "true_share": float(told.true_share[-1])}

@@ -75,7 +75,7 @@ _FIRST_STEPS = 16  # look at the curvature every time
 _WORST = 8.0  # a step's cost over its promise, at most, and what was true of that over its cost
 _STEEP = (1.6, 1.5)  # deviations of a step's slopes that are alarming, and over sqrt(queries)
 _TINY = 1e-37
-_HEAVIEST = 3.0  # times that a step goes along a direction, at most, where all slopes are true
+_HEAVIEST = 3.0  # times that a step goes along a direction, at most
 _ROUNDING = 2.0**-21  # of the loss: slopes below it are what float32 rounds off
 _FASTEST = 2.0**0.5  # what sizes grow or fall by in a step, with a look at the curvature
 _FAST = 2.0**0.125  # and without
@@ -226,9 +226,9 @@ class Sizing:
         scores = jnp.where(twice, both, scores)
         shorter = sizes.size / sizes.probed
         if self.has_density:  # directions of a few entries: shorter steps go along fewer of them
-            weights = _weigh(scores * jnp.where(sizes.again, 1.0, shorter), self.weights, true)
+            weights = _weigh(scores * jnp.where(sizes.again, 1.0, shorter), self.weights)
         else:
-            weights = _weigh(scores, self.weights, true) * shorter
+            weights = _weigh(scores, self.weights) * shorter
         weights = jnp.where(waits | ~is_heard, 0.0, weights)
         weights = weights if self.is_whole else queries.rounded(weights)
         record = jnp.stack([weights, jnp.where(sizes.again, -1.0, 1.0) * sizes.probed], axis=-1)
@@ -413,12 +413,9 @@ def _codes(array: QuantizedArray) -> int:
     return array.grid.high - array.grid.low + 1
 
 
-def _weigh(scores: Array, how: Weights, true: Array) -> Array:
-    """Scores, slopes in standard deviations, as weights, where a share of their squares is true."""
+def _weigh(scores: Array, how: Weights) -> Array:
+    """Scores, slopes in standard deviations, as weights."""
     if how == "signs":
         return jnp.where(jnp.abs(scores) > _LEAST_SLOPE, jnp.sign(scores), 0.0)
-    import os
-
-    heaviest = 1 + (_HEAVIEST - 1) * true if os.environ.get("CAP") else _HEAVIEST
-    real = jnp.clip(scores * (0.5 / _LEAST_SLOPE), -heaviest, heaviest)
+    real = jnp.clip(scores * (0.5 / _LEAST_SLOPE), -_HEAVIEST, _HEAVIEST)
     return jnp.round(real) if how == "whole" else real
