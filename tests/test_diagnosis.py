@@ -182,3 +182,33 @@ def test_what_cannot_be_diagnosed_is_refused(untyped, params, options, message):
     params = zq.Quantizer()(jnp.ones(3)) if params is None else params
     with pytest.raises(ValueError, match=message):
         zq.diagnose(params, **{"radius": 0.1, **options})
+
+
+@pytest.mark.parametrize(("bits", "size"), [(4, None), (8, None), (8, 0.03)])
+def test_what_is_said_of_a_step_that_sizes_itself_is_what_it_probes(bits, size):
+    """As many coordinates, on average, by as many codes."""
+    params = {"w": zq.Quantizer(bits)(normal(0, 64, 256))}
+    (leaf,) = zq.diagnose(params, "auto", size=size).leaves
+    tx = zq.zoqo(key=jax.random.key(0), num_queries=32)
+    state = tx.init(params)
+    if size is not None:
+        sizes = state.sizes._replace(probed=jnp.full(32, size))
+        state = state._replace(sizes=sizes)
+    draws = [tx.probes(state, params, query)[0].draw(params["w"]) for query in range(32)]
+    u = np.abs(np.stack(draws)).reshape(32, -1)
+    share = 1 - leaf.weights.shares[0]
+    np.testing.assert_allclose((u != 0).mean(), share, rtol=0.1)
+    assert bool(leaf.weights.wide) == bool((u > 1).any())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"radius": "far"}, "radius must be one of"),
+        ({"radius": 0.1, "size": 0.1}, "size=0.1 needs radius='auto'"),
+        ({"radius": "auto", "size": 0.0}, "size must be positive"),
+    ],
+)
+def test_sizes_are_for_steps_that_size_themselves(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        zq.diagnose({"w": zq.Quantizer(4)(normal(0, 4, 4))}, **arguments)

@@ -113,12 +113,17 @@ def test_every_block_has_its_own_reach(name):
 
 @pytest.mark.parametrize(
     ("name", "structure"),
-    [("uniform", "rank_one"), ("gaussian", "dense"), ("rademacher", "sparse")],
+    [
+        ("uniform", "rank_one"),
+        ("gaussian", "dense"),
+        ("rademacher", "sparse"),
+        ("gaussian", "paired"),
+    ],
 )
 def test_a_direction_is_made_from_its_key_alone(name, structure):
     """Not from codes, not from the program it is part of, not from 64-bit mode."""
     array, other = centred((6, 40)), centred((6, 40), seed=1)
-    density = 0.3 if structure == "sparse" else 1.0
+    density = 0.3 if structure in ("sparse", "paired") else 1.0
     choices = {"distribution": name, "structure": structure, "density": density, "dithered": True}
     compiled = jax.jit(functools.partial(sample, **choices))
     for width in (jnp.float32(0.7), jnp.float32(5.3)):
@@ -146,6 +151,7 @@ def test_a_direction_is_made_from_its_key_alone(name, structure):
         ("rank_one", {"block": 4}, 2),  # blocks that straddle the parts of the last axis
         ("sparse", {"axis": 0}, 8),
         ("sparse", {"block": 8}, 4),
+        ("paired", {"block": 8}, 4),
         ("dense", {"block": 3, "axis": 1}, 8),
         ("dense", {"axis": 0}, 4),
     ],
@@ -159,7 +165,7 @@ def test_a_slice_of_a_stack_draws_what_the_stack_draws(structure, layout, bits):
     if len(array.scale) == 3:
         layers = jnp.arange(1, 4, dtype=jnp.float32).reshape(3, 1, 1)
         array = dataclasses.replace(array, scale=array.scale * layers)
-    density = 0.3 if structure == "sparse" else 1.0
+    density = 0.3 if structure in ("sparse", "paired") else 1.0
     describe = functools.partial(
         directions.describe, unit="values", structure=structure, density=density
     )
@@ -205,6 +211,17 @@ def test_random_words_of_a_direction(bits, choices, words, monkeypatch):
     digits = {0.375: 2, 0.5: 1, 0.7: 24}.get(choices.get("density"), 0)
     drawn = functools.partial(sample, array, width=1.0, **choices)
     assert random_words(drawn, KEY, monkeypatch=monkeypatch, rounds=digits) == words
+
+
+@pytest.mark.parametrize("shape", [(7, 40), (8, 40), (3, 8, 40), (1, 40), (40,)])
+def test_rows_of_a_paired_direction_are_each_others_opposites(shape):
+    """All but those, two at most, that are their own partners; and each is as a sparse one."""
+    array = centred(shape, bits=4)
+    u = np.asarray(sample(array, KEY, 2.0, structure="paired", density=0.25))
+    assert 0.1 < (u != 0).mean() < 0.4
+    for layer in u.reshape(-1, *(1, *shape)[-2:]):
+        opposite = [(layer == -row).all(axis=1).any() for row in layer]
+        assert len(layer) - sum(opposite) <= 2
 
 
 @pytest.mark.parametrize(("name", "bits"), by_turns(["uniform", "rademacher"], [8, 4, 2]))

@@ -170,7 +170,7 @@ def test_values_rows_columns_and_parts_are_those_of_the_plain_array(array):
 
 
 @pytest.mark.parametrize("name", ["3 bits", "4 bits", "5 bits", "6 bits", "4 bits in groups"])
-@pytest.mark.parametrize("structure", ["dense", "rank_one", "sparse", "columns"])
+@pytest.mark.parametrize("structure", ["dense", "rank_one", "sparse", "paired", "columns"])
 def test_products_are_those_of_the_displaced_codes(name, structure):
     """Whichever way the matrix is multiplied, and whichever algorithm does it."""
     array = ARRAYS[name]

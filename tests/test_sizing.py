@@ -17,6 +17,7 @@ METHODS = {
     "quzo": zq.quzo,
     "qes": functools.partial(zq.qes, window=5),
     "zoqo, rank-one": functools.partial(zq.zoqo, structure="rank_one"),
+    "zoqo, paired": functools.partial(zq.zoqo, structure="paired"),
     "zoqo, a density given": functools.partial(zq.zoqo, density=0.125, structure="sparse"),
     "qzo": zq.qzo,
     "zoqo, a radius given": functools.partial(zq.zoqo, radius=0.2),

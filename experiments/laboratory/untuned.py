@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import zoqo_jax as zq
 from experiments import drawing, markdown, settings
 from experiments.laboratory import untuned_problems as problems
 from experiments.laboratory.claim import Cell, Claim, Measurement
@@ -160,14 +161,16 @@ def _run(
     if grid != FLOATS:
         params = [GRIDS[grid](x) for x in params]
     train, score = _programs(problem, setting.method, config.num_queries)
-    start, _ = score(data, params, choosing)
+    start, at_start = score(data, params, choosing)
     values = jnp.array([setting.value, setting.octaves, setting.radius], jnp.float32)
-    params, state = train(data, params, jax.random.key(100 + seed), values, steps)
+    params, told = train(data, params, jax.random.key(100 + seed), values, steps)
     end, loss = score(data, params, choosing)
     found = {"start": _plain(start), "score": _plain(end), "loss": _plain(loss)}
+    found["loss_at_start"] = _plain(at_start)
     if setting.method in UNTUNED:
-        found["evaluations"] = int(state.info.evaluations)
-        found |= {"size": float(state.info.size), "true_share": float(state.sizes.true_share)}
+        found["evaluations"] = int(told.evaluations[-1])
+        found |= {"size": float(told.size[-1]), "true_share": float(told.true_share[-1])}
+        found["health"] = "; ".join(zq.health(told).findings)
     return found
 
 
@@ -175,7 +178,7 @@ def _run(
 def _programs(problem: Problem, method: str, num_queries: int) -> tuple[Any, Any]:
     make = functools.partial(MAKERS[method], num_queries=num_queries)
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=4)
     def train(data: Any, params: Any, key: jax.Array, values: jax.Array, steps: int) -> Any:
         value, octaves, radius = values
         own, batches = jax.random.split(key)
@@ -184,16 +187,19 @@ def _programs(problem: Problem, method: str, num_queries: int) -> tuple[Any, Any
             now = value * 2.0 ** (-octaves * jnp.float32(i) / steps)
             return make(params, now, radius, key=own)
 
-        def step(i: jax.Array, now: Any) -> Any:
+        def step(now: Any, i: jax.Array) -> Any:
             params, state = now
             batch = jax.random.fold_in(batches, i)
             loss = functools.partial(problem.loss, data, key=batch)
             gradient = jax.grad(loss)(params) if method == "adam" else None
             more = {} if method == "adam" else {"value_fn": loss}
             updates, state = at(i, params).update(gradient, state, params, **more)
-            return optax.apply_updates(params, updates), state
+            told = state.info if method in UNTUNED else None
+            return (optax.apply_updates(params, updates), state), told
 
-        return jax.lax.fori_loop(0, steps, step, (params, at(0, params).init(params)))
+        start = params, at(0, params).init(params)
+        (params, _), told = jax.lax.scan(step, start, jnp.arange(steps))
+        return params, told
 
     return train, jax.jit(problem.score, static_argnums=2)
 
@@ -266,7 +272,18 @@ def _table(found: list[Measurement]) -> str:
         )
     met = sum(row.is_met for row in rows)
     words = f"As good as the search: {met} of {len(rows)} rows."
-    return f"{markdown.table(head, lines)}\n\n{words}"
+    return "\n\n".join([markdown.table(head, lines), words, *_health(rows)])
+
+
+def _health(rows: list[Row]) -> list[str]:
+    """What `zq.health` found in untuned runs, a line for each that it found something in."""
+    lines = [
+        f"- {row.one['problem']}, {row.one['grid']}, {row.one['way']}, run {number}: {finding}"
+        for row in rows
+        for number, finding in enumerate(row.one.get("health", []))
+        if finding
+    ]
+    return ["What `zq.health` says of them:", "\n".join(lines)] if lines else []
 
 
 def _shown(one: Measurement) -> str:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float32, Int32, PyTree
 from zoqo_jax import directions
 from zoqo_jax.grids.arrays import Grid, QuantizedArray, trained_leaves
 from zoqo_jax.implicit.arrays import sum_over_rows
+from zoqo_jax.transforms.sizing import Auto, Sizing
 
 __all__ = ["Diagnosis", "LeafDiagnosis", "Spans", "diagnose"]
 
@@ -86,7 +87,7 @@ class Diagnosis:
     """
 
     leaves: tuple[LeafDiagnosis, ...]
-    radius: float
+    radius: float | Auto
     unit: Unit
 
     def __str__(self) -> str:
@@ -106,19 +107,24 @@ class Diagnosis:
         return "\n".join(rows)
 
 
-def diagnose(params: PyTree, radius: float, *, unit: Unit = "values") -> Diagnosis:
+def diagnose(
+    params: PyTree, radius: float | Auto, *, unit: Unit = "values", size: float | None = None
+) -> Diagnosis:
     """Count the codes that a radius in weight space collapses, moves by one, or takes too far.
 
     Args:
         params: tree with quantized leaves; frozen ones are left out.
-        radius: of the probes, positive.
+        radius: of the probes, positive; or "auto" for those of a run that sizes its own steps.
+            They are whole codes in a few places, drawn at random, so the counts are expectations:
+            the rest, which no end of a probe moves, has "collapsed".
         unit: of the radius: "values", or "half_range" for fractions of half the distance between a
             block's least and greatest level, which is the block's absmax where levels run from -1
             to 1.
+        size: of the step, with "auto": `state.info.size`, or None for that of the first step.
 
     Raises:
-        ValueError: a radius that is not positive, an unknown unit, or no quantized leaf that is not
-            frozen.
+        ValueError: a radius or size that is not positive, a size where the radius is a number, an
+            unknown unit, or no quantized leaf that is not frozen.
 
     Examples:
         >>> import zoqo_jax as zq
@@ -127,13 +133,51 @@ def diagnose(params: PyTree, radius: float, *, unit: Unit = "values") -> Diagnos
         leaf   shape  of       collapsed  one-sided   clean   wide  at edge
         ['w']  4x16   codes       12.5 %     12.5 %  75.0 %  0.0 %
                       weights     25.0 %     34.4 %  40.6 %  0.0 %   25.0 %
+
+        Without a number, 4 of 64 weights are probed, each by one code:
+
+        >>> zq.diagnose(params, "auto").leaves[0].weights
+        Spans(collapsed=60, one_sided=1, clean=3, wide=0)
     """
+    if isinstance(radius, str):
+        directions.check_choice("radius", radius, ("auto",))
+        return _of_sized(params, unit, size)
+    if size is not None:
+        raise ValueError(f"size={size} needs radius='auto', got radius={radius}.")
     if not 0.0 < radius < math.inf:
         raise ValueError(f"radius must be positive and finite, got {radius}.")
     directions.check_choice("unit", unit, get_args(Unit))
     leaves = trained_leaves(params).items()
     found = tuple(_diagnose(label, array, jnp.float32(radius), unit) for label, array in leaves)
     return Diagnosis(found, radius, unit)
+
+
+def _of_sized(params: PyTree, unit: Unit, size: float | None) -> Diagnosis:
+    """What the probes of a step that sizes itself do; see `Sizing.describe`."""
+    leaves = trained_leaves(params)
+    sizing, arrays = Sizing("signs", "sparse"), list(leaves.values())
+    if size is not None and not 0.0 < size < math.inf:
+        raise ValueError(f"size must be positive and finite, got {size}.")
+    own = sizing.first(arrays, 1).size if size is None else jnp.float32(size)
+    probed = sizing.probed(own, arrays)
+    found = []
+    for label, array in leaves.items():
+        lengths = sizing.describe(probed, array)
+        density, is_wide = float(lengths["density"]), float(lengths["radius"]) > 1
+        at_edge = int(_count(array, jnp.float32(1.0), "values")[-1])
+        blocks, legal = array.scale.size, array.grid.high - array.grid.low + 1
+        counts = (blocks * legal, 2 * blocks), (array.size, at_edge)
+        codes, weights = (_expected(*pair, density, is_wide) for pair in counts)
+        found.append(LeafDiagnosis(label, array.shape, codes, weights, at_edge))
+    return Diagnosis(tuple(found), "auto", unit)
+
+
+def _expected(total: int, at_edge: int, density: float, is_wide: bool) -> Spans:
+    """What becomes of codes of which a share is probed, by one code or by more."""
+    moved = round(density * total)
+    one_sided = 0 if is_wide else round(density * at_edge)
+    rest = moved - one_sided
+    return Spans(total - moved, one_sided, 0 if is_wide else rest, rest if is_wide else 0)
 
 
 def _diagnose(

@@ -26,6 +26,7 @@ from zoqo_jax.directions.base import radius_in_codes as radius_in_codes
 from zoqo_jax.directions.columns import Columns as Columns
 from zoqo_jax.directions.columns import Guide as Guide
 from zoqo_jax.directions.dense import Dense as Dense
+from zoqo_jax.directions.paired import Paired as Paired
 from zoqo_jax.directions.per_example import PerExample as PerExample
 from zoqo_jax.directions.rank_one import RankOne as RankOne
 from zoqo_jax.directions.sparse import Sparse as Sparse
@@ -38,6 +39,7 @@ __all__ = [
     "Dense",
     "Direction",
     "Guide",
+    "Paired",
     "PerExample",
     "RankOne",
     "Sparse",
@@ -55,6 +57,7 @@ STRUCTURES = {
     "dense": Dense,
     "rank_one": RankOne,
     "sparse": Sparse,
+    "paired": Paired,
     "columns": Columns,
     "per_example": PerExample,
 }
