@@ -92,7 +92,7 @@ def search(asked: Asked, image: np.ndarray, seed: int) -> None:
             from art.estimators.classification import BlackBoxClassifier
     except ImportError:
         raise ImportError(
-            "hop_skip_jump needs ART: pip install adversarial-robustness-toolbox."
+            "hop_skip_jump needs ART: pip install -e '.[experiments,peers]', or any make command."
         ) from None
     before = np.random.get_state()
     np.random.seed(seed)

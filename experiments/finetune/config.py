@@ -5,7 +5,17 @@ from typing import Any, Literal
 
 from experiments import settings
 
-__all__ = ["LENGTH", "PLACES", "Config", "Method", "Normalise", "Query", "Rounding", "Train"]
+__all__ = [
+    "LENGTH",
+    "MATRICES",
+    "PLACES",
+    "Config",
+    "Method",
+    "Normalise",
+    "Query",
+    "Rounding",
+    "Train",
+]
 
 # Those of `zq.caq_zo` and of `data.encode`, which a test compares: importing them takes seconds,
 # and --help none.
@@ -183,9 +193,9 @@ class Config:
             raise ValueError(f"core={self.core} needs train='lora', got {self.train!r}.")
         if self.grid == "nf4" and self.bits != 4:
             raise ValueError(f"bits must be 4 with grid='nf4', got {self.bits}.")
-        bad = [name for name in self.targets if name not in _MATRICES]
+        bad = [name for name in self.targets if name not in MATRICES]
         if bad:
-            raise ValueError(f"targets must be of {_MATRICES}, got {bad[0]!r}.")
+            raise ValueError(f"targets must be of {MATRICES}, got {bad[0]!r}.")
 
     @property
     def used(self) -> dict[str, Any]:
@@ -260,7 +270,7 @@ class Config:
     @property
     def matrices(self) -> tuple[str, ...]:
         """Names of the matrices that train."""
-        return self.targets or (("q", "v") if self.train == "lora" else _MATRICES)
+        return self.targets or (("q", "v") if self.train == "lora" else MATRICES)
 
     @property
     def is_sparse(self) -> bool:
@@ -296,4 +306,4 @@ class Config:
         return f"{_NAMES[self.method]}, {what}"
 
 
-_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")

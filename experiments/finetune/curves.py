@@ -23,14 +23,12 @@ if __name__ == "__main__":
 
 from experiments.files import writable
 from experiments.finetune import curves_page, tables
-from experiments.finetune.config import Config
+from experiments.finetune.config import MATRICES, Config
 from experiments.store import Row, storing
 
 __all__ = ["Wanted", "rows"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-_FIRST = 75  # forward passes before the first look
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Wanted:
     @property
     def looks(self) -> tuple[int, ...]:
         """After how many forward passes the held-out sentences are read."""
-        found = [_FIRST]
+        found = [curves_page.FIRST]
         while found[-1] < self.passes:
             found.append(2 * found[-1])
         return tuple(found)
@@ -120,7 +118,7 @@ def rows(wanted: Wanted) -> Iterator[Row]:
     by_signs = {"method": "zo_signsgd", "learning_rate": 1e-2, "radius": 5e-3}
     yield row("ZO-SignSGD, float adapters, rate by hand", **by_hand, **by_signs, **adapters)
     # Cores of all matrices, as they are so few numbers; adapters of q and v.
-    small = {**adapters, "core": 4, "targets": _MATRICES}
+    small = {**adapters, "core": 4, "targets": MATRICES}
     yield row("Adam, float cores of 4 x 4, by back-propagation", **constant, **small)
     yield row("MeZO, float cores of 4 x 4", method="mezo", **small)
     yield row("MeZO, float cores of 16 x 16", method="mezo", **{**small, "core": 16})

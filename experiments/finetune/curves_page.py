@@ -14,10 +14,11 @@ from experiments.finetune import tables
 from experiments.markdown import fill, interval, table
 from experiments.store import Row
 
-__all__ = ["write", "write_slopes"]
+__all__ = ["FIRST", "write", "write_slopes"]
 
 Found = tuple[Row, list[dict[str, Any]]]
 
+FIRST = 75  # forward passes before the first look; each later one is after twice as many
 _COLUMNS = (300, 1200, 4800, 19200)  # looks that have columns of their own, where a run was so long
 _PANELS = {"dev_accuracy": "accuracy on held-out sentences, %", "dev_loss": "loss, nats"}
 
@@ -71,7 +72,7 @@ def _slopes(name: str, found: dict[str, float]) -> list[str]:
 def _table(found: list[Found]) -> str:
     """Loss and accuracy after so many forward passes, means and intervals over seeds."""
     longest = max(len(one["history"]) for _, outcomes in found for one in outcomes)
-    looks = [75 * 2**k for k in range(longest)]
+    looks = [FIRST * 2**k for k in range(longest)]
     columns = [look for look in _COLUMNS if look in looks] or looks[-1:]
     before = found[0][1][0]["dev_before"]
     start = f"{100 * before['accuracy']:.1f} / {before['loss']:.3f}"
@@ -103,7 +104,7 @@ def _draw(found: list[Found], path: Path) -> None:
     from matplotlib.figure import Figure
 
     longest = max(len(one["history"]) for _, outcomes in found for one in outcomes)
-    marks = [75 * 4**k for k in range((longest + 1) // 2)]
+    marks = [FIRST * 4**k for k in range((longest + 1) // 2)]
     fig = Figure(figsize=(6.4 * len(_PANELS), 4.8), layout="constrained")
     for axis, (name, label) in zip(fig.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         times = 100 if name == "dev_accuracy" else 1
