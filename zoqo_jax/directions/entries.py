@@ -13,7 +13,7 @@ from zoqo_jax.grids import projection
 from zoqo_jax.xla import compiler, random_bits
 from zoqo_jax.xla.random_bits import Rows
 
-__all__ = ["ENTRY", "PLACE", "SIGN", "SUPPORT", "from_rows", "of"]
+__all__ = ["ENTRY", "PLACE", "SIGN", "SUPPORT", "asked", "from_rows", "of"]
 
 SIGN, ENTRY, PLACE, SUPPORT, *_ROUNDINGS = range(6)
 """Streams of random words: a row's sign, entries, places of entries, who is in the support, and two
@@ -54,6 +54,12 @@ def from_rows(rows: Rows, columns: int, kept: bool = False) -> Callable[[str, in
     words = random_bits.kept_words if kept else random_bits.words
     by_kind = {"signs": random_bits.signs, "words": words}
     return lambda kind, stream: by_kind[kind](rows, columns, stream)
+
+
+def asked(distribution: str, rounding: int | None, count: int) -> dict[int, tuple[int, int]]:
+    """The words that `of` draws for `count` entries of a row, as `random_bits.ahead` wants them."""
+    streams = {ENTRY: (1, -(-count // 32) if distribution == "rademacher" else count)}
+    return streams if rounding is None else {**streams, _ROUNDINGS[rounding]: (1, count)}
 
 
 def _uniform_size(random: Array, m: Array, width: Array) -> Int16[Array, "..."]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int8, Int16
+from jaxtyping import Array, Bool, Float, Int8, Int16, UInt32
 
 from zoqo_jax.directions import entries
 from zoqo_jax.directions.base import (
@@ -63,21 +63,29 @@ class RankOne(Direction):
     def entries(self, array: QuantizedArray) -> Int16[Array, "*rows columns"]:
         """The entries for the + side, before the boundary, of an array with a code to a byte."""
         columns = array.shape[-1] if array.ndim else 1
-        shared = entries.from_rows(random_bits.shared(self.rows), columns)
+        row = random_bits.shared(self.rows)
         m, width = (
             array.broadcast_scales(self.radius_in_codes(array)),
             array.broadcast_scales(self.width(array)),
         )
+        if self.signs is not None:
+            ndim = self.rows.index.ndim
+            of_row, drawn = self.signs[0], lay_along(self.signs[1], [ndim], ndim + 1, jnp.int8)
+        else:
+            is_signs = self.distribution == "rademacher"
+            asked = row, -(-columns // 32) if is_signs else columns, entries.ENTRY
+            words, drawn = random_bits.at_once([self._of_rows, asked])
+            of_row = _signs_of(words)
+            drawn = random_bits.signs_in(drawn, columns) if is_signs else drawn
 
-        def made_once(*what: Any) -> Array:
-            if self.signs is not None:
-                return lay_along(
-                    self.signs[1], [self.rows.index.ndim], self.rows.index.ndim + 1, jnp.int8
-                )
-            return compiler.materialized(lambda: shared(*what), self.rows.key0)
+        def made_once(kind: str, stream: int) -> Array:
+            if stream == entries.ENTRY:
+                return drawn
+            draw = entries.from_rows(row, columns)
+            return compiler.materialized(lambda: draw(kind, stream), self.rows.key0)
 
         u = entries.of(made_once, m, width, self.distribution, self.rounding)
-        u = u * self.row_signs().astype(jnp.int16)[..., None]
+        u = u * of_row.astype(jnp.int16)[..., None]
         chance = self.probability(array)
         return (
             u
@@ -89,22 +97,29 @@ class RankOne(Direction):
         """The sign of every row, for the + side of a query."""
         if self.signs is not None:
             return self.signs[0]
-        rows = random_bits.whole(self.rows)
-        make = lambda: random_bits.words(rows, 1, entries.SIGN)[..., 0]  # noqa: E731
-        words = compiler.materialized(make, rows.key0)
-        return 2 * (words & 1).astype(jnp.int8) - 1
+        return _signs_of(random_bits.at_once([self._of_rows])[0])
 
     def column_signs(self, array: QuantizedArray) -> Int8[Array, " columns"]:
         """The signs that all rows of a Rademacher direction share."""
+        return self.both_signs(array)[1]
+
+    def both_signs(
+        self, array: QuantizedArray
+    ) -> tuple[Int8[Array, "*rows"], Int8[Array, " columns"]]:
+        """The signs of rows and of columns, drawn at once."""
         if self.signs is not None:
-            return self.signs[1]
+            return self.signs
         columns = array.part_length if array.ndim else 1
         row = random_bits.shared(self.rows)
-        by_part = [
-            random_bits.signs(random_bits.part(row, i), columns, entries.ENTRY)
-            for i in range(array.per_byte)
-        ]
-        return jnp.concatenate([signs.reshape(columns) for signs in by_part])
+        parts = [random_bits.part(row, i) for i in range(array.per_byte)]
+        asked = [(part, -(-columns // 32), entries.ENTRY) for part in parts]
+        of_rows, *of_columns = random_bits.at_once([self._of_rows, *asked])
+        signs = [random_bits.signs_in(words, columns).reshape(columns) for words in of_columns]
+        return _signs_of(of_rows), jnp.concatenate(signs)
+
+    @property
+    def _of_rows(self) -> tuple[random_bits.Rows, int, int]:
+        return random_bits.whole(self.rows), 1, entries.SIGN
 
     def algorithms(
         self, array: QuantizedArray, dot: Dot, vectors: int, population: int, at: Thresholds
@@ -140,8 +155,7 @@ class RankOne(Direction):
             return super().multiply(algorithms, array, x, dot, at)
         first, *rest = algorithms
         # Drawn once, whichever algorithm computes the product.
-        signs = self.row_signs(), self.column_signs(array)
-        self = dataclasses.replace(self, signs=signs)
+        self = dataclasses.replace(self, signs=self.both_signs(array))
         if first == "mean_difference":
             return _by_mean_and_difference(self, array, x, dot)
         axis = max(dot.contracted, key=lambda axis: array.shape[axis])
@@ -174,6 +188,10 @@ class RankOne(Direction):
         return total * contribute(contribution, jnp.float32(1.0), m).astype(jnp.float32)
 
 
+def _signs_of(words: UInt32[Array, "*rows 1"]) -> Int8[Array, "*rows"]:
+    return 2 * (words[..., 0] & 1).astype(jnp.int8) - 1
+
+
 def _weighted_signs(
     directions: RankOne, weights: Float[Array, " queries"], array: QuantizedArray
 ) -> Float[Array, "..."]:
@@ -184,8 +202,8 @@ def _weighted_signs(
         weights: exact in any order of summation.
         array: in whose shape, a code to a byte.
     """
-    a = jax.vmap(RankOne.row_signs)(directions).reshape(weights.shape[0], -1)
-    b = jax.vmap(lambda direction: direction.column_signs(array))(directions)
+    a, b = jax.vmap(lambda direction: direction.both_signs(array))(directions)
+    a = a.reshape(weights.shape[0], -1)
     return jnp.einsum(
         "qr,qc->rc",
         a.astype(weights.dtype) * weights[:, None],
@@ -207,8 +225,8 @@ def _by_low_rank(
         axis: a contracted axis of the array.
         at_edge: which slices along it hold codes that a displacement may take off the grid.
     """
-    a = direction.row_signs() * direction.query_side
-    b = direction.column_signs(array)
+    a, b = direction.both_signs(array)
+    a = a * direction.query_side
     m = direction.radius_in_codes(array).reshape(-1)[0]
     scale = multiplied_out(array.scale).reshape(-1)[0].astype(jnp.float32)
     out = dot(depends_on(x, array).materialise(), x)

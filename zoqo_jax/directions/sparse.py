@@ -6,6 +6,7 @@ cut into cells of neighbours, of which at most one is in the support.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -94,9 +95,12 @@ class Sparse(Direction):
         """
         if self.cell == 1:
             return super().entries(array)
-        rows, cell = self.rows, self.cell
+        cell = self.cell
         columns = array.shape[-1] if array.ndim else 1
         cells, kept = -(-columns // cell), cell >= _LONG_CELL
+        if kept:
+            self = dataclasses.replace(self, rows=self._drawn(array, cells))
+        rows = self.rows
 
         def entry_and_place() -> Array:
             place = random_bits.below(rows, cell, cells, entries.PLACE, kept)
@@ -119,6 +123,18 @@ class Sparse(Direction):
         u = jnp.where(is_place, drawn >> (2 * _LONGEST_CELL).bit_length() - 1, 0)
         u = u.astype(jnp.int16).reshape(*rows.index.shape, cells * cell)
         return u[..., :columns]
+
+    def _drawn(self, array: QuantizedArray, cells: int) -> random_bits.Drawn:
+        """The rows with all words that the entries of so many cells are made of."""
+        asked = {
+            entries.PLACE: (1, cells),
+            **entries.asked(self.distribution, self.rounding, cells),
+        }
+        chance = self.probability(array)
+        if chance is not None:
+            shape = array.broadcast_scales(chance).shape
+            asked[entries.SUPPORT] = random_bits.of_bernoulli(shape, cells, self.digits)
+        return random_bits.ahead(self.rows, asked)
 
 
 def _cells(

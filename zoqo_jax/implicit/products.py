@@ -163,7 +163,7 @@ def _product(w: Stored, x: Array, dot: Dot, planned: Plan) -> Array:
     out = _empty(w, x, dot)
     if last not in dot.contracted:
         return in_chunks(
-            lambda start: _whole(w.part(start // length), x, dot, planned),
+            lambda start: _whole(w.part(jax.lax.div(start, length)), x, dot, planned),
             w.shape[-1],
             length,
             out,
