@@ -24,11 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.attack import hop_skip_jump, methods
+from experiments.attack.answers import (
+    Model,
+    answers,
+    check_logits,
+    checked_classes,
+    checked_images,
+    chunked,
+)
 from experiments.attack.config import Config
 
 __all__ = ["Outcome", "attack", "margin_of"]
-
-Model = Callable[[Any], Any]
 
 _MOST_STEPS = 128  # of a program, so that progress is seen
 _SMALLEST_BATCH = 16
@@ -121,9 +127,9 @@ def attack(
       >>> attack(logits_fn, images, np.array([0]), Config(epsilon=0.1)).success
       array([ True])
     """
-    images, labels = _checked_images(images), _checked_classes("labels", labels, len(images))
+    images, labels = checked_images(images), checked_classes("labels", labels, len(images))
     if targets is not None:
-        targets = _checked_classes("targets", targets, len(images))
+        targets = checked_classes("targets", targets, len(images))
         if (targets == labels).any():
             place = int(np.flatnonzero(targets == labels)[0])
             raise ValueError(f"targets must differ from labels, got {labels[place]} at {place}.")
@@ -135,7 +141,7 @@ def attack(
             raise ValueError(
                 "targets must be None for hop_skip_jump: it begins at noise, of whatever class."
             )
-        model = _chunked(logits_fn, config.model_batch) if compiled else logits_fn
+        model = chunked(logits_fn, config.model_batch) if compiled else logits_fn
         return _one_by_one(model, images, labels, marks, config, on_progress)
     program = _program(_essence(config), images.shape[1:], targets is not None)
     if program.method.asks > config.budget:
@@ -145,7 +151,7 @@ def attack(
         )
     if compiled:
         seen = jax.ShapeDtypeStruct((config.model_batch, *images.shape[1:]), jnp.float32)
-        _check_logits(jax.eval_shape(logits_fn, seen), config.model_batch, highest)
+        check_logits(jax.eval_shape(logits_fn, seen), config.model_batch, highest)
         advance = program.compiled(logits_fn)
     else:
         advance = program.by_hand(logits_fn, highest)
@@ -208,7 +214,7 @@ def _one_by_one(
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
 
         def misread(shown: np.ndarray, label: int = label) -> np.ndarray:
-            logits = _answers(model, shown, config.model_batch, highest, sees_labels=True)
+            logits = answers(model, shown, config.model_batch, highest, sees_labels=True)
             return logits.max(-1) > logits[:, label]  # not where one is NaN
 
         asked = hop_skip_jump.Asked(misread, image, config.epsilon, config.budget)
@@ -218,17 +224,6 @@ def _one_by_one(
         outcome.perturbation[i] = 0 if point is None else point - image
         on_progress(i + 1, int(outcome.success.sum()))
     return outcome
-
-
-def _chunked(logits_fn: Model, size: int) -> Model:
-    """A JAX function as one of numpy arrays of at most `size` images, compiled once."""
-    jitted = jax.jit(logits_fn)
-
-    def model(shown: np.ndarray) -> np.ndarray:
-        padded = np.pad(shown, [(0, size - len(shown)), *[(0, 0)] * (shown.ndim - 1)])
-        return np.asarray(jitted(padded))[: len(shown)]
-
-    return model
 
 
 def _essence(config: Config) -> Config:
@@ -299,7 +294,7 @@ class _Program:
             active = np.repeat(np.asarray(self.active(batch)), self.method.asks)
             shown = np.asarray(shown).reshape(-1, *shown.shape[2:])
             most, sees_labels = self.config.model_batch, self.method.sees_labels
-            logits = _answers(model, shown[active], most, highest, sees_labels)
+            logits = answers(model, shown[active], most, highest, sees_labels)
             everyone = np.zeros((len(shown), logits.shape[-1]), np.float32)
             everyone[active] = logits
             return answered(batch, asked, everyone)
@@ -377,65 +372,3 @@ def _bucket(count: int, largest: int) -> int:
 def _mark(image: np.ndarray, label: int, seed: int) -> np.uint32:
     """What tells an image from others and a seed from others, whatever the image's place."""
     return np.uint32(zlib.crc32(np.int64(seed).tobytes(), zlib.crc32(image.tobytes(), int(label))))
-
-
-def _answers(
-    model: Model, shown: np.ndarray, most: int, highest: int, sees_labels: bool
-) -> np.ndarray:
-    """A Python function's logits, asked for at most `most` images at a time."""
-    found = []
-    for begin in range(0, len(shown), most):
-        some = shown[begin : begin + most]
-        logits = np.asarray(model(some))
-        if (
-            sees_labels
-            and logits.shape == some.shape[:1]
-            and np.issubdtype(logits.dtype, np.integer)
-        ):
-            logits = _one_hot(logits, highest)
-        logits = logits.astype(np.float32)
-        _check_logits(logits, len(some), highest)
-        found.append(logits)
-    return np.concatenate(found)
-
-
-def _one_hot(labels: np.ndarray, highest: int) -> np.ndarray:
-    """Logits of which the label's is largest; all classes that no image has are one."""
-    if labels.min() < 0:
-        raise ValueError(f"logits_fn must return labels that are not negative, got {labels.min()}.")
-    return np.eye(highest + 2)[np.minimum(labels, highest + 1)]
-
-
-def _checked_images(images: Any) -> np.ndarray:
-    images = np.asarray(images)
-    if images.ndim != 4 or not images.size or not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(
-            "images must be floats of shape (n, height, width, channels), "
-            f"got {images.dtype} of shape {images.shape}."
-        )
-    bad = ~((images >= 0) & (images <= 1)).all(axis=(1, 2, 3))  # NaN is neither
-    if bad.any():
-        place = int(np.flatnonzero(bad)[0])
-        low, high = images[place].min(), images[place].max()
-        raise ValueError(f"images must lie in [0, 1], got [{low}, {high}] at {place}.")
-    return np.ascontiguousarray(images, np.float32)
-
-
-def _checked_classes(name: str, classes: Any, count: int) -> np.ndarray:
-    classes = np.asarray(classes)
-    if classes.shape != (count,) or not np.issubdtype(classes.dtype, np.integer):
-        raise ValueError(
-            f"{name} must be {count} integers, one for each image, "
-            f"got {classes.dtype} of shape {classes.shape}."
-        )
-    if classes.min() < 0:
-        raise ValueError(f"{name} must not be negative, got {classes.min()}.")
-    return classes.astype(np.int32)
-
-
-def _check_logits(logits: Any, count: int, highest: int) -> None:
-    shape = tuple(getattr(logits, "shape", ()))
-    if len(shape) != 2 or shape[0] != count:
-        raise ValueError(f"logits_fn must return shape ({count}, classes), got {shape}.")
-    if highest >= shape[1]:
-        raise ValueError(f"labels must be below {shape[1]}, the model's classes, got {highest}.")
