@@ -151,3 +151,27 @@ def test_what_attacks_missed_is_counted_of_what_is_known(places, monkeypatch, ca
     known, ours, hunter, square = line.split("|")[3:7]
     assert (int(known), ours.strip(), hunter.strip()) == (3, "-", "-")
     assert square.split() == ["1.5", "±", "6.4"]  # one of seed 0, two of seed 1
+
+
+def test_attacks_are_given_other_digits_of_which_gradients_find_an_example(
+    places, monkeypatch, capsys
+):
+    config = dataclasses.replace(_CONFIG, weights="mnist_robust")
+    monkeypatch.setattr(tables, "ROWS", (Row("robust", "Square Attack", config, seeds=2),))
+    monkeypatch.setattr(missed, "_OTHERS", (3, 8))
+    monkeypatch.setattr(missed.pgd, "find", lambda *args, **settings: np.arange(5) % 2 == 0)
+    document = tables.Path(places.document)
+    document.write_text("<!-- table: known -->\n<!-- end -->\n")
+    given = []
+    attack = missed.attack.attack
+    monkeypatch.setattr(
+        missed.attack, "attack", lambda *args: given.append(args[1]) or attack(*args)
+    )
+    settings = missed.Gradients(results=places.results, document=places.document, progress=False)
+    missed.main(settings)
+    missed.main(settings)
+    digits = tables.case(dataclasses.replace(config, num_images=8), places).images[[3, 5, 7]]
+    assert_array_equal(given, [digits, digits])  # of two seeds, once
+    cells = [cell.strip() for cell in document.read_text().splitlines()[4].split("|")]
+    assert cells[1:4] == ["Square Attack", "3", "2"]
+    assert 0 <= float(cells[4].split()[0]) <= 3
