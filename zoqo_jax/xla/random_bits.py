@@ -210,20 +210,17 @@ def at_once(asked: Sequence[tuple[Rows, int, int]]) -> list[UInt32[Array, "*rows
     """
     shapes = [(*of.index.shape, count) for of, count, _ in asked]
 
-    key0, key1, index, place, is_first = [], [], [], [], []
-    for (of, count, stream), shape in zip(asked, shapes, strict=True):
-        places, firsts = _counters(count, stream, 0)
-        for out, row in ((key0, of.key0), (key1, of.key1), (index, of.index)):
-            out.append(jnp.broadcast_to(row[..., None], shape).reshape(-1))
-        for out, word in ((place, places), (is_first, firsts)):
-            out.append(jnp.broadcast_to(word, shape).reshape(-1))
+    def counter(of: Rows, count: int, stream: int) -> list[Array]:
+        of_rows = [field[..., None] for field in (of.key0, of.key1, of.index)]
+        whole = jnp.broadcast_arrays(*of_rows, *_counters(count, stream, 0))
+        return [x.reshape(-1) for x in whole]
 
     def drawn() -> Array:
-        return _threefry(*map(jnp.concatenate, (key0, key1, index, place, is_first)))
+        counters = (counter(*one) for one in asked)
+        return _threefry(*map(jnp.concatenate, zip(*counters, strict=True)))
 
     words = compiler.materialized(drawn, asked[0][0].key0)
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    pieces = jnp.split(words, ends[:-1])
+    pieces = jnp.split(words, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
     return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
