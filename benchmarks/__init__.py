@@ -10,6 +10,7 @@
 - `scaling.py`: growth with parameters, 1 M to 135 M, and with queries, 1 to 64;
 - `memory.py`: resident memory of whole processes, and temporary memory as a network grows;
 - `dequantization.py`: the fastest way from codes to floats;
+- `compiling.py`: what tracing and compiling a step takes, beside a forward pass;
 - `formats.py`: a matrix in each format of files, beside Q4_1;
 - `report.py`: docs/performance.md, from `tables.py` and `figures.py`.
 

@@ -22,7 +22,7 @@ __all__ = [
     "temporary",
 ]
 
-_NAMES = ("step", "baselines", "scaling", "memory", "dequantization", "formats")
+_NAMES = ("step", "baselines", "scaling", "memory", "dequantization", "formats", "compiling")
 ABSENT = "not measured yet"
 STRUCTURES = {"rank_one": "rank-one", "sparse": "sparse", "dense": "dense"}
 MEBI = 2**20

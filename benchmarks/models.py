@@ -9,6 +9,7 @@ next to none, and at an edge a rank-one direction cannot be shared.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -123,9 +124,10 @@ class _Blocks(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A language model in Llama's shape, in plain JAX, its layers stacked and scanned.
+    """A language model in Llama's shape, in plain JAX.
 
-    RMSNorm, rotary grouped-query attention, SwiGLU, one matrix for embedding and head.
+    RMSNorm, rotary grouped-query attention, SwiGLU, one matrix for embedding and head. Its layers
+    are stacked and `scanned`, or leaves of their own.
     """
 
     layers: int
@@ -134,6 +136,7 @@ class Decoder:
     kv_heads: int
     hidden: int
     vocabulary: int
+    scanned: bool = True
 
     @property
     def weights(self) -> int:
@@ -166,6 +169,9 @@ class Decoder:
             "up": {"kernel": f(n, d, self.hidden)},
             "down": {"kernel": f(n, self.hidden, d)},
         }
+        if not self.scanned:
+            one = jax.tree.map(lambda leaf: f(*leaf.shape[1:]), layers)
+            layers = [one] * n
         return {
             "embedding": f(self.vocabulary, d),
             "layers": layers,
@@ -181,7 +187,10 @@ class Decoder:
     def loss(self, params: Any, batch: jax.Array) -> jax.Array:
         """Mean cross-entropy of the next token."""
         x = params["embedding"][batch[:, :-1]]
-        x, _ = jax.lax.scan(lambda x, layer: (self._layer(layer, x), None), x, params["layers"])
+        if self.scanned:
+            x, _ = jax.lax.scan(lambda x, layer: (self._layer(layer, x), None), x, params["layers"])
+        else:
+            x = functools.reduce(lambda x, layer: self._layer(layer, x), params["layers"], x)
         logits = _rms_norm(params["final"], x) @ params["embedding"].T
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 

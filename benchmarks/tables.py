@@ -341,6 +341,19 @@ def formats_table(one: Measured) -> str:
     return table(head, rows)
 
 
+def compiling_table(one: Measured) -> str:
+    """Seconds to compile a step, beside those of two forward passes of floats."""
+    rows = []
+    for entry in one.find("compiling"):
+        forward, step = (min(entry["seconds"][name]) for name in ("forward", "step"))
+        ratio_ = f"{step / (2 * forward):.1f}"
+        rows.append(
+            [entry["cell"]["method"], str(entry["leaves"]), f"{forward:.2f}", f"{step:.1f}", ratio_]
+        )
+    head = ("directions", "matrices", "forward, s", "step, s", "step / two forward passes")
+    return table(head, rows)
+
+
 def ms_fine(entry: Entry, name: str) -> str:
     """A short program's median time."""
     return f"{1e3 * median(entry, name):.2f}" if name in entry["seconds"] else "-"
@@ -429,4 +442,5 @@ TABLES: dict[str, Callable[[Measured], str]] = {
     "growth": growth_table,
     "dequantization": dequantization_table,
     "formats": formats_table,
+    "compiling": compiling_table,
 }
