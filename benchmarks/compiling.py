@@ -7,9 +7,10 @@ models have whose layers are not scanned. Nothing is taken from JAX's compilatio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from experiments.command import say
@@ -18,6 +19,7 @@ if __name__ == "__main__":
     say("benchmark compiling: loading JAX")  # which the imports below take seconds for
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 import zoqo_jax as zq
 from benchmarks import results
@@ -58,17 +60,26 @@ def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
     params = zq.quantize(floats, STORAGES[cell.storage])
     tx = zq.zoqo(key=jax.random.key(0)) if cell.method == "sized" else transformation(cell.method)
     state = tx.init(params)
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
+    with _nothing_kept():
         seconds = {
             "forward": _seconds(model.loss, floats, batch),
             "step": _seconds(step(tx, model.loss), params, state, batch),
         }
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
     leaves = sum(zq.is_quantized(x) for x in jax.tree.leaves(params, is_leaf=zq.is_quantized))
     return {"leaves": leaves, "seconds": seconds}
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Without JAX's compilation cache, which decides once whether it is used."""
+    used = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", used)
+        compilation_cache.reset_cache()
 
 
 def _seconds(fn: Callable[..., Any], *args: Any) -> list[float]:
