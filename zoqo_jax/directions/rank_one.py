@@ -63,28 +63,26 @@ class RankOne(Direction):
     def entries(self, array: QuantizedArray) -> Int16[Array, "*rows columns"]:
         """The entries for the + side, before the boundary, of an array with a code to a byte."""
         columns = array.shape[-1] if array.ndim else 1
-        row = random_bits.shared(self.rows)
         m, width = (
             array.broadcast_scales(self.radius_in_codes(array)),
             array.broadcast_scales(self.width(array)),
         )
         if self.signs is not None:
             ndim = self.rows.index.ndim
-            of_row, drawn = self.signs[0], lay_along(self.signs[1], [ndim], ndim + 1, jnp.int8)
+            of_row, of_columns = self.signs
+            draw = lambda *_: lay_along(of_columns, [ndim], ndim + 1, jnp.int8)  # noqa: E731
         else:
-            is_signs = self.distribution == "rademacher"
-            asked = row, -(-columns // 32) if is_signs else columns, entries.ENTRY
-            words, drawn = random_bits.at_once([self._of_rows, asked])
-            of_row = _signs_of(words)
-            drawn = random_bits.signs_in(drawn, columns) if is_signs else drawn
+            row = random_bits.shared(self.rows)
+            asked = entries.asked(self.distribution, self.rounding, columns)
+            words, *drawn = random_bits.at_once(
+                [self._of_rows, *((row, count, stream) for stream, (_, count) in asked.items())]
+            )
+            of_row, ahead = _signs_of(words), dict(zip(asked, drawn, strict=True))
+            draw = entries.from_rows(
+                random_bits.Drawn(row.key0, row.key1, row.index, ahead=ahead), columns
+            )
 
-        def made_once(kind: str, stream: int) -> Array:
-            if stream == entries.ENTRY:
-                return drawn
-            draw = entries.from_rows(row, columns)
-            return compiler.materialized(lambda: draw(kind, stream), self.rows.key0)
-
-        u = entries.of(made_once, m, width, self.distribution, self.rounding)
+        u = entries.of(draw, m, width, self.distribution, self.rounding)
         u = u * of_row.astype(jnp.int16)[..., None]
         chance = self.probability(array)
         return (
