@@ -64,6 +64,18 @@ def test_a_run_that_fares_well_has_no_findings():
     assert np.isfinite([found.size, found.true_share]).all()
 
 
+def test_a_run_that_sizes_its_steps_is_not_told_to():
+    """Advice to leave numbers out is for those who gave some."""
+    told = infos(zq.zoqo(key=KEY, num_queries=4), W, bowl)
+    rising = 1e6 * jnp.linspace(1.0, 2.0, 60)[:, None, None]
+    told = told._replace(codes_moved=0 * told.codes_moved, losses=rising + 0 * told.losses)
+    by_itself, by_hand = (zq.health(told._replace(size=told.size * k)).findings for k in (1, 0))
+    assert len(by_itself) == len(by_hand) == 3, by_itself
+    for word in ("learning_rate", "learning rate", "radius", "size themselves"):
+        assert not any(word in finding for finding in by_itself), by_itself
+        assert any(word in finding for finding in by_hand), by_hand
+
+
 def test_no_history_is_refused():
     """There must be a step."""
     with pytest.raises(ValueError, match="history must have a step"):

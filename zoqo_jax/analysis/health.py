@@ -127,7 +127,7 @@ def health(history: Any) -> Health:
 def _findings(found: Health, infos: Info, lately: slice, spread: float) -> list[str]:
     count = len(infos.codes_moved[lately])
     heard = infos.loss_differences[lately] != 0
-    said = []
+    sized, said = found.size > 0, []  # advice to leave numbers out is for those who gave some
     # Comparisons leave no losses, but differences.
     if not heard.any() and not np.isfinite(infos.losses[lately]).all(axis=-1).any():
         said.append(
@@ -140,14 +140,23 @@ def _findings(found: Health, infos: Info, lately: slice, spread: float) -> list[
             "is probed reaches the loss, or it is rounded too coarsely to tell (float16, accuracy)."
         )
     elif found.steps > 1 and not infos.codes_moved[lately].any():
-        said.append(
-            f"nothing has moved in the last {count} steps: the learning rate is too small for "
-            'whole codes; leave it out and steps size themselves, or use rounding="stochastic".'
+        why = (
+            "no slope stood out; use more queries a step (num_queries) or more examples."
+            if sized
+            else "the learning rate is too small for whole codes; leave it out and steps size "
+            'themselves, or use rounding="stochastic".'
         )
+        said.append(f"nothing has moved in the last {count} steps: {why}")
     if found.steps > 1 and found.loss[1] > found.loss[0] + 2 * spread:
+        why = (
+            "too little is known to size steps; use more queries a step (num_queries) or more "
+            "examples."
+            if sized
+            else "steps are too long; leave learning_rate, radius and density out and they size "
+            "themselves."
+        )
         said.append(
-            f"the loss is above its start, {found.loss[1]:.4g} after {found.loss[0]:.4g}: steps "
-            "are too long; leave learning_rate, radius and density out and they size themselves."
+            f"the loss is above its start, {found.loss[1]:.4g} after {found.loss[0]:.4g}: {why}"
         )
     if found.share_at_edges > 0.5:
         said.append(
@@ -157,8 +166,8 @@ def _findings(found: Health, infos: Info, lately: slice, spread: float) -> list[
     if heard.any() and found.relative_difference < _RESOLUTION:
         said.append(
             f"the sides of a query differ by {found.relative_difference:.1g} of the loss, which is "
-            "what float32 rounds off: look further (radius, density), or take a constant off the "
-            "loss."
+            f"what float32 rounds off: {'' if sized else 'look further (radius, density), or '}"
+            "take a constant off the loss."
         )
     if found.true_share < 0.1:
         said.append(
