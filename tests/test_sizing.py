@@ -139,6 +139,23 @@ def test_floats_train_from_zero(optimum):
     assert loss(trained, 0) < 1e-3 * loss(jnp.zeros(32), 0)
 
 
+def test_floats_that_begin_at_zero_beside_others_train():
+    """As an adapter's halves do, however small the other is: no standstill, no leap upwards."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(64, 16), (16, 2), (2, 16), (16, 2)]
+    x, a, b, small = (jax.random.normal(*one) for one in zip(keys, shapes, strict=True))
+    loss = lambda p, t: jnp.mean((x @ p["a"] @ p["b"] - x @ a @ b / 4) ** 2)  # noqa: E731
+
+    def losses(scale):
+        params = {"a": scale * small, "b": jnp.zeros((2, 16))}
+        _, told = run(zq.spsa(key=KEY, num_queries=4), params, loss, steps=400)
+        return told.losses.mean(axis=(1, 2))
+
+    of_runs = jax.vmap(losses)(jnp.array([2e-3, 2e-2, 2e-1]))
+    assert (of_runs[:, -1] < 0.1 * of_runs[:, 0]).all(), of_runs[:, ::50]
+    assert (of_runs < 1.2 * of_runs[:, :1]).all(), of_runs[:, ::50]
+
+
 def test_noise_is_told_from_what_is_true():
     """Of slopes that differ from batch to batch and mean nothing, little is held to be true."""
     start = zq.quantize({"w": jnp.zeros((8, 8))}, zq.Quantizer(bits=8, range=1.0))

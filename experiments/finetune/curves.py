@@ -114,7 +114,6 @@ def rows(wanted: Wanted) -> Iterator[Row]:
     constant = {**by_hand, "method": "adam", "decay": 1.0}
     yield row("Adam, float adapters, by back-propagation", **constant, **adapters)
     yield row("MeZO, float adapters", method="mezo", **adapters)
-    # Sizes of these are at most 2^-5 of A's values: steps by hand are 13 times as long.
     by_signs = {"method": "zo_signsgd", "learning_rate": 1e-2, "radius": 5e-3}
     yield row("ZO-SignSGD, float adapters, rate by hand", **by_hand, **by_signs, **adapters)
     # Cores of all matrices, as they are so few numbers; adapters of q and v.

@@ -82,19 +82,15 @@ def scales_at_start(leaves: Sequence[Array]) -> Float32[Array, " leaves"]:
 def scales(
     at_start: Float32[Array, " leaves"], leaves: Sequence[Array | None]
 ) -> list[Float32[Array, ""] | None]:
-    """How large the entries of each array are: as now or as at the start, what is more.
+    """How large the entries of each array were at the start, None where there is no array.
 
-    Where all began at zero, it is 1: nothing is known, and sizes may be of any magnitude.
+    Where all began at zero, it is 1: nothing is known, and sizes may be of any magnitude. What they
+    have grown to is no measure: an adapter's half that began at zero then made longer steps the
+    more it had moved, and a loss of 1.9 went to 150.
     """
-    found, starts = [], iter(at_start)
-    for leaf in leaves:
-        if leaf is None:
-            found.append(None)
-            continue
-        known = next(starts)
-        now = jnp.maximum(known, jnp.sqrt(_mean_square(leaf)))
-        found.append(jnp.where(known > 0, now, 1.0))
-    return found
+    starts = iter(at_start)
+    known = [None if leaf is None else next(starts) for leaf in leaves]
+    return [None if x is None else jnp.where(x > 0, x, 1.0) for x in known]
 
 
 def _mean_square(x: Array) -> Float32[Array, ""]:

@@ -119,8 +119,8 @@ class Sizing:
         structure: of directions.
         density: as the user gave it, or "auto".
         is_given: whether the user said how far to look: a size is then in units of directions.
-        of_floats: whether numbers move, not codes: a size is then a share of their root mean
-            square in a leaf, as it is or was at the start, what is more.
+        of_floats: whether numbers move, not codes: a size is then a share of what their root mean
+            square in a leaf was at the start.
     """
 
     weights: Weights
@@ -336,9 +336,7 @@ class Sizing:
         most = jnp.where(looked | ~is_finite, _FASTEST, _FAST)
         best = jnp.clip(best, size / most, size * most)
         best = jnp.where(is_bad, size / 2, best)
-        largest = _LONGEST if self.is_given else _LARGEST
-        if self.of_floats:  # of what began at zero nobody knows how far is far
-            largest = jnp.where(now.scales.any(), largest, _LONGEST)
+        largest = _LONGEST if self.is_given or self.of_floats else _LARGEST
         best = jnp.clip(best, self._least(arrays), largest)
         probed = jnp.where(now.again, before.probed, self.probed(best, arrays))
         unseen = jnp.where(looked, 1, now.unseen + 1)
