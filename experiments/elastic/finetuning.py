@@ -1,6 +1,5 @@
 """A fine-tuning run as a task of an elastic one, and what is written of it."""
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from experiments.elastic.task import Task
 from experiments.files import plain
 from experiments.finetune import data, objective, outputs, states
 from experiments.finetune.batches import Batches, training_tokens
-from experiments.finetune.config import PLACES, Config
+from experiments.finetune.config import Config
 from experiments.finetune.methods import transformation
 from experiments.finetune.models import loading
 from experiments.finetune.parts import Parts, adapt
@@ -30,7 +29,6 @@ def of_finetuning(config: Config) -> Task:
     parts = Parts.of(params, config)
     texts = data.load_all(config.data, config.dev, config.test)
     tokens = training_tokens(texts["train"], checkpoint, config)
-    kept = {name: x for name, x in dataclasses.asdict(config).items() if name not in PLACES}
     of_model, of_data = digest(checkpoint.params), digest(tokens.content)
     del checkpoint
 
@@ -61,7 +59,7 @@ def of_finetuning(config: Config) -> Task:
         part=part,
         parts=config.parts,
         steps=config.steps,
-        depends_on={**plain(kept), "model": of_model, "data": of_data},
+        depends_on={**plain(config.without_places), "model": of_model, "data": of_data},
     )
 
 

@@ -8,7 +8,6 @@ from experiments import settings
 __all__ = [
     "LENGTH",
     "MATRICES",
-    "PLACES",
     "Config",
     "Method",
     "Normalise",
@@ -28,7 +27,7 @@ Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
 _SIZED = ("zoqo", "caq_zo", "quzo", "qes", "mezo")
 LENGTH = ("steps", "looks")  # settings of how long a run is, and how often it is looked at
-PLACES = ("model", "data", "dev", "test", "output", "cache")  # settings of where things lie
+_PLACES = ("model", "data", "dev", "test", "output", "cache")  # settings of where things lie
 _NAMES = {
     "zoqo": "ZOQO", "caq_zo": "CAQ-ZO", "quzo": "QuZO", "qes": "QES", "qzo": "QZO", "mezo": "MeZO",
     "zo_signsgd": "ZO-SignSGD", "adam": "Adam",
@@ -286,6 +285,11 @@ class Config:
     def goes_on(self) -> bool:
         """Whether no step depends on how many there will be, so that a run may be made longer."""
         return self.sized or self.decay == 1.0
+
+    @property
+    def without_places(self) -> dict[str, Any]:
+        """The settings by name, but those of where things lie, which may differ within a run."""
+        return {name: x for name, x in vars(self).items() if name not in _PLACES}
 
     @property
     def groups(self) -> int:

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from experiments.cluster import here
 from experiments.command import whole
 from experiments.files import claimed, plain, read_json, writable, write_json
-from experiments.finetune.config import LENGTH, PLACES, Config
+from experiments.finetune.config import LENGTH, Config
 from experiments.finetune.objective import Scores
 from experiments.leaves import as_arrays, like
 from experiments.store import changed, defaults
@@ -91,13 +91,13 @@ class Folder:
         self.path, self._steps = Path(config.output), config.steps
         self._settings, self._usual = plain(dataclasses.asdict(config)), defaults(config)
         self._cache, self._exits, self._goes_on = config.cache, ExitStack(), config.goes_on
+        self._without_places = config.without_places
         self.scratch = self.path  # for what may be made again
 
     @property
     def settings(self) -> str:
         """What processes of one run must all be given, as text; where things lie may differ."""
-        kept = {name: x for name, x in self._settings.items() if name not in PLACES}
-        return json.dumps(kept, sort_keys=True)
+        return json.dumps(self._without_places, sort_keys=True)
 
     def __enter__(self) -> "Folder":
         other = self._other()

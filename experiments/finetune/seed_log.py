@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 import zoqo_jax as zq
-from experiments.finetune.config import PLACES, Config
+from experiments.finetune.config import Config
 from experiments.finetune.methods import transformation
 from experiments.finetune.models import loading
 from experiments.finetune.models.loading import Checkpoint
@@ -27,9 +27,10 @@ __all__ = ["rebuild", "save"]
 
 def save(path: Path, config: Config, model: Checkpoint, log: np.ndarray) -> None:
     """Write the differences of a run, its settings, and what tells the file that it began from."""
-    settings = {name: x for name, x in vars(config).items() if name not in PLACES}
     with replacing(path) as file:
-        np.savez_compressed(file, log=log, settings=json.dumps(settings), base=_digest(model.path))
+        np.savez_compressed(
+            file, log=log, settings=json.dumps(config.without_places), base=_digest(model.path)
+        )
 
 
 def rebuild(path: Path, model: str) -> tuple[Config, Checkpoint, Any]:
