@@ -11,6 +11,8 @@
 - `memory.py`: resident memory of whole processes, and temporary memory as a network grows;
 - `dequantization.py`: the fastest way from codes to floats;
 - `compiling.py`: what tracing and compiling a step takes, beside a forward pass;
+- `beside.py`: a forward pass beside llama.cpp's, a step beside PyTorch's, whose processes are in
+  `peers/`; not part of `make bench`, since it needs both;
 - `formats.py`: a matrix in each format of files, beside Q4_1;
 - `report.py`: docs/performance.md, from `tables.py` and `figures.py`.
 

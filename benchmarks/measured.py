@@ -22,7 +22,10 @@ __all__ = [
     "temporary",
 ]
 
-_NAMES = ("step", "baselines", "scaling", "memory", "dequantization", "formats", "compiling")
+_NAMES = (
+    *("step", "baselines", "scaling", "memory", "dequantization", "formats", "compiling"),
+    "beside",
+)
 ABSENT = "not measured yet"
 STRUCTURES = {"rank_one": "rank-one", "sparse": "sparse", "dense": "dense"}
 MEBI = 2**20

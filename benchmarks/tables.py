@@ -354,6 +354,31 @@ def compiling_table(one: Measured) -> str:
     return table(head, rows)
 
 
+def beside_table(one: Measured) -> str:
+    """Tokens a second and peaks of memory, ours and theirs."""
+    rows = []
+    for entry in one.find("beside"):
+        cell = entry["cell"]
+        peer = {"mezo": "MeZO, PyTorch", "lora": "LoRA by back-propagation, PyTorch"}
+        what = "forward pass" if "peer" not in cell else "step"
+        whose = f"{peer[cell['peer']]}, {cell['dtype']}" if "peer" in cell else "llama.cpp"
+        tokens = cell["sequences"] * cell["tokens"]
+        rates = [f"{tokens / median(entry, name):,.0f}" for name in ("ours", "theirs")]
+        peaks = [entry["peak"][name] / MEBI for name in ("ours", "theirs")]
+        rows.append(
+            [
+                f"{what}, {cell['sequences']} x {cell['tokens']}",
+                whose,
+                *rates,
+                text(ratio(entry, "ours", "theirs")),
+                *(f"{peak:,.0f}" for peak in peaks),
+                f"{peaks[0] / peaks[1]:.2f}",
+            ]
+        )
+    head = ("what", "beside", "tokens/s", "theirs", "time / theirs")
+    return table((*head, "peak, MiB", "theirs", "peak / theirs"), rows)
+
+
 def ms_fine(entry: Entry, name: str) -> str:
     """A short program's median time."""
     return f"{1e3 * median(entry, name):.2f}" if name in entry["seconds"] else "-"
@@ -443,4 +468,5 @@ TABLES: dict[str, Callable[[Measured], str]] = {
     "dequantization": dequantization_table,
     "formats": formats_table,
     "compiling": compiling_table,
+    "beside": beside_table,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import measured, tables
+from benchmarks.peers import turns
 
 _ROOT = Path(__file__).parents[1]
 
@@ -68,3 +69,29 @@ def test_readme_says_what_the_memory_table_says():
     assert len(ratios) == 3
     for name in ("README.md", "docs/index.md"):
         assert f"{ratios[0]} to {ratios[-1]}" in (_ROOT / name).read_text()
+
+
+def test_a_contestant_calls_when_it_is_told(tmp_path):
+    """It says what it is, prints what it likes, and its end in a call is an error with its name."""
+    (tmp_path / "counting.py").write_text(
+        "from benchmarks.peers.turns import serve\n"
+        "calls = []\n"
+        "def ready(job):\n"
+        "    print('not an answer')\n"
+        "    def call():\n"
+        "        calls.append(1)\n"
+        "        assert len(calls) <= job['most']\n"
+        "    return call\n"
+        "serve('a counter', ready)\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    path = {"PYTHONPATH": f"{root}:{tmp_path}"}
+    one = turns.Contestant("counting", {"most": 2}, environment=path)
+    assert one.version == "a counter"
+    one.call()
+    one.call()
+    assert one.peak > 2**20
+    with pytest.raises(RuntimeError, match=r"counting \{\"most\": 2\} ended with code 1"):
+        one.call()
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        turns.Contestant("counting", {}, environment={"PYTHONPATH": "/nowhere"})

@@ -76,6 +76,14 @@ def test_a_run_that_sizes_its_steps_is_not_told_to():
         assert any(word in finding for finding in by_hand), by_hand
 
 
+def test_grids_of_three_levels_may_have_most_codes_at_an_edge():
+    """Two of their levels are edges, and many codes begin there."""
+    told = infos(zq.zoqo(key=KEY, num_queries=4), W, bowl)
+    for first, last, is_said in ((0.0, 0.6, True), (0.4, 0.75, False), (0.4, 0.9, True)):
+        found = zq.health(told._replace(share_at_edges=jnp.linspace(first, last, 60)))
+        assert any("at an edge" in x for x in found.findings) == is_said, (first, last)
+
+
 def test_no_history_is_refused():
     """There must be a step."""
     with pytest.raises(ValueError, match="history must have a step"):
