@@ -140,6 +140,20 @@ def found(one: Measured) -> str:
             f"**At 32 tokens a naive step takes {against['naive']} times as long as the rank-one "
             f"step**, float32 MeZO {against['mezo']} times, and Adam {against['adam']} times."
         )
+    beside = one.find("beside")
+    if beside:
+        of_peers: dict[str, list[float | None]] = {}
+        for entry in beside:
+            peer = entry["cell"].get("peer", "llama.cpp")
+            first, second = ("theirs", "ours") if peer == "llama.cpp" else ("ours", "theirs")
+            of_peers.setdefault(peer, []).append((ratio(entry, first, second) or [None])[0])
+        if of_peers.keys() == {"llama.cpp", "mezo", "lora"}:
+            lines.append(
+                f"**A forward pass of a Q4_1 file makes {span(of_peers['llama.cpp'])} times "
+                f"llama.cpp's tokens a second**; a step takes {span(of_peers['mezo'], 2)} of the "
+                f"time of MeZO's in PyTorch, and {span(of_peers['lora'])} times that of LoRA's by "
+                "back-propagation."
+            )
     if not lines:
         return f"*{ABSENT}*"
     verdicts = targets(one)
