@@ -72,7 +72,8 @@ def qzo(
         learning_rate: eta, scale units; a positive number or an optax schedule; or "auto", with
             the radius, for steps that size themselves (see `zoqo_jax.transforms.sizing`).
         radius: mu, scale units (values for each unit of a level); a positive number or an optax
-            schedule; or "auto", which is a share of the root mean square of a leaf's scales.
+            schedule; or "auto", a share of what the root mean square of a leaf's scales was at the
+            start.
         key: all of the run's randomness.
         clip: C, the largest derivative along a direction that is believed, or None for any; steps
             that size themselves go along none more than three times.

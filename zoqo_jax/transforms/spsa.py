@@ -56,9 +56,10 @@ def spsa(
 
     Args:
         radius: mu, value units; a positive number or an optax schedule, or "auto" for the steps
-            that size themselves; then mu is a share of each leaf's root mean square. A number must
-            be at least about half the distance between neighbouring numbers of a leaf's dtype (4e-3
-            in bfloat16 and 5e-4 in float16 at values near 1), or it moves nothing there.
+            that size themselves; then mu is a share of what each leaf's root mean square was at the
+            start. A number must be at least about half the distance between neighbouring numbers of
+            a leaf's dtype (4e-3 in bfloat16 and 5e-4 in float16 at values near 1), or it moves
+            nothing there.
         key: all of the run's randomness.
         learning_rate: None; or "auto" to say that the radius is to be.
         num_queries: query pairs a step, q.
