@@ -21,7 +21,7 @@ import dataclasses
 import os
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 from experiments.command import say
@@ -92,20 +92,12 @@ def measure(cell: Forward | Step, effort: Effort) -> dict[str, Any]:
     theirs = job if is_forward else {**job, "what": cell.peer, "dtype": cell.dtype}
     python = os.environ.get("PEERS_PYTHON", sys.executable)
     with tempfile.TemporaryDirectory() as cache, ExitStack() as exits:
-        kept = {
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-        compiling = Contestant(_OURS, ours, environment=kept)
-        compiling.call()
-        compiling.close()
-        contestants = {
-            "ours": Contestant(_OURS, ours, environment=kept),
-            "theirs": Contestant(_LLAMA_CPP if is_forward else _PYTORCH, theirs, python),
-        }
-        for one in contestants.values():
-            exits.callback(one.close)
+        kept = footprint.programs_in(cache)
+        with closing(Contestant(_OURS, ours, environment=kept)) as compiling:
+            compiling.call()
+        mine = exits.enter_context(closing(Contestant(_OURS, ours, environment=kept)))
+        peer = Contestant(_LLAMA_CPP if is_forward else _PYTORCH, theirs, python)
+        contestants = {"ours": mine, "theirs": exits.enter_context(closing(peer))}
         seconds = interleaved({name: one.call for name, one in contestants.items()}, effort)
         peaks = {name: one.peak for name, one in contestants.items()}
         versions = {name: one.version for name, one in contestants.items()}

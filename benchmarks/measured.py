@@ -23,7 +23,13 @@ __all__ = [
 ]
 
 _NAMES = (
-    *("step", "baselines", "scaling", "memory", "dequantization", "formats", "compiling"),
+    "step",
+    "baselines",
+    "scaling",
+    "memory",
+    "dequantization",
+    "formats",
+    "compiling",
     "beside",
 )
 ABSENT = "not measured yet"

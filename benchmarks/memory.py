@@ -132,11 +132,7 @@ def _processes(cell: Process) -> dict[str, Any]:
 def _start(cell: Process, role: str, folder: Path) -> dict[str, Any]:
     """Run one process and return what it said; the second finds its program compiled."""
     job = {**dataclasses.asdict(cell), "role": role, "folder": str(folder)}
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled" / role),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    cache = footprint.programs_in(folder / "compiled" / role)
     return footprint.child("benchmarks.memory", job, cache)
 
 

@@ -138,6 +138,20 @@ def child(
     return json.loads(out.stdout.splitlines()[-1])
 
 
+def programs_in(folder: str | Path) -> dict[str, str]:
+    """Variables by which a process keeps all programs that it compiles in a folder, and finds them.
+
+    Example:
+      >>> programs_in("compiled")["JAX_COMPILATION_CACHE_DIR"]
+      'compiled'
+    """
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def job() -> dict[str, Any] | None:
     """What this process was started for by `child`, or None."""
     return json.loads(os.environ[_JOB]) if _JOB in os.environ else None

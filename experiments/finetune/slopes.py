@@ -326,8 +326,8 @@ class _Kind:
         if self._floats:
             values, _ = self._parts.split(params)
             at_start = floats.scales_at_start(values)
-            radius = _RADIUS if at_start.any() else _RADIUS_OF_ZEROS
-            units = [radius * x for x in floats.scales(at_start, values)]
+            radius = _RADIUS if any(x.any() for x in values) else _RADIUS_OF_ZEROS
+            units = [radius * x for x in at_start]
             self.held = _Held(params, values, units)
             return
         tx = transformation(config)

@@ -22,6 +22,7 @@ from experiments.command import say
 if __name__ == "__main__":
     say("tables of fine-tuning: loading JAX")  # which the imports below take seconds for
 
+from experiments import footprint
 from experiments.files import read_json, writable, write_json
 from experiments.finetune import pages
 from experiments.finetune.config import LENGTH, Config
@@ -30,10 +31,6 @@ from experiments.store import Row, Store, storing
 __all__ = ["ROWS", "Row", "found", "run"]
 
 _ROOT = Path(__file__).resolve().parents[2]
-_ALL_PROGRAMS = {  # go to JAX's cache, however small and quickly compiled
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +196,7 @@ def run(places: Any, row: Row, seed: int) -> None:
     variables = {}
     if row.table.endswith("memory"):
         # XLA's compiler takes more memory than the model does, so another process compiles.
-        variables = {**_ALL_PROGRAMS, "JAX_COMPILATION_CACHE_DIR": str(work.resolve() / "programs")}
+        variables = footprint.programs_in(work.resolve() / "programs")
         _process(dataclasses.replace(config, output=f"{output}_compiles"), name, variables)
     _process(config, name, variables)
     outcome = read_json(output / "outcome.json")

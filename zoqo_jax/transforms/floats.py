@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Key
 from zoqo_jax.transforms.state import State
 from zoqo_jax.xla import compiler, random_bits
 
-__all__ = ["Directions", "Noise", "both_sides", "count_moved", "scales", "scales_at_start"]
+__all__ = ["Directions", "Noise", "both_sides", "count_moved", "scales_at_start"]
 
 Noise = Literal["rademacher", "gaussian"]
 
@@ -73,24 +73,16 @@ def count_moved(state: State, updates: Sequence[Array]) -> State:
 
 
 def scales_at_start(leaves: Sequence[Array]) -> Float32[Array, " leaves"]:
-    """The root mean square of each array; of one of zeros that of all others, or 0."""
-    means = jnp.stack([_mean_square(x) for x in leaves])
-    of_all = means.sum() / jnp.maximum((means > 0).sum(dtype=jnp.float32), 1.0)
-    return jnp.sqrt(jnp.where(means > 0, means, of_all))
+    """The root mean square of each array; of one of zeros that of all others.
 
-
-def scales(
-    at_start: Float32[Array, " leaves"], leaves: Sequence[Array | None]
-) -> list[Float32[Array, ""] | None]:
-    """How large the entries of each array were at the start, None where there is no array.
-
-    Where all began at zero, it is 1: nothing is known, and sizes may be of any magnitude. What they
-    have grown to is no measure: an adapter's half that began at zero then made longer steps the
+    Where all are zero, it is 1: nothing is known, and sizes may be of any magnitude. What arrays
+    grow to later is no measure: an adapter's half that began at zero then made longer steps the
     more it had moved, and a loss of 1.9 went to 150.
     """
-    starts = iter(at_start)
-    known = [None if leaf is None else next(starts) for leaf in leaves]
-    return [None if x is None else jnp.where(x > 0, x, 1.0) for x in known]
+    means = jnp.stack([_mean_square(x) for x in leaves])
+    of_all = means.sum() / jnp.maximum((means > 0).sum(dtype=jnp.float32), 1.0)
+    of_all = jnp.where(of_all > 0, of_all, 1.0)
+    return jnp.sqrt(jnp.where(means > 0, means, of_all))
 
 
 def _mean_square(x: Array) -> Float32[Array, ""]:

@@ -152,7 +152,8 @@ def qzo(
         if sized is None:
             mu, eta = value_at(radius, state.count), value_at(learning_rate, state.count)
         else:
-            typical = floats.scales(state.sizes.scales, scales)
+            trained = [i for i, scale in enumerate(scales) if scale is not None]
+            typical = dict(zip(trained, state.sizes.scales, strict=True))
 
         def reach(query: Array | int, i: int) -> Array:
             return mu if sized is None else state.sizes.probed[query] * typical[i]

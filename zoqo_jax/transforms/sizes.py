@@ -91,7 +91,7 @@ class Sizes(NamedTuple):
         agreement: likewise, of products of the two slopes along a direction, over squared ones.
         trend: of the losses.
         scales: of floats, the root mean square of each leaf at the start, which sizes are shares
-            of; 0 where all were zero. Empty where codes move.
+            of; 1 where all were zero. Empty where codes move.
         unseen: steps since one was looked at.
         is_alarmed: whether the next step is to be looked at, whatever its turn.
     """

@@ -148,8 +148,8 @@ def spsa(
         if sized is None:
             mu = value_at(radius, state.count)
         else:
-            trained = [x if is_float_array(x) else None for x in leaves]
-            typical = floats.scales(state.sizes.scales, trained)
+            trained = [index for index, leaf in enumerate(leaves) if is_float_array(leaf)]
+            typical = dict(zip(trained, state.sizes.scales, strict=True))
 
         def reach(query: Array | int, index: int) -> Array:
             return mu if sized is None else state.sizes.probed[query] * typical[index]
