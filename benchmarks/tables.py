@@ -83,86 +83,161 @@ def called(entry: Entry) -> list[str]:
 _GRID = ("storage", "tokens", "q")
 
 
-def found(one: Measured) -> str:
-    """What came out, in sentences: ranges over storages and structures of directions."""
+def advice(one: Measured) -> str:
+    """Ten lines that a user can act on, each with what was measured; those that were not are "
+    "left out.
 
-    def span(values: Iterable[float | None], digits: int = 1) -> str:
-        known = [f"{value:.{digits}f}" for value in values if value is not None]
-        low, high = (pick(known, key=float) for pick in (min, max))
-        return low if low == high else f"{low} to {high}"
-
-    def steps(of: Callable[[Entry, str], Any], **cell: Any) -> list[Any]:
-        entries = one.find("step", queries=1, scanned=True, **cell)
-        return [of(entry, name) for entry in entries for name in STRUCTURES]
-
-    def times(entry: Entry, name: str) -> float | None:
-        both = ratio(entry, name, "forward")
-        return both and both[0]
-
-    lines = []
-    together = {tokens: steps(times, tokens=tokens, in_turn=False) for tokens in (32, 1024)}
-    if all(together.values()):
-        lines.append(
-            f"**A step of one query takes {span(together[32])} forward passes at 32 tokens and "
-            f"{span(together[1024])} at 1,024**, all of it: draws, both sides and the update."
-        )
-    bytes_ = {
-        (tokens, in_turn): steps(temporary, tokens=tokens, in_turn=in_turn)
-        for tokens in (32, 256, 1024)
-        for in_turn in (False, True)
-    }
-    both = [value for (_, in_turn), values in bytes_.items() if not in_turn for value in values]
-    apart = bytes_[1024, True]
-    if any(both) and any(apart):
-        lines.append(
-            f"**Its program's temporary memory is {span(both)} times a forward pass's** with both "
-            f"sides together, most where activations are; {span(apart, 2)} times at 1,024 tokens "
-            'with `sides="in_turn"`.'
-        )
-    large = one.find("memory", model="135M")
-    peaks = {
-        when: [resident(entry, name, when, "peak") for entry in large for name in STRUCTURES]
-        for when in ("compiled", "compiling")
-    }
-    if all(map(any, peaks.values())):
-        lines.append(
-            f"**A process that trains 135 M weights of 4 bits peaks at {span(peaks['compiled'])} "
-            f"times one that infers**, {span(peaks['compiling'])} times with XLA's compiler in it; "
-            "the difference is programs, not a second model."
-        )
-    usual = one.find("baselines", tokens=32, tiny=False)
-    if usual:
-        against = {
-            other: span([(ratio(entry, other, "rank_one") or [None])[0] for entry in usual])
-            for other in ("naive", "mezo", "adam")
-        }
-        lines.append(
-            f"**At 32 tokens a naive step takes {against['naive']} times as long as the rank-one "
-            f"step**, float32 MeZO {against['mezo']} times, and Adam {against['adam']} times."
-        )
-    beside = one.find("beside")
-    if beside:
-        of_peers: dict[str, list[float | None]] = {}
-        for entry in beside:
-            peer = entry["cell"].get("peer", "llama.cpp")
-            first, second = ("theirs", "ours") if peer == "llama.cpp" else ("ours", "theirs")
-            of_peers.setdefault(peer, []).append((ratio(entry, first, second) or [None])[0])
-        if of_peers.keys() == {"llama.cpp", "mezo", "lora"}:
-            lines.append(
-                f"**A forward pass of a Q4_1 file makes {span(of_peers['llama.cpp'])} times "
-                f"llama.cpp's tokens a second**; a step takes {span(of_peers['mezo'], 2)} of the "
-                f"time of MeZO's in PyTorch, and {span(of_peers['lora'])} times that of LoRA's by "
-                "back-propagation."
-            )
-    if not lines:
+    Ranges go over storages, and over structures of directions where none is named.
+    """
+    lines = [
+        "**Compile `tx.update` and `optax.apply_updates` as one function, parameters and state "
+        "donated**: "
+        "the update then writes over the codes that it changes, and nothing is copied.",
+        *_of_steps(one),
+        *_of_queries(one),
+        *_of_programs(one),
+        *_of_files(one),
+        *_of_others(one),
+    ]
+    if len(lines) == 1:
         return f"*{ABSENT}*"
     verdicts = targets(one)
     met, missed = verdicts.count(_MET), verdicts.count(_MISSED)
-    lines.append(
-        f"**Of {met + missed} targets, one for each storage, {met} are met**: "
-        "see [Targets](#targets)."
+    numbered = "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
+    return (
+        f"{numbered}\n\nOf {met + missed} [targets](#targets) for all this, one for each storage, "
+        f"{met} are met."
     )
-    return "\n".join(f"- {line}" for line in lines)
+
+
+def _span(values: Iterable[float | None], digits: int = 1) -> str:
+    """The least and the greatest of what is known, or "" of nothing."""
+    known = [f"{value:.{digits}f}" for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = (pick(known, key=float) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def _over(
+    entries: Iterable[Entry], above: str | Iterable[str], below: str = "forward", digits: int = 1
+) -> str:
+    """What programs take over another, by medians."""
+    names = (above,) if isinstance(above, str) else tuple(above)
+    ratios = (ratio(entry, name, below) for entry in entries for name in names)
+    return _span((both and both[0] for both in ratios), digits)
+
+
+def _of_steps(one: Measured) -> Iterable[str]:
+    """What a step of one query costs, by tokens, sides and structure."""
+
+    def steps(tokens: int, **cell: Any) -> list[Entry]:
+        return one.find("step", queries=1, scanned=True, tokens=tokens, **cell)
+
+    def bytes_(entries: list[Entry]) -> str:
+        return _span([temporary(e, name) for e in entries for name in STRUCTURES], 2)
+
+    few, many = (steps(tokens, in_turn=False) for tokens in (32, 1024))
+    if few and many:
+        yield (
+            f"**Fill the batch**: a step of one query takes {_over(few, STRUCTURES)} forward "
+            f"passes at 32 tokens and {_over(many, STRUCTURES)} at 1,024, draws and update "
+            f"included."
+        )
+    in_turn = steps(1024, in_turn=True)
+    if many and in_turn:
+        yield (
+            '**Where activations take the memory, say `sides="in_turn"`**: temporary memory is '
+            f"{bytes_(in_turn)} times a forward pass's at 1,024 tokens, {bytes_(many)} with both "
+            f"sides together, and a step takes {_over(in_turn, STRUCTURES)} forward passes."
+        )
+    if few:
+        yield (
+            '**At few tokens, say `structure="rank_one"`**: '
+            f"{_over(few, 'rank_one')} forward passes at 32, where sparse directions take "
+            f"{_over(few, 'sparse')} and dense ones {_over(few, 'dense')}; least on a uniform grid "
+            "with one scale a matrix."
+        )
+
+
+def _of_queries(one: Measured) -> Iterable[str]:
+    """What queries that are evaluated together save."""
+    queries = [e for e in one.find("scaling", decoder=ABSENT) if e["cell"]["queries"] == 16]
+    for entry in queries:
+        together, apart = (
+            ratio(entry, name, "forward", 1 / 32) for name in ("together", "one_by_one")
+        )
+        if together and apart:
+            yield (
+                "**Ask many queries at once, `query_batch=None`, where memory allows**: one of 32 "
+                f"evaluations of 16 rank-one queries takes {together[0]:.2f} of a forward pass by "
+                f"itself, and {apart[0]:.2f} where queries take turns (int8, 32 tokens)."
+            )
+
+
+def _of_programs(one: Measured) -> Iterable[str]:
+    """What compiling costs, in time and in memory."""
+    compiled = one.find("compiling")
+    if compiled:
+        seconds = _span((min(entry["seconds"]["step"]) for entry in compiled), 0)
+        yield (
+            "**Scan layers that are alike, and keep JAX's compilation cache**: a step on "
+            f"{compiled[0]['leaves']} matrices of their own takes {seconds} s of processor to "
+            f"compile, layers that are scanned are compiled once, and what is in the cache is not."
+        )
+    peaks = {
+        when: _span(
+            resident(entry, name, when, "peak")
+            for entry in one.find("memory", model="135M")
+            for name in STRUCTURES
+        )
+        for when in ("compiled", "compiling")
+    }
+    if all(peaks.values()):
+        yield (
+            "**Where the memory of the process counts, compile in another one before**: one that "
+            f"trains 135 M weights of 4 bits then peaks at {peaks['compiled']} times one that "
+            f"infers, and at {peaks['compiling']} times with XLA's compiler in it."
+        )
+
+
+def _of_files(one: Measured) -> Iterable[str]:
+    """What formats of files cost beside Q4_1."""
+    few = one.find("formats", tokens=32)
+    if few:
+        of = {
+            name: _over(few, f"{name} step", "Q4_1 step", 2)
+            for name in ("Q8_0", "Q4_K", "Q5_0", "Q6_K")
+        }
+        yield (
+            "**Of files of one model, take Q4_K or Q8_0 to train**: a step on a matrix takes "
+            f"{of['Q4_K']} and {of['Q8_0']} of the time that it takes in Q4_1, in Q5_0 and Q6_K "
+            f"{of['Q5_0']} and {of['Q6_K']} (32 tokens)."
+        )
+
+
+def _of_others(one: Measured) -> Iterable[str]:
+    """What a user would run instead."""
+    usual = one.find("baselines", tokens=32, tiny=False)
+    if usual:
+        naive, mezo, adam = (_over(usual, name, "rank_one") for name in ("naive", "mezo", "adam"))
+        yield (
+            f"**Do not write the step yourself**: displaced copies of the model take {naive} times "
+            f"as long as the rank-one step at 32 tokens, float32 MeZO {mezo} times, Adam {adam} "
+            f"times."
+        )
+    peers: dict[str, list[Entry]] = {}
+    for entry in one.find("beside"):
+        peers.setdefault(entry["cell"].get("peer", "llama.cpp"), []).append(entry)
+    if peers.keys() == {"llama.cpp", "mezo", "lora"}:
+        forward = _over(peers["llama.cpp"], "theirs", "ours")
+        mezo, lora = (_over(peers[name], "ours", "theirs", 2) for name in ("mezo", "lora"))
+        yield (
+            f"**Compare with what you run now**: a forward pass of a Q4_1 file makes {forward} "
+            f"times llama.cpp's tokens a second; a step takes {mezo} of the time of MeZO's in "
+            f"PyTorch, and {lora} times that of LoRA's by back-propagation, which has a gradient "
+            f"for it."
+        )
 
 
 def machine_table(one: Measured) -> str:
@@ -467,7 +542,7 @@ _MET, _MISSED = "\u2713", "\u2717"
 
 
 TABLES: dict[str, Callable[[Measured], str]] = {
-    "found": found,
+    "advice": advice,
     "machine": machine_table,
     "targets": targets,
     "step": step_table,

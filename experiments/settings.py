@@ -1,7 +1,8 @@
 """Settings of experiments: frozen dataclasses, which are their own command lines.
 
-A dataclass says what each setting is once, under "Attributes:" of its docstring; `Line` reads a
-command line for it by absl, and `check` refuses what its types do not allow. What is wrong is named
+A dataclass says what each setting is once, under "Attributes:" of its docstring, or under "Rarely
+needed:" after them, which --help leaves to --helpfull; `Line` reads a command line for it by absl,
+and `check` refuses what its types do not allow. What is wrong is named
 as it was typed, and its value: absl's own parsers, and those of simple-parsing and tyro, which read
 dataclasses, have messages of their own, and absl knows neither dataclasses nor dashes in names.
 """
@@ -22,6 +23,7 @@ from absl import flags
 __all__ = ["Line", "arguments", "check"]
 
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
+_RARE = "Rarely needed:"
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false"}
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -135,6 +137,7 @@ class Line:
         self._names: dict[str, str] = {}  # as they were typed
         self._argv = [self._normal(one) for one in argv]
         self.asks_for_help = any(one in _HELP for one in argv)
+        self._asks_for_all = "--helpfull" in argv
 
     def settings(self) -> list[Any]:
         """An object of each kind.
@@ -182,11 +185,14 @@ class Line:
         return f"--{self._names.get(found[0], found[0])}{message[found.end() :]}"
 
     def help(self, about: str) -> str:
-        """What the command is for, and every setting in the order of the dataclasses."""
+        """What the command is for, and its settings in the order of the dataclasses."""
+        rare = [] if self._asks_for_all else [x for x in self._fields.values() if x.is_rare]
         needed = [f"--{flag.name}=..." for flag in self._fields.values() if flag.required]
         usage = " ".join(["usage: python -m", _module(), *needed, "[--NAME=VALUE ...]"])
-        listed = "\n".join(flag.help() for flag in self._fields.values())
-        return f"{about.strip()}\n\n{usage}\n\n{listed}"
+        listed = "\n".join(flag.help() for flag in self._fields.values() if flag not in rare)
+        more = f"--helpfull lists {len(rare)} more: {', '.join(flag.name for flag in rare)}."
+        more = "\n\n" + textwrap.fill(more, 96) if rare else ""
+        return f"{about.strip()}\n\n{usage}\n\n{listed}{more}"
 
     def _normal(self, argument: str) -> str:
         """The argument with the flag's own name; how it was typed is remembered."""
@@ -222,7 +228,7 @@ class _Flag(flags.ArgumentParser):
             (hint,) = set(typing.get_args(hint)) - {type(None)}
         self.kind, self.name, self.default, self.hint = kind, field.name, field.default, hint
         self.required = field.default is dataclasses.MISSING
-        self.text = _descriptions(kind).get(field.name, "")
+        self.text, self.is_rare = _descriptions(kind).get(field.name, ("", False))
         self.choices = _choices(kind).get(field.name)
 
     def absl(self) -> flags.Flag:
@@ -285,16 +291,19 @@ def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _descriptions(kind: type) -> dict[str, str]:
-    """What a dataclass says of each of its settings."""
-    found: dict[str, str] = {}
-    name = ""
+def _descriptions(kind: type) -> dict[str, tuple[str, bool]]:
+    """What a dataclass says of each of its settings, and whether that is rarely needed."""
+    found: dict[str, tuple[str, bool]] = {}
+    name, is_rare = "", False
     for line in (kind.__doc__ or "").partition("Attributes:")[2].splitlines():
         if line.strip() in ("Raises:", "Example:", "Examples:"):
             break
+        if line.strip() == _RARE:
+            name, is_rare = "", True
         head, colon, tail = line.strip().partition(": ")
         if colon and head in kind.__dataclass_fields__:
             name, line = head, tail
         if name:
-            found[name] = f"{found.get(name, '')} {line.strip()}".strip()
+            text, _ = found.get(name, ("", is_rare))
+            found[name] = f"{text} {line.strip()}".strip(), is_rare
     return found

@@ -50,7 +50,7 @@ def test_every_table_has_its_place_in_the_document():
 
 def test_readme_says_what_performance_found():
     (one,) = measured.load(_ROOT / "benchmarks" / "results")
-    found = tables.found(one)
+    found = tables.advice(one)
     assert found in (_ROOT / "docs" / "performance.md").read_text()
     (row,) = (
         line
