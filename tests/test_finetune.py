@@ -50,7 +50,8 @@ def slow(*values):
 def config(files, folder, **changes):
     usual = {
         "model": files[0], "data": files[1], "output": str(folder), "steps": 10, "batch_size": 8,
-        "eval_every": 5, "checkpoint_every": 3, "density": 0.125, "dev_examples": 0,
+        "eval_every": 5, "checkpoint_every": 3, "dev_examples": 0,
+        "sized": False, "num_queries": 1, "density": 0.125,
     }  # fmt: skip
     return Config(**{**usual, **changes})
 

@@ -26,7 +26,8 @@ Method = Literal["zoqo", "caq_zo", "quzo", "qes", "qzo", "mezo", "zo_signsgd", "
 Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
 _SIZED = ("zoqo", "caq_zo", "quzo", "qes", "mezo")
-LENGTH = ("steps", "looks")  # settings of how long a run is, and how often it is looked at
+_BY_HAND = ("learning_rate", "radius", "density", "decay", "query", "noise", "step_rule")
+LENGTH = ("steps", "looks", "eval_every")  # how long a run is, and how often it is looked at
 _PLACES = ("model", "data", "dev", "test", "output", "cache")  # settings of where things lie
 _NAMES = {
     "zoqo": "ZOQO", "caq_zo": "CAQ-ZO", "quzo": "QuZO", "qes": "QES", "qzo": "QZO", "mezo": "MeZO",
@@ -50,8 +51,6 @@ class Config:
         empty: they are among those of `data`.
       test: the same for test examples; "dev" for those of dev once more, where no others are
         wanted.
-      normalise: what the log-probability of a choice of several tokens is divided by before choices
-        are compared: "none", its "tokens", or its "letters".
       output: folder of all that the run writes; a run that was interrupted goes on there.
       train: "codes", the file's own quantized matrices in place; "lora", adapters beside them; or
         "scales", what the codes of a GGUF file are multiplied by.
@@ -60,50 +59,57 @@ class Config:
       steps: of the optimizer; with 0 the test examples are read, and nothing is trained.
       batch_size: examples a step.
       max_tokens: longer training examples are left out; at most the model's context.
-      sized: whether steps size themselves, of zoqo, caq_zo, quzo, qes and mezo (whose gradients
-        are steps then, with no rate): learning_rate, radius and decay are not used, and structure
-        and density only of directions in columns.
+      num_queries: directions a step.
+      query_batch: of them evaluated at once.
+      bits: of an adapter's codes, 2 to 8.
+      rank: of adapters.
+      targets: names of the matrices that train, of q, k, v, o, gate, up, down; empty: all of them
+        for codes, q and v for adapters.
+      layers: how many of the last layers train; 0: all. What those below make of an example is
+        computed once and kept on disk, so that a step costs as little as these layers.
+      eval_every: steps between looks at the dev examples.
+      dev_examples: how many of them; 0: all.
+      test_examples: how many test examples are read before and after; 0: all.
+      patience: stop after so many looks without a better one; 0: never.
+      checkpoint_every: steps between checkpoints.
+      seed: of all randomness.
+
+    Rarely needed:
+      sized: whether steps size themselves, of zoqo, caq_zo, quzo, qes and mezo (whose gradients are
+        steps then, with no rate). Numbers for them are given with sized=False, or to the methods
+        that do not: learning_rate, radius, density, decay, query, noise, step_rule.
       learning_rate: eta; value units (zoqo, zo_signsgd, mezo, adam), code units (caq_zo, quzo,
         qes; all layers in place bear about 0.05 / density) or scale units (qzo); 0: the method's
         default.
       radius: mu, in the same units, or 0; of caq_zo's off-grid queries a fraction of the range.
+      density: of sparse directions at the start, or 0: 2^-10 for codes in place, and of adapters as
+        many as make a step 0.01 long, root mean square, in value units. Of directions in columns,
+        which share of the entries they have.
       decay: what is left of the learning rate, or of the density of sparse directions, at the end;
         it falls geometrically.
       structure: of directions in codes, "dense", "rank_one" or "sparse"; or "columns", in a few
-        inputs of each matrix, with `sized`; "auto" is sparse for codes in place and for zoqo's
-        adapters of at most 4 bits unless dithered, and dense for others.
+        inputs of each matrix, which needs steps that size themselves. "auto" is sparse where these
+        do, for codes in place, and for zoqo's adapters of at most 4 bits unless dithered, and dense
+        for others.
       guide_every: steps between looks at what multiplies each matrix (`zq.observe`), which choose
         the inputs of directions in columns and their signs; 0: they are chosen at random.
       query: caq_zo's, "aligned" or "off_grid".
       rounding: caq_zo's, "stochastic", "nearest", "threshold", "error_feedback" or "significant".
       noise: law of zoqo's directions.
       step_rule: zoqo's, "floor" or "dithered".
-      density: of sparse directions at the start, or 0: 2^-10 for codes in place, and of adapters as
-        many as make a step 0.01 long, root mean square, in value units.
-      num_queries: directions a step.
-      query_batch: of them evaluated at once.
-      parts: of a batch, of as many examples each; processes and devices share queries and parts,
-        see `coordinator`. Their number, not that of processes, decides what is computed.
-      bits: of an adapter's codes, 2 to 8.
       grid: of an adapter's codes, "uniform" or "nf4" (4 bits).
       range: what an adapter's codes reach, value units.
-      rank: of adapters.
       core: adapters of so many numbers squared, between frozen principal directions of each matrix
         (see `zq.lora`), in place of those of a rank; 0: of a rank.
       alpha: adapters are multiplied by alpha / rank.
-      targets: names of the matrices that train, of q, k, v, o, gate, up, down; empty: all of them
-        for codes, q and v for adapters.
-      layers: how many of the last layers train; 0: all. What those below make of an example is
-        computed once and kept on disk, so that a step costs as little as these layers.
-      cache: folder for that, which runs may share; empty: in `output`.
-      eval_every: steps between looks at the dev examples.
-      looks: how many forward passes are made before each of them, in place of `eval_every`; after
-        the last one the run ends.
-      dev_examples: how many of them; 0: all.
-      test_examples: how many test examples are read before and after; 0: all.
-      patience: stop after so many looks without a better one; 0: never.
-      checkpoint_every: steps between checkpoints.
-      seed: of all randomness.
+      parts: of a batch, of as many examples each; processes and devices share queries and parts,
+        see `coordinator`. Their number, not that of processes, decides what is computed.
+      normalise: what the log-probability of a choice of several tokens is divided by before choices
+        are compared: "none", its "tokens", or its "letters".
+      looks: how many forward passes are made before each look at the dev examples, in place of
+        `eval_every`; after the last one the run ends.
+      cache: folder for what the layers below those that train make of an example, which runs may
+        share; empty: in `output`.
 
     Raises:
       ValueError: a setting outside what is said above, naming it and its value.
@@ -121,10 +127,10 @@ class Config:
     normalise: Normalise = "none"
     train: Train = "codes"
     method: Method = "zoqo"
-    steps: int = 200
+    steps: int = 50
     batch_size: int = 32
     max_tokens: int = 48
-    sized: bool = False
+    sized: bool = True
     learning_rate: float = 0.0
     radius: float = 0.0
     decay: float = 0.125
@@ -135,7 +141,7 @@ class Config:
     noise: str = "rademacher"
     step_rule: str = "floor"
     density: float = 0.0
-    num_queries: int = 1
+    num_queries: int = 4
     query_batch: int = 1
     parts: int = 1
     bits: int = 8
@@ -147,12 +153,12 @@ class Config:
     targets: tuple[str, ...] = ()
     layers: int = 0
     cache: str = ""
-    eval_every: int = 25
+    eval_every: int = 10
     looks: tuple[int, ...] = ()
     dev_examples: int = 256
     test_examples: int = 512
     patience: int = 0
-    checkpoint_every: int = 50
+    checkpoint_every: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -179,10 +185,17 @@ class Config:
             raise ValueError(f"method={self.method!r} moves codes, not scales: use 'qzo'.")
         if moved is not None and self.train != moved:
             raise ValueError(f"method={self.method!r} needs train={moved!r}, got {self.train!r}.")
-        if self.sized and self.method not in _SIZED:
-            raise ValueError(f"sized is for methods of {_SIZED}, got method={self.method!r}.")
-        if self.structure == "columns" and not self.sized:
-            raise ValueError("structure='columns' needs sized=True.")
+        in_columns = self.structure == "columns"
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _BY_HAND if self.sizes_itself else ():
+            value = getattr(self, name)
+            if value != usual[name] and not (in_columns and name == "density"):
+                raise ValueError(f"{name} is for steps of sized=False, got {value!r}.")
+        if in_columns and not self.sizes_itself:
+            raise ValueError(
+                f"structure='columns' needs sized=True and a method of {_SIZED}, "
+                f"got sized={self.sized}, method={self.method!r}."
+            )
         if self.guide_every and (self.structure != "columns" or self.groups * self.parts > 1):
             raise ValueError(
                 "guide_every needs structure='columns', and queries that are evaluated at once "
@@ -207,24 +220,24 @@ class Config:
         found = dataclasses.asdict(self) | {"targets": self.matrices}
         adapters, floats = self.train == "lora", self.moves_floats
         moves_codes = not floats and self.train != "scales"
-        in_columns = self.structure == "columns"
+        in_columns, by_itself = self.structure == "columns", self.sizes_itself
         rate, radius = self._defaults()
         found |= {"learning_rate": self.learning_rate or rate, "radius": self.radius or radius}
         found["density"] = self.probed
         if self.structure == "auto":
             found["structure"] = "sparse" if self.is_sparse else "dense"
         drops = {
-            "sized": not self.sized,
-            "learning_rate": self.sized,
-            "decay": self.sized,
-            "radius": radius is None or self.sized,
-            "density": not (self.is_sparse or in_columns) or (self.sized and not in_columns),
-            "structure": not moves_codes or (self.sized and not in_columns),
+            "sized": not by_itself,
+            "learning_rate": by_itself,
+            "decay": by_itself,
+            "radius": radius is None or by_itself,
+            "density": not (self.is_sparse or in_columns) or (by_itself and not in_columns),
+            "structure": not moves_codes,
             "guide_every": not in_columns,
             "query": self.method != "caq_zo",
             "rounding": self.method != "caq_zo",
-            "noise": self.method != "zoqo" or self.sized,
-            "step_rule": self.method != "zoqo" or self.sized,
+            "noise": self.method != "zoqo" or by_itself,
+            "step_rule": self.method != "zoqo" or by_itself,
             "num_queries": self.method == "adam",
             "query_batch": self.method == "adam",
             "parts": self.parts == 1,
@@ -272,19 +285,24 @@ class Config:
         return self.targets or (("q", "v") if self.train == "lora" else MATRICES)
 
     @property
+    def sizes_itself(self) -> bool:
+        """Whether steps size themselves."""
+        return self.sized and self.method in _SIZED
+
+    @property
     def is_sparse(self) -> bool:
         """Whether directions are sparse, of methods that move codes."""
         if self.moves_floats or self.train == "scales":
             return False
-        if self.structure != "auto":
-            return self.structure == "sparse"
+        if self.structure != "auto" or self.sizes_itself:
+            return self.structure in ("auto", "sparse")
         few = self.method == "zoqo" and self.bits <= 4 and self.step_rule == "floor"
         return self.train == "codes" or few
 
     @property
     def goes_on(self) -> bool:
         """Whether no step depends on how many there will be, so that a run may be made longer."""
-        return self.sized or self.decay == 1.0
+        return self.sizes_itself or self.decay == 1.0
 
     @property
     def without_places(self) -> dict[str, Any]:

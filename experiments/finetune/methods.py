@@ -24,7 +24,7 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
 
     used, sparse = config.used, config.is_sparse
     queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
-    if config.sized:
+    if config.sizes_itself:
         if config.method == "mezo":
             return optax.chain(zq.spsa(**queries))
         asked = {"rounding": config.rounding} if config.method == "caq_zo" else {}
@@ -34,6 +34,8 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
             few = {"inputs": "columns", "outputs": outputs}
             asked["structure"] = zq.directions.with_options("columns", **few)
             asked["density"] = max(_INPUTS, config.probed)
+        elif config.structure != "auto":
+            asked["structure"] = config.structure
         return getattr(zq, config.method)(**asked, **queries)
     # Of sparse directions the density falls.
     rate = used["learning_rate"] if sparse else falling(used["learning_rate"])

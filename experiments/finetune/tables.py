@@ -63,6 +63,8 @@ def _rows() -> Iterator[Row]:
         data="sst2",
         layers=10,
         train="lora",
+        sized=False,
+        num_queries=1,
         steps=600,
         batch_size=16,
         max_tokens=32,
