@@ -103,6 +103,8 @@ def _rows() -> Iterator[Row]:
     yield row("sst2", "ZOQO, 4-bit codes of ten layers", **ten)
     population = {"num_queries": 4, "steps": 150}
     yield row("sst2", "ZOQO, 4-bit codes of ten layers, 4 directions", **population, **ten)
+    itself = {"train": "codes", "sized": True, "num_queries": 4, "query_batch": 4, "steps": 141}
+    yield row("sst2", "ZOQO, 4-bit codes of ten layers, no number by hand", 3, **itself)
     # Directions are sparser, as steps are of several codes where the loss differs much.
     by_size = {"train": "codes", "method": "caq_zo", "density": 2.0**-10, "learning_rate": 400.0}
     for rounding in ("nearest", "stochastic"):

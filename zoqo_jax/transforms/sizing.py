@@ -77,8 +77,11 @@ _STEEP = (1.6, 1.5)  # deviations of a step's slopes that are alarming, and over
 _TINY = 1e-37
 _HEAVIEST = 3.0  # times that a step goes along a direction, at most
 _ROUNDING = 2.0**-21  # of the loss: slopes below it are what float32 rounds off
-_FASTEST = 2.0**0.5  # what sizes grow or fall by in a step, with a look at the curvature
-_FAST = 2.0**0.125  # and without
+# What sizes grow by in a step, or fall by; and fall by with a look at the curvature. Growing by
+# that, a pretrained model's first 16 steps took its loss from 1.07 to 1.21 (SmolLM2 on SST-2), now
+# to 0.67: what long steps spoil is seen only when what is easily learnt has been.
+_FAST, _FASTEST = 2.0**0.125, 2.0**0.5
+_FAR = 32.0  # times as large as a size: up to there, and where slopes drown, sizes grow as fast
 
 
 class Moves(NamedTuple):
@@ -330,13 +333,17 @@ class Sizing:
         true = now.true_share
         best = (1 + true / 2) * true * ratio(now.gains) / 2 * jnp.minimum(of_now, of_then)
         best = jnp.where(now.gains[1] > 0, best, size)
-        drowned = now.deviation * size < _ROUNDING * jnp.abs(loss)
-        best = jnp.where(looked & drowned, 2 * size, best)
-        best = jnp.where((now.slopes == 0).all(), jnp.where(is_finite, 2.0, 0.5) * size, best)
-        most = jnp.where(looked | ~is_finite, _FASTEST, _FAST)
-        best = jnp.clip(best, size / most, size * most)
-        best = jnp.where(is_bad, size / 2, best)
         largest = _LONGEST if self.is_given or self.of_floats else _LARGEST
+        best = jnp.minimum(best, largest)
+        drowned = looked & (now.deviation * size < _ROUNDING * jnp.abs(loss))
+        is_silent = (now.slopes == 0).all()
+        best = jnp.where(drowned | (is_silent & is_finite), 2 * size, best)
+        best = jnp.where(is_silent & ~is_finite, size / 2, best)
+        is_far = drowned | is_silent | (best > _FAR * size)
+        grows = jnp.where(is_far, _FASTEST, _FAST)
+        falls = jnp.where(looked | ~is_finite, _FASTEST, _FAST)
+        best = jnp.clip(best, size / falls, size * grows)
+        best = jnp.where(is_bad, size / 2, best)
         best = jnp.clip(best, self._least(arrays), largest)
         probed = jnp.where(now.again, before.probed, self.probed(best, arrays))
         unseen = jnp.where(looked, 1, now.unseen + 1)
