@@ -140,7 +140,7 @@ def test_floats_train_from_zero(optimum):
 
 
 def test_floats_that_begin_at_zero_beside_others_train():
-    """As an adapter's halves do, however small the other is: no standstill, hardly a leap upwards."""
+    """As an adapter's halves do, however small the other is: no standstill, and few leaps up."""
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(64, 16), (16, 2), (2, 16), (16, 2)]
     x, a, b, small = (jax.random.normal(*one) for one in zip(keys, shapes, strict=True))
