@@ -33,7 +33,7 @@ from benchmarks import floor, models, results
 from benchmarks.timing import TRACING, Effort, Program, report_of
 from experiments import footprint
 
-__all__ = ["KERNEL", "MODELS", "STRUCTURES", "Cell", "cells", "measure"]
+__all__ = ["KERNEL", "MODELS", "STRUCTURES", "Cell", "kernels_on", "measure"]
 
 MODELS: dict[str, models.Shape] = {
     "135M": models.DECODERS["135M"],
@@ -98,7 +98,7 @@ def measure(cell: Cell, effort: Effort) -> Callable[[], dict[str, Any]]:
         begun["forward_as_many"] = forward(2 * cell.queries)
     for structure in ("rank_one",) if is_many else STRUCTURES:
         begun[structure] = step(structure)
-    with _kernels():
+    with kernels_on():
         kernel = step("rank_one")
     if _text(kernel) != _text(begun["rank_one"]):
         begun[KERNEL] = kernel
@@ -132,7 +132,7 @@ def _maker(model: str, storage: str) -> Any:
 
 
 @contextlib.contextmanager
-def _kernels() -> Iterator[None]:
+def kernels_on() -> Iterator[None]:
     """Trace with the kernel on, interpreted where there is no GPU."""
     name = "ZOQO_JAX_KERNELS"
     with TRACING:
