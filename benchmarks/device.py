@@ -38,10 +38,10 @@ __all__ = ["KERNEL", "MODELS", "STRUCTURES", "Cell", "kernels_on", "measure"]
 MODELS: dict[str, models.Shape] = {
     "135M": models.DECODERS["135M"],
     "1.3B": models.Decoder(24, 2048, 16, 16, 5504, 32_000),  # Sheared-LLaMA-1.3B, embedding = head
-    "tiny": models.Net(layers=2, width=64, hidden=128, scanned=True),
+    "tiny": models.Net(layers=2, width=64, hidden=64, scanned=True),
 }
 STRUCTURES = ("rank_one", "sparse", "columns")
-KERNEL = "rank_one, kernel"
+KERNEL = "rank_one, kernel"  # beside "rank_one"
 _COPIED = 2**31  # bytes
 _AT_ONCE = 8  # cells that are compiled together: all of one model
 

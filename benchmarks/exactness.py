@@ -116,7 +116,9 @@ def cells(quick: bool) -> list[Any]:
     of_rules = [
         *(Rule("products", grid, "rank_one", kernels=True) for grid in ("nf4", "blocks")),
         *(
-            Rule("layouts", grid, directions[(i + j) % len(directions)], boundaries[(i + 2 * j) % 3])
+            Rule(
+                "layouts", grid, directions[(i + j) % len(directions)], boundaries[(i + 2 * j) % 3]
+            )
             for j in range(2)
             for i, grid in enumerate(test_rules.GRIDS)
         ),
@@ -151,7 +153,9 @@ def measure(cell: Codes | Rule | Kernel, effort: Effort) -> dict[str, Any]:
     worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
     if not max(errors.values()) <= 1.0:
         wrong = {name: compared[name] for name in errors if not errors[name] <= 1.0}
-        told = "; ".join(f"{name} {error:.1e} > {most:.0e}" for name, (error, most) in wrong.items())
+        told = "; ".join(
+            f"{name} {error:.1e} > {most:.0e}" for name, (error, most) in wrong.items()
+        )
         raise ArithmeticError(f"too far from the values' products: {told}")
     error, at_most = compared[worst]
     return {"error": error, "at_most": at_most, "of": worst}

@@ -7,7 +7,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.measured import ABSENT, MEBI, STRUCTURES, Entry, Measured, median, ratio, temporary
+from benchmarks.measured import (
+    ABSENT,
+    MEBI,
+    OF_DEVICE,
+    STRUCTURES,
+    Entry,
+    Measured,
+    median,
+    ratio,
+    temporary,
+)
 
 __all__ = ["draw", "file_of"]
 
@@ -21,8 +31,15 @@ def file_of(name: str, one: Measured) -> str:
 
 def draw(one: Measured, where: Path) -> None:
     """Draw the figures of one backend into a folder."""
-    drawings = {"step": _draw_step, "scaling": _draw_scaling, "memory": _draw_memory}
+    drawings = {
+        "step": _draw_step,
+        "scaling": _draw_scaling,
+        "memory": _draw_memory,
+        "device": _draw_device,
+    }
     for name, drawing in drawings.items():
+        if name not in one.entries:
+            continue
         fig = Figure(figsize=(10.0, 4.2), layout="constrained")
         drawing(fig, one)
         where.mkdir(parents=True, exist_ok=True)
@@ -136,3 +153,31 @@ def _draw_memory(fig: Any, one: Measured) -> None:
         right.set_xticks(range(len(roles)), names, rotation=60, fontsize=8)
         right.set_title(f"resident MiB, {entry['cell']['model']}", fontsize=10)
         right.legend(frameon=False, fontsize=8)
+
+
+def _draw_device(fig: Any, one: Measured) -> None:
+    """Bars: steps over forward passes, and codes read a second over what a copy moves."""
+    entries = one.find("device", queries=1)
+    names = ["\n".join(str(e["cell"][k]) for k in ("model", "storage", "tokens")) for e in entries]
+    left, right = fig.subplots(1, 2, width_ratios=(2, 1))
+    for i, (name, label) in enumerate(OF_DEVICE.items()):
+        found = [(x, ratio(entry, name, "forward")) for x, entry in enumerate(entries)]
+        known = [(x + 0.2 * (i - 1.5), both[0]) for x, both in found if both]
+        left.bar([x for x, _ in known], [y for _, y in known], 0.19, label=label)
+    left.axhline(2.0, color="black", linewidth=0.8, linestyle=":")
+    left.set_title("time of a step of one query / forward pass", fontsize=10)
+    left.legend(frameon=False, fontsize=8)
+    for i, which in enumerate(("median", "shortest")):
+        seconds = [
+            (median, lambda e, name: min(e["seconds"][name]))[i](e, "forward") for e in entries
+        ]
+        shares = [
+            sum(e["bytes"].values()) / s / e["bandwidth"]
+            for e, s in zip(entries, seconds, strict=True)
+        ]
+        right.bar([x + 0.4 * (i - 0.5) for x in range(len(entries))], shares, 0.38, label=which)
+    right.set_title("codes and scales of a forward pass, bytes/s / a copy's", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.set_xticks(range(len(entries)), names, fontsize=6)
+        axis.grid(axis="y", alpha=0.3)

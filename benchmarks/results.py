@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.metadata
 import os
 import platform
@@ -154,19 +153,18 @@ def _begun(
         else:
             with ThreadPoolExecutor(at_once) as pool:
                 begun = [pool.submit(measure, cell, effort) for cell in some]
-                for cell in some:
-                    future = begun.pop(0)  # with the memory that it holds
-                    yield cell, lambda future=future: _done(future.result(), begun)
-                    del future
+                for i, cell in enumerate(some):
+                    yield cell, lambda begun=begun[i:]: _done(begun[0].result(), begun)
+                    begun[i] = Future()  # without the memory that the other holds
         jax.clear_caches()  # or compiled programs pile up
 
 
 def _done(found: Found | Callable[[], Found], others: Sequence[Future[Any]] = ()) -> Found:
     """What was found, by what is left to do once the others are at rest."""
-    if not callable(found):
-        return found
-    wait(others)
-    return found()
+    if callable(found):
+        wait(others)
+        return found()
+    return found
 
 
 def _commit() -> str:
