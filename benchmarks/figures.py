@@ -156,28 +156,31 @@ def _draw_memory(fig: Any, one: Measured) -> None:
 
 
 def _draw_device(fig: Any, one: Measured) -> None:
-    """Bars: steps over forward passes, and codes read a second over what a copy moves."""
+    """Bars: steps over forward passes, and bytes of codes a second over those of a copy."""
     entries = one.find("device", queries=1)
     names = ["\n".join(str(e["cell"][k]) for k in ("model", "storage", "tokens")) for e in entries]
-    left, right = fig.subplots(1, 2, width_ratios=(2, 1))
-    for i, (name, label) in enumerate(OF_DEVICE.items()):
-        found = [(x, ratio(entry, name, "forward")) for x, entry in enumerate(entries)]
-        known = [(x + 0.2 * (i - 1.5), both[0]) for x, both in found if both]
-        left.bar([x for x, _ in known], [y for _, y in known], 0.19, label=label)
-    left.axhline(2.0, color="black", linewidth=0.8, linestyle=":")
-    left.set_title("time of a step of one query / forward pass", fontsize=10)
-    left.legend(frameon=False, fontsize=8)
-    for i, which in enumerate(("median", "shortest")):
-        seconds = [
-            (median, lambda e, name: min(e["seconds"][name]))[i](e, "forward") for e in entries
-        ]
-        shares = [
-            sum(e["bytes"].values()) / s / e["bandwidth"]
-            for e, s in zip(entries, seconds, strict=True)
-        ]
-        right.bar([x + 0.4 * (i - 0.5) for x in range(len(entries))], shares, 0.38, label=which)
-    right.set_title("codes and scales of a forward pass, bytes/s / a copy's", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
+
+    def share(entry: Entry, name: str) -> tuple[float, float] | None:
+        """A step reads codes and scales twice at least: for its products, and for the update."""
+        if name not in entry["seconds"]:
+            return None
+        read = (1 if name == "forward" else 2) * sum(entry["bytes"].values())
+        seconds = median(entry, name), min(entry["seconds"][name])
+        return tuple(read / s / entry["bandwidth"] for s in seconds)
+
+    left, right = fig.subplots(1, 2)
+    bars = {"forward": "forward", **OF_DEVICE}
+    for axis, of in ((left, lambda entry, name: ratio(entry, name, "forward")), (right, share)):
+        for i, (name, label) in enumerate(bars.items()):
+            found = [(x + 0.17 * (i - 2), of(entry, name)) for x, entry in enumerate(entries)]
+            places = [x for x, both in found if both]
+            axis.bar(
+                places, [both[0] for _, both in found if both], 0.16, label=label, color=f"C{i}"
+            )
         axis.set_xticks(range(len(entries)), names, fontsize=6)
+        axis.set_xlabel("model, storage and tokens")
         axis.grid(axis="y", alpha=0.3)
+    left.axhline(2.0, color="black", linewidth=0.8, linestyle=":")
+    left.set_title("time / forward pass, one query", fontsize=10)
+    right.set_title("codes and scales read a second / bytes of a copy", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
