@@ -47,6 +47,7 @@ from zoqo_jax.implicit import kernels
 __all__ = ["Codes", "Kernel", "Rule", "measure"]
 
 _FLOAT32, _TF32, _MOVED = 2e-5, 4e-3, 1e-6
+_LARGE = {f"{name}, 576 x 1536": quantizer for name, quantizer in models.STORAGES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Kernel:
     """A product by the kernel.
 
     Attributes:
-        array: a key of `test_kernels.ARRAYS`, or of `models.STORAGES` for a matrix of 576 x 1536.
+        array: a key of `test_kernels.ARRAYS`, or of `_LARGE`.
         boundary: of the direction.
         transposed: whether the matrix is.
         dtype: of the factors.
@@ -107,10 +108,10 @@ def cells(quick: bool) -> list[Any]:
     of_kernel = [
         *(
             Kernel(name, boundaries[i % 3], i % 2 == 1)
-            for i, name in enumerate([*models.STORAGES, *test_kernels.ARRAYS])
+            for i, name in enumerate([*_LARGE, *test_kernels.ARRAYS])
         ),
-        *(Kernel(name, "clamp", precision="default") for name in models.STORAGES),
-        Kernel("nf4", "mask", dtype="bfloat16"),
+        *(Kernel(name, "clamp", precision="default") for name in _LARGE),
+        Kernel("nf4, 576 x 1536", "mask", dtype="bfloat16"),
     ]
     directions = list(test_rules.DIRECTIONS)
     of_rules = [
@@ -230,9 +231,9 @@ _SHAPES = {
 
 def _kernel(cell: Kernel) -> Compared:
     dtype = jnp.dtype(cell.dtype)
-    if cell.array in models.STORAGES:
+    if cell.array in _LARGE:
         floats = test_kernels.normal(0, 576, 1536).astype(dtype)
-        array, tokens, tiles = models.STORAGES[cell.array](floats), 32, None
+        array, tokens, tiles = _LARGE[cell.array](floats), 32, None
         rng = np.random.default_rng(1)
         a, b = (jnp.asarray(rng.choice([-1, 1], n), jnp.int8) for n in array.shape)
         m = jnp.ones(array.scale.shape, jnp.int16)
