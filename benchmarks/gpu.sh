@@ -61,6 +61,7 @@ command -v timeout >/dev/null || refuse "the command timeout (of GNU coreutils) 
 # Paths are those of whoever calls; the modules are found from the root.
 absolute() { case $1 in '' | /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
 output=$(absolute "$output") sst2=$(absolute "$sst2")
+case $python in */*) python=$(absolute "$python") ;; esac
 cd "$root" || exit 2
 export PYTHONPATH="$root:$root/tests${PYTHONPATH:+:$PYTHONPATH}"
 unset ZOQO_JAX_KERNELS # the parts themselves turn the kernel on
@@ -72,6 +73,8 @@ if [ -n "$rehearse" ]; then
     : "${output:=$(mktemp -d)}"
     small=(--quick)
 else
+    # A CPU beside it: what starts the steps whose codes are compared is made there.
+    export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false
     gpu=$("$python" - 2>&1 <<'END'
 import importlib.util as util
 import sys
@@ -89,7 +92,6 @@ except RuntimeError as error:
 END
     ) || refuse "${gpu##*$'\n'}"
     echo "gpu.sh: ${gpu##*$'\n'}" >&2
-    export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false
     small=()
 fi
 document=()
@@ -137,8 +139,8 @@ train() { # ROW PASSES SECONDS ARGUMENT...: a row of curves.py, for so many forw
         --only="$row" --passes="$passes" --results="$results/sst2_$backend" \
         --document="$results/sst2_$backend.md" --work="$work" "$@"
 }
-page() { # LAYERS: where the table goes
-    printf '# SST-2\n\n<!-- table: layers_%s -->\n\n<!-- end -->\n\n![curves](sst2_%s/layers_%s.png)\n' \
+page() { # LAYERS: where the table goes, if there is none yet
+    [ -f "$results/sst2_$backend.md" ] || printf '# SST-2\n\n<!-- table: layers_%s -->\n\n<!-- end -->\n\n![curves](sst2_%s/layers_%s.png)\n' \
         "$1" "$backend" "$1" >"$results/sst2_$backend.md"
 }
 
@@ -152,7 +154,7 @@ import pathlib, tiny_model
 tiny_model.write_model(pathlib.Path('$output', 'tiny.gguf'))
 tiny_model.write_examples(pathlib.Path('$output', 'tiny.jsonl'), 400)"
         # Its program is the smallest of all rows.
-        train "ZO-SignSGD, float adapters" 75 60 --layers=1 --model="$output/tiny.gguf" --sst2="$output/tiny.jsonl"
+        train "ZO-SignSGD, float adapters" 75 150 --layers=1 --model="$output/tiny.gguf" --sst2="$output/tiny.jsonl"
     elif [ -z "$sst2" ] || [ ! -f "$sst2/train.tsv" ]; then
         summary+=("sst2                      skipped: no train.tsv in '$sst2', give --sst2=FOLDER")
     else
