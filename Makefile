@@ -20,7 +20,7 @@ TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal
 BENCHMARKS := dequantization formats compiling step baselines scaling memory report
 
 .DEFAULT_GOAL := help
-.PHONY: help demo attack-tables cifar-model finetune finetune-tables policies test test-slow zoo bench lint style notebook docs wheel clean
+.PHONY: help gpu demo attack-tables cifar-model finetune finetune-tables policies test test-slow zoo bench lint style notebook docs wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s  %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ zoo: $(ZOO)/.complete  ## examine other people's models for docs/models.md, an h
 
 bench: $(STAMP)  ## measure what a step costs, about 70 minutes; QUICK=1: a small network, 3 minutes
 	@set -e; for name in $(BENCHMARKS); do $(RUN) -m benchmarks.$$name $(if $(QUICK),--quick); done
+
+gpu: $(SMOLLM2)  ## all that needs a GPU, in 8 minutes (see benchmarks/gpu.sh --help); SST2=folder
+	@PYTHON=$(abspath $(RUN)) benchmarks/gpu.sh $(if $(SST2),--sst2=$(SST2))
 
 lint: style  ## check style, formatting and types
 	@$(RUN) -m pyright --pythonpath $(RUN)

@@ -13,6 +13,8 @@
 - `compiling.py`: what tracing and compiling a step takes, beside a forward pass;
 - `beside.py`: a forward pass beside llama.cpp's, a step beside PyTorch's, whose processes are in
   `peers/`; not part of `make bench`, since it needs both;
+- `device.py`, `exactness.py`: what only an accelerator can tell; `gpu.sh` runs both and more in
+  under 8 minutes, and `gpu.sh --rehearse` does so with small shapes on a CPU;
 - `formats.py`: a matrix in each format of files, beside Q4_1;
 - `report.py`: docs/performance.md, from `tables.py` and `figures.py`.
 

@@ -7,7 +7,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.measured import ABSENT, MEBI, STRUCTURES, Entry, Measured, median, ratio, temporary
+from benchmarks.measured import (
+    ABSENT,
+    MEBI,
+    OF_DEVICE,
+    STRUCTURES,
+    Entry,
+    Measured,
+    median,
+    ratio,
+    temporary,
+)
 
 __all__ = ["draw", "file_of"]
 
@@ -21,8 +31,15 @@ def file_of(name: str, one: Measured) -> str:
 
 def draw(one: Measured, where: Path) -> None:
     """Draw the figures of one backend into a folder."""
-    drawings = {"step": _draw_step, "scaling": _draw_scaling, "memory": _draw_memory}
+    drawings = {
+        "step": _draw_step,
+        "scaling": _draw_scaling,
+        "memory": _draw_memory,
+        "device": _draw_device,
+    }
     for name, drawing in drawings.items():
+        if name not in one.entries:
+            continue
         fig = Figure(figsize=(10.0, 4.2), layout="constrained")
         drawing(fig, one)
         where.mkdir(parents=True, exist_ok=True)
@@ -136,3 +153,34 @@ def _draw_memory(fig: Any, one: Measured) -> None:
         right.set_xticks(range(len(roles)), names, rotation=60, fontsize=8)
         right.set_title(f"resident MiB, {entry['cell']['model']}", fontsize=10)
         right.legend(frameon=False, fontsize=8)
+
+
+def _draw_device(fig: Any, one: Measured) -> None:
+    """Bars: steps over forward passes, and bytes of codes a second over those of a copy."""
+    entries = one.find("device", queries=1)
+    names = ["\n".join(str(e["cell"][k]) for k in ("model", "storage", "tokens")) for e in entries]
+
+    def share(entry: Entry, name: str) -> tuple[float, float] | None:
+        """A step reads codes and scales twice at least: for its products, and for the update."""
+        if name not in entry["seconds"]:
+            return None
+        read = (1 if name == "forward" else 2) * sum(entry["bytes"].values())
+        seconds = median(entry, name), min(entry["seconds"][name])
+        return tuple(read / s / entry["bandwidth"] for s in seconds)
+
+    left, right = fig.subplots(1, 2)
+    bars = {"forward": "forward", **OF_DEVICE}
+    for axis, of in ((left, lambda entry, name: ratio(entry, name, "forward")), (right, share)):
+        for i, (name, label) in enumerate(bars.items()):
+            found = [(x + 0.17 * (i - 2), of(entry, name)) for x, entry in enumerate(entries)]
+            places = [x for x, both in found if both]
+            axis.bar(
+                places, [both[0] for _, both in found if both], 0.16, label=label, color=f"C{i}"
+            )
+        axis.set_xticks(range(len(entries)), names, fontsize=6)
+        axis.set_xlabel("model, storage and tokens")
+        axis.grid(axis="y", alpha=0.3)
+    left.axhline(2.0, color="black", linewidth=0.8, linestyle=":")
+    left.set_title("time / forward pass, one query", fontsize=10)
+    right.set_title("codes and scales read a second / bytes of a copy", fontsize=10)
+    right.legend(frameon=False, fontsize=8)

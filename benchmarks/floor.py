@@ -35,7 +35,7 @@ import zoqo_jax as zq
 from benchmarks import models, timing
 from benchmarks.results import machine
 
-__all__ = ["Rates", "floor", "floors", "rates"]
+__all__ = ["Rates", "bandwidth", "floor", "floors", "rates", "stored"]
 
 _ACCELERATOR_CACHE = 32 * 2**20
 _REPEATS = 8  # of a product or a decoding in one call
@@ -67,13 +67,6 @@ def rates(storage: str, tokens: set[int], rows: int, columns: int, nbytes: int) 
         columns: of a matrix.
         nbytes: that all codes take: whether they fit in a cache decides the bandwidth.
     """
-    effort = timing.Effort(rounds=15, seconds=1.5, least=3)
-
-    def rate(amount: float, fn: Any, carried: jax.Array, *fixed: Any) -> float:
-        """The result goes into memory that is there already: fresh pages would cost more."""
-        program = timing.Program(lambda x, *fixed: (fn(x, *fixed),), (carried,), fixed)
-        return amount / min(timing.interleaved({"": program}, effort)[""])
-
     w = jax.random.normal(jax.random.key(0), (rows, columns)) * rows**-0.5
     array = models.STORAGES[storage](w)
     stack = jnp.stack([array.packed] * _REPEATS)
@@ -91,11 +84,35 @@ def rates(storage: str, tokens: set[int], rows: int, columns: int, nbytes: int) 
     product = {}
     for n in sorted(tokens):
         x = jax.random.normal(jax.random.key(1), (n, rows))
-        product[n] = rate(2.0 * n * rows * columns * _REPEATS, products, x, w, w.T)
-    decoded = rate(w.size * _REPEATS, decode, jnp.zeros_like(w), stack)
-    like_codes = jnp.zeros(max(nbytes, 2**20) // 4)
-    bandwidth = rate(2.0 * like_codes.nbytes, lambda x: x + 1, like_codes)
-    return Rates(bandwidth, product, decoded)
+        product[n] = _rate(2.0 * n * rows * columns * _REPEATS, products, x, w, w.T)
+    decoded = _rate(w.size * _REPEATS, decode, jnp.zeros_like(w), stack)
+    return Rates(bandwidth(nbytes), product, decoded)
+
+
+def bandwidth(nbytes: int) -> float:
+    """Bytes read or written in a second, by adding 1 in place to so many bytes, at least 1 MiB."""
+    numbers = jnp.zeros(max(nbytes, 2**20) // 4)
+    return _rate(2.0 * numbers.nbytes, lambda x: x + 1, numbers)
+
+
+def _rate(amount: float, fn: Any, carried: jax.Array, *fixed: Any) -> float:
+    """The result goes into memory that is there already: fresh pages would cost more."""
+    effort = timing.Effort(rounds=15, seconds=1.5, least=3)
+    program = timing.Program(lambda x, *fixed: (fn(x, *fixed),), (carried,), fixed)
+    return amount / min(timing.interleaved({"": program}, effort)[""])
+
+
+def stored(params: Any) -> tuple[int, int, int]:
+    """Of a quantized tree: weights, and bytes of codes and of scales."""
+    arrays = [
+        leaf for leaf in jax.tree.leaves(params, is_leaf=zq.is_quantized) if zq.is_quantized(leaf)
+    ]
+    weights = sum(array.size for array in arrays)
+    codes = sum(array.packed.nbytes for array in arrays)
+    scales = sum(
+        leaf.nbytes for array in arrays for leaf in jax.tree.leaves((array.scale, array.offset))
+    )
+    return weights, codes, scales
 
 
 def floor(
@@ -111,14 +128,7 @@ def floor(
         queries: query pairs of the step.
         at: the rates.
     """
-    arrays = [
-        leaf for leaf in jax.tree.leaves(params, is_leaf=zq.is_quantized) if zq.is_quantized(leaf)
-    ]
-    weights = sum(array.size for array in arrays)
-    codes = sum(array.packed.nbytes for array in arrays)
-    scales = sum(
-        leaf.nbytes for array in arrays for leaf in jax.tree.leaves((array.scale, array.offset))
-    )
+    weights, codes, scales = stored(params)
     evaluations = 1 if structure is None else 2 * queries
     shared = structure in (None, "rank_one")
     passes = 1 if shared else queries
@@ -142,9 +152,8 @@ def floors(
 ) -> dict[str, dict[str, float]]:
     """The floor of a forward pass and of a step of each structure, with the rates behind them."""
     together = {_rounded(tokens), _rounded(2 * queries * tokens)}
-    arrays = [leaf for leaf in jax.tree.leaves(params, is_leaf=zq.is_quantized)]
-    nbytes = sum(array.packed.nbytes for array in arrays if zq.is_quantized(array))
-    at = rates(storage, together, shape.width, shape.hidden, nbytes)
+    _, codes, _ = stored(params)
+    at = rates(storage, together, shape.width, shape.hidden, codes)
     found = {
         structure or "forward": floor(params, shape.largest, tokens, structure, queries, at)
         for structure in (None, *models.STRUCTURES)

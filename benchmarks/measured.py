@@ -12,6 +12,7 @@ from experiments.files import read_json
 __all__ = [
     "ABSENT",
     "MEBI",
+    "OF_DEVICE",
     "STRUCTURES",
     "Entry",
     "Measured",
@@ -31,9 +32,17 @@ _NAMES = (
     "formats",
     "compiling",
     "beside",
+    "device",
+    "exactness",
 )
 ABSENT = "not measured yet"
 STRUCTURES = {"rank_one": "rank-one", "sparse": "sparse", "dense": "dense"}
+OF_DEVICE = {
+    "rank_one": "rank-one",
+    "rank_one, kernel": "rank-one, kernel",
+    "sparse": "sparse",
+    "columns": "columns",
+}
 MEBI = 2**20
 
 Entry = dict[str, Any]

@@ -236,7 +236,7 @@ def transformation(
         num_queries=queries,
         noise="rademacher",
         structure=structure,
-        density=DENSITY if structure == "sparse" else 1.0,
+        density=DENSITY if structure in ("sparse", "columns") else 1.0,
         query_batch=query_batch,
         sides="in_turn" if in_turn else "together",
     )

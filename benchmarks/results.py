@@ -9,7 +9,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ class Places:
 
 
 Cells = Callable[[bool], Sequence[Any]]
-Measure = Callable[[Any, Effort], dict[str, Any]]
+Found = dict[str, Any]
+Measure = Callable[[Any, Effort], Found | Callable[[], Found]]
 
 
 def machine() -> dict[str, Any]:
@@ -78,13 +81,18 @@ def name_of(cell: Any) -> str:
     return " ".join([type(cell).__name__, *(f"{key}={value}" for key, value in fields)])
 
 
-def run(name: str, cells: Cells, measure: Measure) -> None:
+def run(name: str, cells: Cells, measure: Measure, at_once: int = 1) -> None:
     """A script: measure the cells that are not in the results yet.
+
+    A cell that fails does not stop the others: what was wrong goes into the file, under "failed",
+    the exit status is not 0, and the next call measures it again.
 
     Args:
         name: of the file of results.
         cells: `cells(quick)` -> frozen dataclasses.
-        measure: `measure(cell, effort)` -> what JSON can hold.
+        measure: `measure(cell, effort)` -> what JSON can hold; or a function that returns it, for
+            what has to be done while nothing else is.
+        at_once: of how many cells `measure` is called at once, in threads.
     """
 
     def main(places: Places) -> None:
@@ -102,26 +110,61 @@ def run(name: str, cells: Cells, measure: Measure) -> None:
                 "all again, or another folder, --results=."
             )
         measured = store.content.setdefault("cells", {})
+        failed = store.content.setdefault("failed", {})
         chosen = [cell for cell in cells(places.quick) if places.only in name_of(cell)]
         todo = [c for c in chosen if places.fresh or name_of(c) not in measured]
-        with tqdm(todo, desc=name, unit="cell", disable=not places.progress) as bar:
-            for cell in bar:
+        with tqdm(total=len(todo), desc=name, unit="cell", disable=not places.progress) as bar:
+            for cell, finish in _begun(measure, todo, effort, at_once):
                 bar.set_postfix_str(name_of(cell))
-                found = measure(cell, effort)
-                measured[name_of(cell)] = {
-                    "cell": dataclasses.asdict(cell),
-                    "commit": _commit(),
-                    "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                    "load": round(os.getloadavg()[0], 2),
-                    **found,
-                }
+                for before in (measured, failed):
+                    before.pop(name_of(cell), None)
+                try:
+                    measured[name_of(cell)] = {
+                        "cell": dataclasses.asdict(cell),
+                        "commit": _commit(),
+                        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                        "load": round(os.getloadavg()[0], 2),
+                        **finish(),
+                    }
+                except Exception as error:  # the other cells are still of use
+                    failed[name_of(cell)] = "".join(traceback.format_exception(error))[-4000:]
+                    say(f"{name_of(cell)} failed: {type(error).__name__}: {str(error)[:400]}")
                 store.write()
-                jax.clear_caches()  # or compiled programs pile up
+                bar.update()
         there = len(chosen) - len(todo)
-        print(f"{name}: {len(todo)} cells measured, {there} were there: {path}")
+        wrong = [name_of(cell) for cell in todo if name_of(cell) in failed]
+        print(f"{name}: {len(todo) - len(wrong)} cells measured, {there} were there: {path}")
+        if wrong:
+            raise ValueError(f"{len(wrong)} of {len(todo)} cells failed, see {path}: {wrong[0]}.")
 
     about = sys.modules["__main__"].__doc__ or name
     command.run(main, Places, about=about)
+
+
+def _begun(
+    measure: Measure, cells: Sequence[Any], effort: Effort, at_once: int
+) -> Iterator[tuple[Any, Callable[[], Found]]]:
+    """Each cell, and a function that returns what was found, or raises what was wrong."""
+
+    for first in range(0, len(cells), at_once):
+        some = cells[first : first + at_once]
+        if at_once == 1:
+            yield some[0], lambda cell=some[0]: _done(measure(cell, effort))
+        else:
+            with ThreadPoolExecutor(at_once) as pool:
+                begun = [pool.submit(measure, cell, effort) for cell in some]
+                for i, cell in enumerate(some):
+                    yield cell, lambda begun=begun[i:]: _done(begun[0].result(), begun)
+                    begun[i] = Future()  # without the memory that the other holds
+        jax.clear_caches()  # or compiled programs pile up
+
+
+def _done(found: Found | Callable[[], Found], others: Sequence[Future[Any]] = ()) -> Found:
+    """What was found, by what is left to do once the others are at rest."""
+    if callable(found):
+        wait(others)
+        return found()
+    return found
 
 
 def _commit() -> str:

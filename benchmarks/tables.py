@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.measured import (
     ABSENT,
     MEBI,
+    OF_DEVICE,
     STRUCTURES,
     Entry,
     Measured,
@@ -24,7 +25,9 @@ from benchmarks.measured import (
 from benchmarks.models import STORAGES
 from experiments import markdown
 
-__all__ = ["TABLES"]
+__all__ = ["NOTHING", "TABLES"]
+
+NOTHING = f"*{ABSENT}*"
 
 
 def text(found: tuple[float, float] | float | None) -> str:
@@ -39,7 +42,7 @@ def text(found: tuple[float, float] | float | None) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column is text."""
     lines = list(rows)
-    return markdown.table(head, lines) if lines else f"*{ABSENT}*"
+    return markdown.table(head, lines) if lines else NOTHING
 
 
 def ms(entry: Entry, name: str) -> str:
@@ -84,15 +87,13 @@ _GRID = ("storage", "tokens", "q")
 
 
 def advice(one: Measured) -> str:
-    """Ten lines that a user can act on, each with what was measured; those that were not are "
-    "left out.
+    """Ten lines that a user can act on; one whose figures were not measured is left out.
 
     Ranges go over storages, and over structures of directions where none is named.
     """
     lines = [
         "**Compile `tx.update` and `optax.apply_updates` as one function, parameters and state "
-        "donated**: "
-        "the update then writes over the codes that it changes, and nothing is copied.",
+        "donated**: the update then writes over the codes that it changes, and nothing is copied.",
         *_of_steps(one),
         *_of_queries(one),
         *_of_programs(one),
@@ -100,7 +101,7 @@ def advice(one: Measured) -> str:
         *_of_others(one),
     ]
     if len(lines) == 1:
-        return f"*{ABSENT}*"
+        return NOTHING
     verdicts = targets(one)
     met, missed = verdicts.count(_MET), verdicts.count(_MISSED)
     numbered = "\n".join(f"{i}. {line}" for i, line in enumerate(lines, 1))
@@ -142,7 +143,7 @@ def _of_steps(one: Measured) -> Iterable[str]:
         yield (
             f"**Fill the batch**: a step of one query takes {_over(few, STRUCTURES)} forward "
             f"passes at 32 tokens and {_over(many, STRUCTURES)} at 1,024, draws and update "
-            f"included."
+            "included."
         )
     in_turn = steps(1024, in_turn=True)
     if many and in_turn:
@@ -183,7 +184,7 @@ def _of_programs(one: Measured) -> Iterable[str]:
         yield (
             "**Scan layers that are alike, and keep JAX's compilation cache**: a step on "
             f"{compiled[0]['leaves']} matrices of their own takes {seconds} s of processor to "
-            f"compile, layers that are scanned are compiled once, and what is in the cache is not."
+            "compile, layers that are scanned are compiled once, and what is in the cache is not."
         )
     peaks = {
         when: _span(
@@ -224,7 +225,7 @@ def _of_others(one: Measured) -> Iterable[str]:
         yield (
             f"**Do not write the step yourself**: displaced copies of the model take {naive} times "
             f"as long as the rank-one step at 32 tokens, float32 MeZO {mezo} times, Adam {adam} "
-            f"times."
+            "times."
         )
     peers: dict[str, list[Entry]] = {}
     for entry in one.find("beside"):
@@ -236,7 +237,7 @@ def _of_others(one: Measured) -> Iterable[str]:
             f"**Compare with what you run now**: a forward pass of a Q4_1 file makes {forward} "
             f"times llama.cpp's tokens a second; a step takes {mezo} of the time of MeZO's in "
             f"PyTorch, and {lora} times that of LoRA's by back-propagation, which has a gradient "
-            f"for it."
+            "for it."
         )
 
 
@@ -295,7 +296,7 @@ def rates_table(one: Measured) -> str:
     """The rates behind the floors, median over cells."""
     entries = [entry["floors"]["rates"] for entry in one.find("step")]
     if not entries:
-        return f"*{ABSENT}*"
+        return NOTHING
     rows = [("bandwidth, GB/s", f"{statistics.median(e['bandwidth'] for e in entries) / 1e9:.1f}")]
     tokens = sorted({int(n) for e in entries for n in e["product"]})
     for n in tokens:
@@ -468,6 +469,65 @@ def beside_table(one: Measured) -> str:
     return table((*head, "peak, MiB", "theirs", "peak / theirs"), rows)
 
 
+def device_table(one: Measured) -> str:
+    """Times on a device, and bytes of codes and scales that a forward pass reads in a second."""
+    rows = []
+    for entry in one.find("device", queries=1):
+        cell, codes = entry["cell"], sum(entry["bytes"].values())
+        read = codes / median(entry, "forward")
+        rows.append(
+            [
+                f"{cell['model']}, {cell['storage']}",
+                f"{cell['tokens']}",
+                ms_fine(entry, "forward"),
+                f"{read / 1e9:,.0f}",
+                f"{read / entry['bandwidth']:.2f}",
+                *(
+                    f"{ms_fine(entry, name)}, {text(ratio(entry, name, 'forward'))}"
+                    if name in entry["seconds"]
+                    else "-"
+                    for name in OF_DEVICE
+                ),
+            ]
+        )
+    head = ("model", "tokens", "forward, ms", "codes, GB/s", "/ copy's")
+    return table((*head, *(f"{label}, ms, / forward" for label in OF_DEVICE.values())), rows)
+
+
+def device_queries_table(one: Measured) -> str:
+    """A rank-one step of many queries beside one forward pass with as many batches."""
+    many = "forward_as_many"
+    rows = [
+        [
+            f"{entry['cell']['model']}, {entry['cell']['storage']}",
+            f"{entry['cell']['queries']}",
+            *(ms_fine(entry, name) for name in ("forward", many, "rank_one", "rank_one, kernel")),
+            *(text(ratio(entry, name, many)) for name in ("rank_one", "rank_one, kernel")),
+        ]
+        for entry in one.find("device")
+        if entry["cell"]["queries"] > 1
+    ]
+    head = ("model", "q", "forward, ms", "of 2q batches", "rank-one", "rank-one, kernel")
+    return table((*head, "rank-one / 2q batches", "kernel / 2q batches"), rows)
+
+
+def exactness_table(one: Measured) -> str:
+    """Of each kind of check, how many were within their bound, and the worst of them."""
+    kinds: dict[str, list[Entry]] = {}
+    for entry in one.find("exactness"):
+        cell = entry["cell"]
+        kind = cell.get("what") or ("kernel" if "array" in cell else "codes")
+        kinds.setdefault(kind + (", kernel" if cell.get("kernels") else ""), []).append(entry)
+    rows = []
+    for kind, entries in kinds.items():
+        worst = max(entries, key=lambda e: e["error"] / max(e["at_most"], 1e-30))
+        errors = [f"{worst['error']:.1e}", f"{worst['at_most']:.1e}"]
+        rows.append(
+            [kind, f"{len(entries)}", *(errors if worst["at_most"] else ["equal", "equal"])]
+        )
+    return table(("checks", "passed", "worst error", "at most"), rows)
+
+
 def ms_fine(entry: Entry, name: str) -> str:
     """A short program's median time."""
     return f"{1e3 * median(entry, name):.2f}" if name in entry["seconds"] else "-"
@@ -558,4 +618,7 @@ TABLES: dict[str, Callable[[Measured], str]] = {
     "formats": formats_table,
     "compiling": compiling_table,
     "beside": beside_table,
+    "device": device_table,
+    "device_queries": device_queries_table,
+    "exactness": exactness_table,
 }

@@ -8,6 +8,7 @@ turns; it is the ratio of the medians, and beside it stands the ratio of the sho
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +18,10 @@ import jax.numpy as jnp
 
 from experiments import footprint
 
-__all__ = ["Effort", "Program", "interleaved", "report_of", "temporary"]
+__all__ = ["TRACING", "Effort", "Program", "interleaved", "report_of", "temporary"]
+
+TRACING = threading.RLock()
+"""Held while a program is traced, which takes one core, and reads the environment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Program:
     """A compiled function with arguments of its own.
 
     What it returns takes the place of its first arguments, whose memory is given away (donated), as
-    in training. Nothing is carried where `carried` is empty.
+    in training. Nothing is carried where `carried` is empty. Where an argument is a shape, the
+    function is only traced: call `compile`, from whatever thread, and give arrays to `begin`.
 
     Args:
         fn: the function.
@@ -48,6 +53,7 @@ class Program:
         copy: whether to carry copies, so that the caller and other programs keep theirs.
 
     Attributes:
+        lowered: what JAX made of the function, until it is compiled.
         compile_seconds: what tracing and compiling took.
         memory: bytes that the compiled program says it needs; None where the backend does not say.
     """
@@ -60,10 +66,25 @@ class Program:
         copy: bool = True,
     ) -> None:
         self._call = jax.jit(fn, donate_argnums=tuple(range(len(carried))), keep_unused=True)
+        self._copy = copy
+        with TRACING:
+            start = time.perf_counter()
+            self.lowered: Any = self._call.lower(*carried, *fixed)
+            self.compile_seconds = time.perf_counter() - start
+        if not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves((carried, fixed))):
+            self.compile()
+            self.begin(carried, fixed)
+
+    def compile(self) -> None:
+        """Compile what was traced."""
         start = time.perf_counter()
-        self.memory = footprint.of_program(self._call.lower(*carried, *fixed).compile())
-        self.compile_seconds = time.perf_counter() - start
-        self._carried = jax.tree.map(jnp.copy, carried) if copy else carried
+        self.memory = footprint.of_program(self.lowered.compile())
+        self.compile_seconds += time.perf_counter() - start
+        self.lowered = None  # some MiB
+
+    def begin(self, carried: tuple[Any, ...], fixed: tuple[Any, ...]) -> None:
+        """Take these arrays for arguments, in place of shapes."""
+        self._carried = jax.tree.map(jnp.copy, carried) if self._copy else carried
         self._fixed = fixed
 
     def __call__(self) -> Any:

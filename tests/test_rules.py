@@ -36,6 +36,7 @@ DIRECTIONS = {
     "rank_one": {"structure": "rank_one", "distribution": "rademacher"},
     "dense": {"structure": "dense", "distribution": "uniform"},
     "sparse": {"structure": "sparse", "distribution": "rademacher", "density": 0.2},
+    "columns": {"structure": "columns", "distribution": "rademacher", "density": 0.2},
 }
 
 

@@ -36,6 +36,7 @@ class Wanted:
     """What to run, and where things are.
 
     Attributes:
+      model: what trains, as `--model` of the experiment names it.
       layers: how many of the last layers train.
       passes: forward passes of a batch after which a run is read for the last time: 75, 150, 300
         and so on; what lies between counts as the next.
@@ -45,7 +46,7 @@ class Wanted:
       results: folder of what runs came to.
       work: folder for the runs themselves, checkpoints and all.
       document: what to write the tables into.
-      sst2: "tfds:sst2", or a folder of train.tsv, dev.tsv and test.tsv.
+      sst2: "tfds:sst2", a folder of train.tsv, dev.tsv and test.tsv, or other examples.
 
     Raises:
       ValueError: a setting outside what is said above.
@@ -55,6 +56,7 @@ class Wanted:
       ((75, 150, 300), (75, 150, 300, 600, 1200))
     """
 
+    model: str = "smollm2"
     layers: int = 4
     passes: int = 1200
     seeds: int = 1
@@ -87,7 +89,7 @@ def rows(wanted: Wanted) -> Iterator[Row]:
       ('Adam, float adapters, by back-propagation', 100, True)
     """
     base = Config(
-        model="smollm2",
+        model=wanted.model,
         output="-",
         data="sst2",
         test="dev",  # a curve is of the dev sentences; the test sentences wait for what wins
