@@ -712,7 +712,7 @@ def with_products(
         >>> params = with_products(params, "integer")
         >>> model = zq.quaxify(lambda params, x: x @ params["w"])
         >>> model(params, jnp.array([[1.0, 0.126]])).round(4).tolist()  # 0.126 becomes 16 / 127
-        [[1.0315, 0.374]]
+        [[1.0275, 0.3725]]
     """
     if products not in get_args(Products):
         raise ValueError(f"products must be one of {get_args(Products)}, got {products!r}.")
