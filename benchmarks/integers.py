@@ -40,7 +40,7 @@ STORAGES = {
     "8 bits, blocks of 96": zq.Quantizer(8, axis=-1, block=96),
     "4 bits, blocks of 32": zq.Quantizer(4, axis=-1, block=32),
 }
-_SHAPES = ((576, 576), (1536, 576), (576, 1536), (49_152, 576))
+_SHAPES = ((1536, 576), (576, 1536), (49_152, 576))
 _STEPS, _QUERIES, _BATCH = 1000, 8, 256
 
 
@@ -103,7 +103,7 @@ def cells(quick: bool) -> list[Cell]:
     ]
     steps = [Step(tokens, name) for tokens in (32, 1024) for name in ("rank_one", "dense")]
     runs = [Training(bits, seed) for bits in (8, 4) for seed in range(3)]
-    return [*steps, *runs, *matrices]
+    return [*runs, *matrices, *steps]
 
 
 def measure(cell: Cell, effort: Effort) -> dict[str, Any]:

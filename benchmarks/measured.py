@@ -31,6 +31,7 @@ _NAMES = (
     "formats",
     "compiling",
     "beside",
+    "integers",
 )
 ABSENT = "not measured yet"
 STRUCTURES = {"rank_one": "rank-one", "sparse": "sparse", "dense": "dense"}
