@@ -6,7 +6,7 @@
   relative, root mean square, to the product with the same values in float64.
 - *Step*: a forward pass and a step of the 12-layer network, by floats and by integers.
 - *Training*: the perceptron of scikit-learn's digits for 1,000 steps of 8 queries that size
-  themselves, by floats and by integers from the same start, with the same directions and batches.
+  themselves, in the same three ways, from the same start with the same directions and batches.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A run by floats and one by integers.
+    """A run in each of the three ways.
 
     Attributes:
         bits: of a code.
-        seed: of both.
+        seed: of all.
     """
 
     bits: int
@@ -109,7 +109,7 @@ def cells(quick: bool) -> list[Cell]:
 def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
     """What one cell says."""
     if isinstance(cell, Training):
-        return {name: _trained(cell, name, effort) for name in ("float", "integer")}
+        return {name: _trained(cell, name, effort) for name in ("float32", "integer", "bfloat16")}
     if isinstance(cell, Step):
         return _stepped(cell, effort)
     key = jax.random.key(0)
@@ -126,8 +126,7 @@ def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
 
         return Program(product, (out,), (w, x))
 
-    in_bfloat16 = dataclasses.replace(w, value_dtype=jnp.dtype(jnp.bfloat16))
-    ways = {"float32": w, "integer": zq.with_products(w, "integer"), "bfloat16": in_bfloat16}
+    ways = {name: _multiplied(w, name) for name in ("float32", "integer", "bfloat16")}
     with _blocks_of_any_length():
         programs = {name: program(way) for name, way in ways.items()}
     exact = np.asarray(x, np.float64) @ np.asarray(w.materialise(), np.float64).T
@@ -136,6 +135,19 @@ def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
         (got,) = call()
         errors[name] = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
     return {"errors": errors, **report_of(programs, effort)}
+
+
+def _multiplied(tree: Any, how: str) -> Any:
+    """Quantized leaves that are multiplied in one of the three ways."""
+    if how == "integer":
+        return zq.with_products(tree, "integer")
+
+    def one(leaf: Any) -> Any:
+        return (
+            dataclasses.replace(leaf, value_dtype=jnp.dtype(how)) if zq.is_quantized(leaf) else leaf
+        )
+
+    return jax.tree.map(one, tree, is_leaf=zq.is_quantized)
 
 
 @contextlib.contextmanager
@@ -169,16 +181,27 @@ def _stepped(cell: Step, effort: Effort) -> dict[str, Any]:
 
 def _trained(cell: Training, how: str, effort: Effort) -> dict[str, Any]:
     """The scores of a run."""
-    task, key = tasks.small_digits(), jax.random.key(cell.seed)
-    start = zq.quantize(task.init(key), zq.Quantizer(cell.bits))
-    start = zq.with_products(start, how)
+    task = dataclasses.replace(tasks.small_digits(), logits=_perceptron)
+    key = jax.random.key(cell.seed)
+    start = _multiplied(zq.quantize(task.init(key), zq.Quantizer(cell.bits)), how)
     steps = _STEPS if effort.rounds > 5 else 20
     params, _ = training.by_queries(
         task, _sized, start, key, jnp.float32(1), steps=steps, batch_size=_BATCH
     )
-    # Both are read by floats: what differs is what was trained.
-    found = training.scores(task, [zq.with_products(params, "float")], task.test)
+    # All are read by floats: what differs is what was trained.
+    params = zq.with_products(_multiplied(params, "float32"), "float")
+    found = training.scores(task, [params], task.test)
     return {name: value for name, (value,) in found.items()}
+
+
+def _perceptron(params: Any, inputs: jax.Array) -> jax.Array:
+    """Logits, float32, of the laboratory's perceptron with products in the dtype of its values."""
+    x = inputs
+    for number, w in enumerate(params):
+        x = jax.nn.relu(x) if number else x
+        x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1))], axis=-1).astype(w.dtype)
+        x = jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    return x
 
 
 def _sized(params: Any, key: jax.Array, rate: Any) -> Any:

@@ -397,16 +397,17 @@ def integer_steps_table(one: Measured) -> str:
 
 
 def integer_training_table(one: Measured) -> str:
-    """Accuracies and losses of runs by floats and by integers, seed by seed."""
+    """Accuracies and losses of runs in each way, seed by seed."""
     rows = []
     for entry in one.find("integers"):
         cell = entry["cell"]
         if "seed" in cell:
-            found = [entry[name] for name in ("float", "integer")]
+            found = [entry[name] for name in ("float32", "integer", "bfloat16")]
             accuracies = [f"{100 * each['accuracy']:.1f}" for each in found]
             losses = [f"{each['loss']:.3f}" for each in found]
             rows.append([f"{cell['bits']} bits", str(cell["seed"]), *accuracies, *losses])
-    of = [f"{what}, {by}" for what in ("accuracy, %", "loss") for by in ("floats", "integers")]
+    ways = ("float32", "integer", "bfloat16")
+    of = [f"{what}, {way}" for what in ("accuracy, %", "loss") for way in ways]
     return table(("codes", "seed", *of), rows)
 
 
