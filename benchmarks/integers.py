@@ -7,6 +7,8 @@
 - *Step*: a forward pass and a step of the 12-layer network, by floats and by integers.
 - *Training*: the perceptron of scikit-learn's digits for 1,000 steps of 8 queries that size
   themselves, in the same three ways, from the same start with the same directions and batches.
+- *File*: a forward pass and a step on the file that `make finetune` trains, SmolLM2-135M in Q4_1,
+  as `python -m experiments.finetune` computes them with `--dtype=float32` and `--dtype=bfloat16`.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import zoqo_jax as zq
 from benchmarks import models, results
 from benchmarks.timing import Effort, Program, report_of
+from experiments.finetune.config import Config
+from experiments.finetune.models import loading, places
+from experiments.finetune.parts import adapt
 from experiments.laboratory.networks import tasks, training
 from zoqo_jax.implicit import products
 
-__all__ = ["Product", "Step", "Training", "measure"]
+__all__ = ["File", "Product", "Step", "Training", "measure"]
 
 STORAGES = {
     "8 bits": zq.Quantizer(8),
@@ -87,7 +93,20 @@ class Training:
     seed: int
 
 
-Cell = Product | Step | Training
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A forward pass, for the logits after each sequence, and a step of one query.
+
+    Attributes:
+        sequences: that are read at once.
+        length: tokens of each.
+    """
+
+    sequences: int
+    length: int
+
+
+Cell = Product | Step | Training | File
 
 
 def cells(quick: bool) -> list[Cell]:
@@ -103,7 +122,7 @@ def cells(quick: bool) -> list[Cell]:
     ]
     steps = [Step(tokens, name) for tokens in (32, 1024) for name in ("rank_one", "dense")]
     runs = [Training(bits, seed) for bits in (8, 4) for seed in range(3)]
-    return [*runs, *matrices, *steps]
+    return [*runs, *matrices, *steps, File(1, 32), File(16, 32)]
 
 
 def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
@@ -112,6 +131,8 @@ def measure(cell: Cell, effort: Effort) -> dict[str, Any]:
         return {name: _trained(cell, name, effort) for name in ("float32", "integer", "bfloat16")}
     if isinstance(cell, Step):
         return _stepped(cell, effort)
+    if isinstance(cell, File):
+        return _of_file(cell, effort)
     key = jax.random.key(0)
     w = STORAGES[cell.storage](jax.random.normal(key, (cell.outputs, cell.inputs)))
     x = jax.random.normal(jax.random.key(1), (cell.vectors, cell.inputs))
@@ -177,6 +198,35 @@ def _stepped(cell: Step, effort: Effort) -> dict[str, Any]:
 
         programs[f"step {name}"] = Program(step, (own, tx.init(own)), (batch,))
     return report_of(programs, effort)
+
+
+def _of_file(cell: File, effort: Effort) -> dict[str, Any]:
+    """Times of forward passes and steps, and how far logits are from float32's."""
+    path = str(places.find("smollm2"))
+    read = loading.load(path)
+    shape = cell.sequences, cell.length
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, read.architecture.vocabulary)
+    last = jnp.full(cell.sequences, cell.length - 1)
+    tx = zq.zoqo(1e-9, 1e-9, key=jax.random.key(1), structure="sparse", density=models.DENSITY)
+
+    def logits(params: Any, tokens: jax.Array) -> jax.Array:
+        return read.decoder.apply({"params": params}, tokens, at=last)
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        said = logits(params, tokens)
+        return optax.softmax_cross_entropy_with_integer_labels(said, tokens[:, 0]).mean()
+
+    programs, said = {}, []
+    for dtype in ("float32", "bfloat16"):
+        params = adapt(loading.in_dtype(read, dtype), Config(path, data="-", output="-"))
+        forward = Program(zq.quaxify(logits), (), (params, tokens))
+        said.append(forward())
+        programs[f"forward {dtype}"] = forward
+        programs[f"step {dtype}"] = Program(
+            models.step(tx, loss), (params, tx.init(params)), (tokens,)
+        )
+    error = jnp.linalg.norm(said[1] - said[0]) / jnp.linalg.norm(said[0])
+    return {"error": float(error), **report_of(programs, effort)}
 
 
 def _trained(cell: Training, how: str, effort: Effort) -> dict[str, Any]:

@@ -396,6 +396,23 @@ def integer_steps_table(one: Measured) -> str:
     return table(head, rows)
 
 
+def bfloat16_table(one: Measured) -> str:
+    """Forward passes and steps of a Q4_1 file in bfloat16, beside float32."""
+    rows = []
+    for entry in one.find("integers"):
+        cell = entry["cell"]
+        if "sequences" not in cell:
+            continue
+        for what in ("forward", "step"):
+            names = f"{what} bfloat16", f"{what} float32"
+            row = [what, f"{cell['sequences']} x {cell['length']}"]
+            row += [ms(entry, names[1]), ms(entry, names[0]), text(ratio(entry, *names))]
+            row += [text(temporary(entry, *names)), f"{entry['error']:.4f}"]
+            rows.append(row)
+    head = ("", "sequences x tokens", "float32, ms", "bfloat16, ms", "ratio")
+    return table((*head, "temporary bytes, ratio", "error of logits"), rows)
+
+
 def integer_training_table(one: Measured) -> str:
     """Accuracies and losses of runs in each way, seed by seed."""
     rows = []
@@ -540,6 +557,7 @@ TABLES: dict[str, Callable[[Measured], str]] = {
     "integers": integers_table,
     "integer_steps": integer_steps_table,
     "integer_training": integer_training_table,
+    "bfloat16": bfloat16_table,
     "compiling": compiling_table,
     "beside": beside_table,
 }
