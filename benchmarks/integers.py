@@ -209,7 +209,7 @@ def _of_file(cell: File, effort: Effort) -> dict[str, Any]:
     last = jnp.full(cell.sequences, cell.length - 1)
     tx = zq.zoqo(1e-9, 1e-9, key=jax.random.key(1), structure="sparse", density=models.DENSITY)
 
-    def logits(params: Any, tokens: jax.Array) -> jax.Array:
+    def logits(params: Any, tokens: jax.Array) -> Any:
         return read.decoder.apply({"params": params}, tokens, at=last)
 
     def loss(params: Any, tokens: jax.Array) -> jax.Array:

@@ -59,8 +59,8 @@ def refusal(array: QuantizedArray, dot: Dot, x: Array, shortest_block: int) -> s
     along = _along(array, dot)
     if not along:
         return ""
-    is_block = array.block is not None and array.block_of is None
-    if not is_block or along != [array.block[0] % array.ndim] or len(dot.contracted) > 1:
+    axis = None if array.block is None else array.block[0] % array.ndim
+    if array.block_of is not None or along != [axis] or len(dot.contracted) > 1:
         return "no integers: scales along the contracted axes"
     if array.length_in_parts < shortest_block:
         return f"no integers: blocks of {array.length_in_parts} are too short"
@@ -116,8 +116,8 @@ def product(array: QuantizedArray, codes: Integer[Array, "..."], x: Array, dot: 
         The product, in the dtype that `dot` gives floats.
     """
     dtype = jax.eval_shape(dot, array.aval(), x).dtype
-    of_x = dot.dims[0][1 - dot.operand]
-    q, step = rounded(x, tuple(of_x))
+    of_x = tuple(dot.dims[0][1 - dot.operand])
+    q, step = rounded(x, of_x)
     whole, zero = _as_int8(codes, array.grid)
     per_vector = _outside(step, of_x, dot, of_matrix=False, ndim=array.ndim)
     along = _along(array, dot)
@@ -129,16 +129,17 @@ def product(array: QuantizedArray, codes: Integer[Array, "..."], x: Array, dot: 
     length, x_axis = array.length_in_parts, dot.x_axis(axis)
     count = -(-array.shape[axis] // length)
     q, whole = (_filled(x, at, count * length) for x, at in ((q, x_axis), (whole, axis)))
-    scale, offset = (x if x is None else multiplied_out(x) for x in (array.scale, array.offset))
+    scale = multiplied_out(array.scale)
+    offset = None if array.offset is None else multiplied_out(array.offset)
 
-    def of_block(i: Array) -> Array:
-        def own(x: Array | None) -> Array | None:
-            has_own = x is not None and x.shape[axis] > 1
-            return jax.lax.dynamic_slice_in_dim(x, i, 1, axis) if has_own else x
+    def of_block(i: Array | int) -> Array:
+        def own(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, i, 1, axis) if x.shape[axis] > 1 else x
 
         some_q = jax.lax.dynamic_slice_in_dim(q, i * length, length, x_axis)
         some = jax.lax.dynamic_slice_in_dim(whole, i * length, length, axis)
-        return _sum(array, own(scale), own(offset), zero, some_q, some, dot)
+        own_offset = None if offset is None else own(offset)
+        return _sum(array, own(scale), own_offset, zero, some_q, some, dot)
 
     total = jax.lax.fori_loop(1, count, lambda i, total: total + of_block(i), of_block(0))
     return (total * per_vector).astype(dtype)
@@ -174,8 +175,8 @@ def _sum(
         return total
     rest = 0.0 if zero == 0.0 else zero * outside(scale)
     rest = rest if offset is None else rest + outside(offset)
-    of_x = dot.dims[0][1 - dot.operand]
-    sums = q.astype(jnp.int32).sum(axis=tuple(of_x), keepdims=True).astype(jnp.float32)
+    of_x = tuple(dot.dims[0][1 - dot.operand])
+    sums = q.astype(jnp.int32).sum(axis=of_x, keepdims=True).astype(jnp.float32)
     return total + rest * _outside(sums, of_x, dot, of_matrix=False, ndim=whole.ndim)
 
 
