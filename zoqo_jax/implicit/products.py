@@ -47,8 +47,8 @@ from zoqo_jax.xla.chunks import in_chunks
 __all__ = ["DEQUANTIZE", "THRESHOLDS", "dot_general", "in_turn", "plan"]
 
 THRESHOLDS = {
-    # Decoding 16 levels takes two cores as long as multiplying by 64 vectors. Integer sums of blocks
-    # of 96 take 0.4 to 0.9 of the time of floats, those of 32 mostly more than floats.
+    # Decoding 16 levels takes two cores as long as multiplying by 64 vectors. Integer sums of
+    # blocks of 96 take 0.4 to 0.9 of the time of floats, those of 32 mostly more than floats.
     "cpu": Thresholds(
         few_vectors=64, some_vectors=256, chunk=2**21, corrected=32, integer_block=96
     ),
