@@ -18,17 +18,14 @@ arXiv:2208.07339, section 2.2, rounds vectors so.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Integer
 
+from zoqo_jax.directions.dot import Dot
 from zoqo_jax.grids.arrays import Grid, QuantizedArray
 from zoqo_jax.grids.scales import Scale, multiplied_out
-
-if TYPE_CHECKING:
-    from zoqo_jax.directions.matmul import Dot
 
 __all__ = ["product", "refusal", "rounded"]
 
