@@ -17,7 +17,7 @@ ZOO := $(VENV)-zoo
 NOTEBOOKS := $(wildcard notebooks/*.py)
 # Tests run side by side, each process with a compiler's memory: some 3 GiB.
 TEST := $(RUN) -m pytest -n logical --maxprocesses 4 --dist worksteal
-BENCHMARKS := dequantization formats compiling step baselines scaling memory report
+BENCHMARKS := dequantization integers formats compiling step baselines scaling memory report
 
 .DEFAULT_GOAL := help
 .PHONY: help gpu demo attack-tables cifar-model finetune finetune-tables policies test test-slow zoo bench lint style notebook docs wheel clean

@@ -34,6 +34,7 @@ _NAMES = (
     "beside",
     "device",
     "exactness",
+    "integers",
 )
 ABSENT = "not measured yet"
 STRUCTURES = {"rank_one": "rank-one", "sparse": "sparse", "dense": "dense"}

@@ -431,6 +431,79 @@ def formats_table(one: Measured) -> str:
     return table(head, rows)
 
 
+def integers_table(one: Measured) -> str:
+    """Products of integers and of bfloat16 as multiples of float32's; ranges are over shapes."""
+    of: dict[tuple[str, int], list[Entry]] = {}
+    for entry in one.find("integers"):
+        cell = entry["cell"]
+        if "storage" in cell:
+            of.setdefault((cell["storage"], cell["vectors"]), []).append(entry)
+    rows = []
+    for (storage, vectors), entries in of.items():
+        row = [storage, str(vectors)]
+        for name in ("integer", "bfloat16"):
+            ratios = [median(entry, name) / median(entry, "float32") for entry in entries]
+            errors = [entry["errors"][name] for entry in entries]
+            row += [f"{min(ratios):.2f} to {max(ratios):.2f}", f"{max(errors):.1e}"]
+        rows.append(row)
+    head = ("codes", "vectors", "integer / float32", "error", "bfloat16 / float32", "error")
+    return table(head, rows)
+
+
+def integer_steps_table(one: Measured) -> str:
+    """Forward passes and steps of the 12-layer network by integers, beside floats."""
+    rows = []
+    for entry in one.find("integers"):
+        cell = entry["cell"]
+        if "structure" not in cell:
+            continue
+        row = [STRUCTURES[cell["structure"]], str(cell["tokens"])]
+        for what in ("forward", "step"):
+            names = f"{what} integer", f"{what} float"
+            row += [ms(entry, names[1]), ms(entry, names[0]), text(ratio(entry, *names))]
+            row.append(text(temporary(entry, *names)))
+        rows.append(row)
+    of = ("floats, ms", "integers, ms", "ratio", "temporary bytes, ratio")
+    head = (
+        "directions",
+        "tokens",
+        *(f"{what}: {name}" for what in ("forward", "step") for name in of),
+    )
+    return table(head, rows)
+
+
+def bfloat16_table(one: Measured) -> str:
+    """Forward passes and steps of a Q4_1 file in bfloat16, beside float32."""
+    rows = []
+    for entry in one.find("integers"):
+        cell = entry["cell"]
+        if "sequences" not in cell:
+            continue
+        for what in ("forward", "step"):
+            names = f"{what} bfloat16", f"{what} float32"
+            row = [what, f"{cell['sequences']} x {cell['length']}"]
+            row += [ms(entry, names[1]), ms(entry, names[0]), text(ratio(entry, *names))]
+            row += [text(temporary(entry, *names)), f"{entry['error']:.4f}"]
+            rows.append(row)
+    head = ("", "sequences x tokens", "float32, ms", "bfloat16, ms", "ratio")
+    return table((*head, "temporary bytes, ratio", "error of logits"), rows)
+
+
+def integer_training_table(one: Measured) -> str:
+    """Accuracies and losses of runs in each way, seed by seed."""
+    rows = []
+    for entry in one.find("integers"):
+        cell = entry["cell"]
+        if "seed" in cell:
+            found = [entry[name] for name in ("float32", "integer", "bfloat16")]
+            accuracies = [f"{100 * each['accuracy']:.1f}" for each in found]
+            losses = [f"{each['loss']:.3f}" for each in found]
+            rows.append([f"{cell['bits']} bits", str(cell["seed"]), *accuracies, *losses])
+    ways = ("float32", "integer", "bfloat16")
+    of = [f"{what}, {way}" for what in ("accuracy, %", "loss") for way in ways]
+    return table(("codes", "seed", *of), rows)
+
+
 def compiling_table(one: Measured) -> str:
     """Seconds to compile a step, beside those of two forward passes of floats."""
     rows = []
@@ -616,6 +689,10 @@ TABLES: dict[str, Callable[[Measured], str]] = {
     "growth": growth_table,
     "dequantization": dequantization_table,
     "formats": formats_table,
+    "integers": integers_table,
+    "integer_steps": integer_steps_table,
+    "integer_training": integer_training_table,
+    "bfloat16": bfloat16_table,
     "compiling": compiling_table,
     "beside": beside_table,
     "device": device_table,

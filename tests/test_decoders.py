@@ -86,6 +86,21 @@ def test_positions_and_words_pick_from_all_logits(tmp_path):
     np.testing.assert_allclose(everything, floats, atol=1e-4)
 
 
+def test_in_bfloat16_products_are_rounded_and_logits_are_float32(tmp_path):
+    checkpoint = loading.load_gguf(tiny_model.write_model(tmp_path / "tiny.gguf"))
+    model, tokens = checkpoint.decoder, jnp.arange(24).reshape(2, 12)
+
+    def logits(dtype):
+        params = loading.in_dtype(checkpoint, dtype).params
+        return zq.quaxify(lambda params: model.apply({"params": params}, tokens))(params)
+
+    full, half = logits("float32"), logits("bfloat16")
+    assert half.dtype == jnp.float32
+    assert (half.astype(jnp.bfloat16).astype(jnp.float32) != half).mean() > 0.9
+    error = jnp.linalg.norm(half - full) / jnp.linalg.norm(full)
+    assert 1e-4 < error < 2e-2
+
+
 def test_a_folder_of_4_bit_tensors_becomes_codes(tmp_path):
     folder = tiny_model.write_folder(tmp_path / "tiny")
     checkpoint = loading.load(folder)

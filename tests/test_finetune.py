@@ -111,6 +111,16 @@ def test_codes_are_trained_in_place_and_rebuilt_from_the_log(files, codes_run):
     assert (folder / "curves.png").stat().st_size > 1000
 
 
+def test_codes_are_trained_in_bfloat16_and_the_file_stays_of_its_kind(files, tmp_path, codes_run):
+    chosen = config(files, tmp_path, **CODES, dtype="bfloat16")
+    outcome = run(chosen)
+    assert {name.split(".")[2] for name in changed_by(tmp_path, files)} == {"attn_q", "ffn_down"}
+    assert_log_rebuilds(outcome, chosen)
+    in_float32 = codes_run[1]
+    assert outcome.before.loss != in_float32.before.loss
+    np.testing.assert_allclose(outcome.before.loss, in_float32.before.loss, rtol=1e-2)
+
+
 def test_without_steps_a_run_only_reads(files, tmp_path):
     chosen = config(files, tmp_path, steps=0)
     for _ in range(2):  # the second time it finds what it read
@@ -392,6 +402,8 @@ def test_files_that_say_something_else_are_refused(tmp_path, name, content, mess
         ({"targets": ("w",)}, "targets must be of"),
         ({"decay": 0.0}, "decay must be positive"),
         ({"method": "sgd"}, "method must be one of"),
+        ({"dtype": "float16"}, "dtype must be one of"),
+        ({"dtype": "bfloat16", "train": "lora"}, "dtype must be 'float32' with train='lora'"),
     ],
 )
 def test_settings_out_of_range_are_refused(files, tmp_path, changes, message):

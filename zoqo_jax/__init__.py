@@ -26,6 +26,7 @@ from zoqo_jax.grids.arrays import QuantizedArray as QuantizedArray
 from zoqo_jax.grids.arrays import dequantize as dequantize
 from zoqo_jax.grids.arrays import freeze as freeze
 from zoqo_jax.grids.arrays import is_quantized as is_quantized
+from zoqo_jax.grids.arrays import with_products as with_products
 from zoqo_jax.grids.companders import Compander as Compander
 from zoqo_jax.grids.quantization import Quantizer as Quantizer
 from zoqo_jax.grids.quantization import is_matrix as is_matrix
@@ -96,6 +97,7 @@ __all__ = [
     "replay",
     "save",
     "spsa",
+    "with_products",
     "zoqo",
 ]
 

@@ -67,6 +67,8 @@ class Config:
         for codes, q and v for adapters.
       layers: how many of the last layers train; 0: all. What those below make of an example is
         computed once and kept on disk, so that a step costs as little as these layers.
+      dtype: of decoded weights and of what multiplies them, "float32" or "bfloat16"; sums, logits
+        and losses are float32. Not for adapters.
       eval_every: steps between looks at the dev examples.
       dev_examples: how many of them; 0: all.
       test_examples: how many test examples are read before and after; 0: all.
@@ -152,6 +154,7 @@ class Config:
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
     layers: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
     cache: str = ""
     eval_every: int = 10
     looks: tuple[int, ...] = ()
@@ -201,6 +204,8 @@ class Config:
                 "guide_every needs structure='columns', and queries that are evaluated at once "
                 f"(query_batch), got structure={self.structure!r}."
             )
+        if self.dtype != "float32" and self.train == "lora":
+            raise ValueError(f"dtype must be 'float32' with train='lora', got {self.dtype!r}.")
         if self.core and self.train != "lora":
             raise ValueError(f"core={self.core} needs train='lora', got {self.train!r}.")
         if self.grid == "nf4" and self.bits != 4:
@@ -250,6 +255,7 @@ class Config:
             "dev": not self.dev,
             "test": not self.test,
             "normalise": self.normalise == "none",
+            "dtype": self.dtype == "float32",
         }
         return {name: x for name, x in found.items() if not drops.get(name)}
 

@@ -110,6 +110,7 @@ class _Run:
         team: Team,
     ) -> None:
         self.config, self.progress, self.folder, self.team = config, progress, folder, team
+        all_layers = loading.in_dtype(all_layers, config.dtype)
         below, model = loading.split(all_layers, config.layers)
         self._say("preparing the examples")
         self.mesh, self.tx = sharing.spread(transformation(config), config, team)

@@ -21,11 +21,12 @@ __all__ = ["Explanation", "explain"]
 _MEANING = {
     "low_rank": "one decoded matrix and one product for all sides and queries",
     "mean_difference": "two decoded matrices and two products for all sides and queries",
+    "integer": "codes as int8 times rounded vectors, for each side; sums are int32",
     "dequantize": "a decoded matrix and a product for each side, one after the other",
     "take_rows": "decodes the rows it looks up",
     "materialize": "has no rule here: gets an array of floats for each side",
 }
-_MATRICES = {"low_rank": 1, "mean_difference": 2, "dequantize": 1, "take_rows": 0}
+_MATRICES = {"low_rank": 1, "mean_difference": 2, "integer": 1, "dequantize": 1, "take_rows": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,12 @@ class Explanation:
         return all(use.plan.algorithms != ("materialize",) for use in self.uses)
 
     def decoded_bytes(self, use: Use) -> int:
-        """Bytes of decoded floats that a use has in memory at once."""
+        """Bytes of decoded floats, or of codes as int8, that a use has in memory at once."""
         plan = use.plan
         matrices = _MATRICES.get(plan.algorithms[0], self.population)
         size = math.prod(use.shape) // (plan.chunks * plan.parts)
-        return 0 if plan.kernel else matrices * size * self.itemsize
+        itemsize = 1 if plan.algorithms[-1] == "integer" else self.itemsize
+        return 0 if plan.kernel else matrices * size * itemsize
 
     def multiplications(self, use: Use) -> int:
         """Multiplications of a product, for all displacements evaluated together."""

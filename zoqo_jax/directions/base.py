@@ -99,6 +99,8 @@ class Direction(eqx.Module):
     """Fields that hold one number, or None: a scan over a stack gives each layer a copy."""
     takes_density: ClassVar[bool] = False
     """Whether `describe` has the arguments `density` and `densest`."""
+    takes_integers: ClassVar[bool] = True
+    """Whether its products may be those of integers (`integers.py`)."""
 
     rows: Rows
     side: Int8[Array, "*rows"]

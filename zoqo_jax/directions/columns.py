@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int8, Int16, Int32
 
 from zoqo_jax.directions import entries
 from zoqo_jax.directions.base import Direction
-from zoqo_jax.directions.matmul import Dot, Thresholds, correct_slices, depends_on
+from zoqo_jax.directions.matmul import Dot, Thresholds, correct_slices, undisplaced
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.grids.packing import cut
 from zoqo_jax.xla import random_bits
@@ -255,7 +255,7 @@ class Columns(Direction):
             return (after - before).astype(array.value_dtype)
 
         chosen = (self.slot > 0).any(axis=1 - axis)
-        out = dot(depends_on(x, array).materialise(), x)
+        out = undisplaced(array, x, dot)
         # Mostly all at once; a stack's layers may have more than the others.
         return correct_slices(out, x, dot, axis, chosen, change, few=self.count)
 

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
+from zoqo_jax.directions import integers
+from zoqo_jax.directions.dot import Dims as Dims
+from zoqo_jax.directions.dot import Dot as Dot
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.grids.scales import map_float
 from zoqo_jax.xla import compiler
@@ -31,9 +34,10 @@ __all__ = [
     "lay_along",
     "mean_and_half_difference",
     "one_by_one",
+    "product",
+    "undisplaced",
 ]
 
-Dims = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 Kernel = Callable[[QuantizedArray, Any, Array, Array], Array]
 
 _FEW_SLICES = 4  # of a matrix that are corrected at a time
@@ -48,72 +52,29 @@ class Thresholds(NamedTuple):
         some_vectors: up to so many, one shared product and its corrections do.
         chunk: codes of a table of rows that are decoded at a time.
         corrected: slices of a matrix with codes at the edges that are corrected at most.
+        integer_block: blocks along the contracted axis that are shorter are multiplied as floats,
+            whatever `products` says.
     """
 
     few_vectors: int
     some_vectors: int
     chunk: int
     corrected: int
+    integer_block: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Dot:
-    """`jax.lax.dot_general` of a matrix, as an implicit one is, and an array of vectors.
-
-    Attributes:
-        operand: the place of the matrix among the operands, 0 (lhs) or 1 (rhs).
-        dims: dimension numbers, (contracting, batch), in the order of the operands.
-        params: the other parameters of `jax.lax.dot_general_p`.
-    """
-
-    operand: int
-    dims: Dims
-    params: dict[str, Any] = dataclasses.field(hash=False)
-
-    def __call__(self, values: Array, x: Array) -> Array:
-        """The product."""
-        lhs, rhs = (x, values) if self.operand else (values, x)
-        return jax.lax.dot_general(lhs, rhs, dimension_numbers=self.dims, **self.params)
-
-    @property
-    def contracted(self) -> tuple[int, ...]:
-        """Axes of the matrix that are contracted."""
-        return tuple(self.dims[0][self.operand])
-
-    @property
-    def batched(self) -> tuple[int, ...]:
-        """Axes of the matrix that both operands have."""
-        return tuple(self.dims[1][self.operand])
-
-    def x_axis(self, axis: int) -> int:
-        """The axis of the vectors that is contracted with an axis of the matrix."""
-        return self.dims[0][1 - self.operand][self.contracted.index(axis)]
-
-    def place(self, axis: int, ndim: int, out_ndim: int) -> int:
-        """Where in the result an axis of the matrix, of `ndim` axes, comes to lie."""
-        free = [i for i in range(ndim) if i not in (*self.contracted, *self.batched)]
-        first = out_ndim - len(free) if self.operand else len(self.batched)
-        return first + free.index(axis)
-
-    def without(self, axis: int) -> Dot:
-        """The product when a contracted axis is gone from both."""
-        gone = (axis, self.x_axis(axis)) if self.operand == 0 else (self.x_axis(axis), axis)
-
-        def rest(axes: tuple[Sequence[int], Sequence[int]]) -> tuple[Any, Any]:
-            lhs, rhs = (
-                tuple(i - (i > out) for i in of if i != out)
-                for of, out in zip(axes, gone, strict=True)
-            )
-            return lhs, rhs
-
-        return dataclasses.replace(self, dims=(rest(self.dims[0]), rest(self.dims[1])))
+def product(array: QuantizedArray, codes: Array, x: Array, dot: Dot) -> Array:
+    """The product with what some codes stand for under an array's scales."""
+    if dot.integer:
+        return integers.product(array, codes, x, dot)
+    return dot(array.decode(codes), x)
 
 
 def dequantize(
     array: QuantizedArray,
     direction: Any,
     x: Array,
-    dot: Callable[[Array, Array], Array],
+    dot: Dot,
     kernel: Kernel | None = None,
 ) -> Array:
     """A product with a matrix of its own for every displacement, one after another.
@@ -122,14 +83,14 @@ def dequantize(
         array: the matrix.
         direction: a `Direction`, its side that of the query.
         x: what multiplies it.
-        dot: multiplies decoded values and `x`.
+        dot: how.
         kernel: multiplies both sides of a query at once, or None.
     """
 
     def one_side(array: QuantizedArray, direction: Any, side: Array, x: Array) -> Array:
         array = depends_on(x, array)
         u = direction.depends_on(x).draw(array)
-        return dot(array.decode(direction.displaced(array, side * u)), x)
+        return product(array, direction.displaced(array, side * u), x, dot)
 
     def two_sides(array: QuantizedArray, direction: Any, sides: Array, x: Array) -> Array:
         """The products of two sides, whose direction is drawn once."""
@@ -146,9 +107,10 @@ def dequantize(
         vectors = x[0].size + jax.eval_shape(dot, array.aval(), x[0]).size
         if vectors > array.size:  # a second matrix is little beside them
             waiting = depends_on(x[0], array)
-            return jax.vmap(lambda side, x: dot(waiting.decode(codes(side)), x))(sides, x)
-        first = dot(depends_on(x[0], array).decode(codes(sides[0])), x[0])
-        return jnp.stack([first, dot(depends_on(first, array).decode(codes(sides[1])), x[1])])
+            return jax.vmap(lambda side, x: product(waiting, codes(side), x, dot))(sides, x)
+        first = product(depends_on(x[0], array), codes(sides[0]), x[0], dot)
+        second = product(depends_on(first, array), codes(sides[1]), x[1], dot)
+        return jnp.stack([first, second])
 
     one, two = custom_vmap(one_side), custom_vmap(two_sides)
 
@@ -166,6 +128,14 @@ def dequantize(
 
     upward = dataclasses.replace(direction, side=jnp.ones(direction.side.shape, jnp.int8))
     return one(array, upward, direction.query_side.astype(jnp.int16), x)
+
+
+def undisplaced(array: QuantizedArray, x: Array, dot: Dot) -> Array:
+    """The product with an array as it is, not decoded before `x` is known."""
+    codes = array.codes
+    if dot.integer:  # which are converted without a look at scales
+        codes = compiler.depends_on(x, codes)
+    return product(depends_on(x, array), codes, x, dot)
 
 
 def mean_and_half_difference(

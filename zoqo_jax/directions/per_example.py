@@ -57,6 +57,8 @@ class PerExample(Direction):
         (1, 4)
     """
 
+    takes_integers = False
+
     @classmethod
     def describe(cls, *args: Any, examples: int = 1, **choices: Any) -> PerExample:
         """Describe a direction, as `Direction.describe` does, for so many examples."""

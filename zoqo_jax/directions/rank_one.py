@@ -26,9 +26,9 @@ from zoqo_jax.directions.matmul import (
     Dot,
     Thresholds,
     correct_slices,
-    depends_on,
     lay_along,
     mean_and_half_difference,
+    undisplaced,
 )
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.grids.scales import multiplied_out
@@ -227,7 +227,7 @@ def _by_low_rank(
     a = a * direction.query_side
     m = direction.radius_in_codes(array).reshape(-1)[0]
     scale = multiplied_out(array.scale).reshape(-1)[0].astype(jnp.float32)
-    out = dot(depends_on(x, array).materialise(), x)
+    out = undisplaced(array, x, dot)
     wide = out.dtype if out.dtype.itemsize > x.dtype.itemsize else x.dtype
     along = _along(a.astype(wide), b.astype(wide), x.astype(wide), dot)
     out = out + along * (m.astype(jnp.float32) * scale).astype(along.dtype)

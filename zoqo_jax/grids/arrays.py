@@ -14,7 +14,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -39,7 +39,11 @@ __all__ = [
     "is_trained",
     "no_update",
     "trained_leaves",
+    "with_products",
 ]
+
+Products = Literal["float", "integer"]
+"""How an array is multiplied: decoded to floats, or its codes as integers with rounded vectors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +164,7 @@ class QuantizedArray(quax.ArrayValue):
         label: what `explain` calls it, while it looks.
         block_of: the group of each column, where neighbours do not share one, (1, columns) for a
             matrix: GPTQ orders groups by activation.
+        products: how it is multiplied, "float" or "integer"; see `with_products`.
         is_frozen: whether transformations leave it alone, as they do floats; see `freeze`.
 
     Examples:
@@ -180,6 +185,7 @@ class QuantizedArray(quax.ArrayValue):
     bits: int = eqx.field(static=True, default=8)
     has_copies: bool = eqx.field(static=True, default=False)
     label: str = eqx.field(static=True, default="")
+    products: Products = eqx.field(static=True, default="float")
     block_of: Integer[Array, "..."] | None = None
     is_frozen: bool = eqx.field(static=True, default=False)
 
@@ -306,12 +312,19 @@ class QuantizedArray(quax.ArrayValue):
         if self.per_byte == 1:
             return self
         offset = None if self.offset is None else self.part_of(self.offset, i)
-        block = None if self.block is None else (self.block[0], self._length_in_parts)
+        block = None if self.block is None else (self.block[0], self.length_in_parts)
         scale = self.part_of(self.scale, i)
         codes = packing.part(self.packed, self.bits, i)
         block_of = None if self.block_of is None else cut(self.block_of, i, self.per_byte)
         return QuantizedArray(
-            codes, scale, offset, self.grid, block, self.value_dtype, block_of=block_of
+            codes,
+            scale,
+            offset,
+            self.grid,
+            block,
+            self.value_dtype,
+            products=self.products,
+            block_of=block_of,
         )
 
     def part_of(self, per_block: Array | TwoLevel, i: Array | int) -> Array:
@@ -321,13 +334,13 @@ class QuantizedArray(quax.ArrayValue):
             return per_block
         axis, length = self.block or (0, 1)
         if axis == -1:
-            shorter = self._length_in_parts
+            shorter = self.length_in_parts
             per_block = jnp.repeat(per_block, length // shorter, axis=-1)
             per_block = per_block[..., : self.shape[-1] // shorter]
         return cut(per_block, i, self.per_byte)
 
     @property
-    def _length_in_parts(self) -> int:
+    def length_in_parts(self) -> int:
         """How long blocks are in `parts`: cut further where one would lie in two of them."""
         axis, length = self.block or (0, 1)
         cuts = axis == -1 and self.scale.shape[-1] > 1
@@ -421,7 +434,9 @@ class QuantizedArray(quax.ArrayValue):
         block = None if self._has_whole_rows else self.block
         offset = None if self.offset is None else per_block(self.offset)
         scale = per_block(self.scale)
-        return QuantizedArray(codes, scale, offset, self.grid, block, self.value_dtype)
+        return QuantizedArray(
+            codes, scale, offset, self.grid, block, self.value_dtype, products=self.products
+        )
 
     def with_codes(self, codes: Integer[Array, "..."]) -> QuantizedArray:
         """The same array at other codes, which must be legal."""
@@ -663,6 +678,49 @@ def freeze(tree: PyTree, where: Callable[[tuple[Any, ...], Any], bool] | None = 
         if not is_quantized(leaf):
             return leaf
         return dataclasses.replace(leaf, is_frozen=where is None or bool(where(path, leaf)))
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_quantized)
+
+
+def with_products(
+    tree: PyTree,
+    products: str,
+    where: Callable[[tuple[Any, ...], Any], bool] | None = None,
+) -> PyTree:
+    """Choose how quantized leaves are multiplied, in training and in plain forward passes alike.
+
+    With "integer" the vectors that multiply an array are rounded to int8, each with a step of its
+    own, and multiplied with codes as integers; sums are exact. A product then differs from that of
+    floats by at most half a step of the vector times the L1 norm of the matrix's row,
+    `max |x| / 254 * sum |w|` (`zoqo_jax.directions.integers`). A sum over blocks is one of
+    integers block by block, which pays for long blocks alone. Where a product cannot be one of
+    integers (a grid that is not uniform, short blocks, ...), it is one of floats, and
+    `zoqo_jax.explain` says so.
+
+    Args:
+        tree: any pytree.
+        products: "float" or "integer".
+        where: `where(path, leaf) -> bool` with the path as `jax.tree_util` gives it; asked of the
+            quantized leaves. By default all are chosen; others stay as they are.
+
+    Raises:
+        ValueError: other `products`.
+
+    Examples:
+        >>> import zoqo_jax as zq
+        >>> params = {"w": zq.Quantizer(range=1.27)(jnp.array([[1.0, 0.5], [0.25, -1.0]]))}
+        >>> params = with_products(params, "integer")
+        >>> model = zq.quaxify(lambda params, x: x @ params["w"])
+        >>> model(params, jnp.array([[1.0, 0.126]])).round(4).tolist()  # 0.126 becomes 16 / 127
+        [[1.0275, 0.3725]]
+    """
+    if products not in get_args(Products):
+        raise ValueError(f"products must be one of {get_args(Products)}, got {products!r}.")
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not is_quantized(leaf) or (where is not None and not where(path, leaf)):
+            return leaf
+        return dataclasses.replace(leaf, products=products)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_quantized)
 

@@ -50,22 +50,26 @@ class Plan(NamedTuple):
 
     Attributes:
         algorithms: of a product, the first one first and then those that it may hand on to (see
-            `Direction.algorithms`), "dequantize" last; else ("take_rows",), where only looked-up
-            rows are decoded, or ("materialize",), where an operation without a rule gets floats.
+            `Direction.algorithms`), "dequantize" or "integer" last; else ("take_rows",), where only
+            looked-up rows are decoded, or ("materialize",), where an operation without a rule gets
+            floats.
         chunks: a table of many rows is decoded and multiplied in so many chunks.
         parts: codes that share bytes are multiplied in so many parts, never joined.
         kernel: whether a GPU kernel decodes and multiplies at once.
+        note: what else a reader should know.
     """
 
     algorithms: tuple[str, ...]
     chunks: int = 1
     parts: int = 1
     kernel: bool = False
+    note: str = ""
 
     def __str__(self) -> str:
         chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
         parts = f", {self.parts} parts" if self.parts > 1 else ""
-        return " / ".join(self.algorithms) + chunks + parts + ", kernel" * self.kernel
+        note = f" ({self.note})" if self.note else ""
+        return " / ".join(self.algorithms) + chunks + parts + ", kernel" * self.kernel + note
 
 
 class Use(NamedTuple):

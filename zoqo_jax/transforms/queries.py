@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -188,11 +189,14 @@ def _displaced(
 def scalar(value: Any, source: str = "value_fn") -> Float32[Array, ""]:
     """What an objective, or another function that is called `source`, returned, as float32.
 
+    A loss of 16 bits is warned of: two losses that differ by less than a 256th (bfloat16) of
+    themselves are mostly the same number.
+
     Raises:
         ValueError: it is no real scalar.
 
     Examples:
-        >>> scalar(jnp.bfloat16(1.5))
+        >>> scalar(jnp.float32(1.5))
         Array(1.5, dtype=float32)
         >>> scalar(jnp.ones(2))
         Traceback (most recent call last):
@@ -209,7 +213,20 @@ def scalar(value: Any, source: str = "value_fn") -> Float32[Array, ""]:
             f"shape {shape} and dtype {dtype}" if dtype is not None else f"a {type(value).__name__}"
         )
         raise ValueError(f"{source} must return a real scalar, got {got}.")
+    if source == "value_fn":
+        _warn_of_16_bits(dtype)
     return jnp.asarray(value, jnp.float32)
+
+
+def _warn_of_16_bits(dtype: Any) -> None:
+    """Warn of losses whose differences are rounded away before they are known."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4:
+        warnings.warn(
+            f"value_fn returned a loss in {jnp.dtype(dtype)}, which rounds away the difference of "
+            "two losses: compute the loss from logits in float32 (logits.astype(jnp.float32)).",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def of_examples(value: Any, examples: int) -> Float32[Array, " examples"]:
@@ -222,6 +239,7 @@ def of_examples(value: Any, examples: int) -> Float32[Array, " examples"]:
     if shape != (examples,):
         got = f"a {type(value).__name__}" if shape is None else f"shape {shape}"
         raise ValueError(f"value_fn must return a loss for each of {examples} examples, got {got}.")
+    _warn_of_16_bits(value.dtype)
     return jnp.asarray(value, jnp.float32)
 
 

@@ -44,6 +44,9 @@ class Decoder(nn.Module):
     The first layers of a model, whose outputs are states, and the rest, which reads states, are two
     decoders: `Decoder(arch, range(20))` and `Decoder(arch, range(20, 30))`.
 
+    A matrix of bfloat16 is multiplied in that type with sums in float32; all else, logits and
+    states among it, is float32.
+
     Attributes:
       architecture: what the whole model is made of.
       span: numbers of the layers that are in it; None for all.
@@ -87,11 +90,12 @@ class Decoder(nn.Module):
         if is_first or (is_last and arch.tied):
             embedding = table("embedding", arch.vocabulary)
         places = jnp.arange(tokens.shape[1])
-        x = embedding[tokens] if is_first else tokens
+        x = embedding[tokens].astype(jnp.float32) if is_first else tokens
         if is_first and arch.embedding_scale != 1.0:
             x = x * arch.embedding_scale
         if is_first and arch.positions == "learned":
-            x = x + table("positions", arch.context + _OPT_OFFSET)[places + _OPT_OFFSET]
+            positions = table("positions", arch.context + _OPT_OFFSET)
+            x = x + positions[places + _OPT_OFFSET].astype(jnp.float32)
         x = self._layers(x, _Sight.of(arch, places, span), span)
         if not is_last:
             return x
@@ -99,7 +103,8 @@ class Decoder(nn.Module):
             x = x[jnp.arange(len(x)), at]
         x = _Norm(arch, name="norm")(x)
         output = embedding if arch.tied else table("output", arch.vocabulary)
-        return _capped(x @ (output if words is None else output[words]).T, arch.logit_cap)
+        logits = _product(x, output if words is None else output[words])
+        return _capped(logits, arch.logit_cap)
 
     def _layers(self, x: jax.Array, sight: "_Sight", span: range) -> jax.Array:
         """What all layers make of x, each with its own of what differs by layer."""
@@ -131,7 +136,7 @@ class _Typed(NamedTuple):
 
         def of(stack: Any) -> Callable[[], jax.Array]:
             take = jax.lax.dynamic_index_in_dim
-            return lambda: x @ take(stack, self.place, keepdims=False).T
+            return lambda: _product(x, take(stack, self.place, keepdims=False))
 
         return jax.lax.switch(self.kind, list(map(of, self.stacks)))
 
@@ -251,8 +256,16 @@ class _Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, typed: _Typed | None) -> jax.Array:
-        y = x @ self.param("weight", _SMALL, self.shape).T if typed is None else typed.product(x)
+        if typed is None:
+            y = _product(x, self.param("weight", _SMALL, self.shape))
+        else:
+            y = typed.product(x)
         return y + self.param("bias", nn.initializers.zeros, self.shape[:1]) if self.bias else y
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Float32 x W^T, both in the dtype of W, which may be bfloat16, and summed in float32."""
+    return jnp.matmul(x.astype(w.dtype), w.T, preferred_element_type=jnp.float32)
 
 
 class _Norm(nn.Module):

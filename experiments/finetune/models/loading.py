@@ -112,6 +112,25 @@ def split(checkpoint: Checkpoint, count: int) -> tuple[Checkpoint | None, Checkp
     return of(range(depth - count)), of(range(depth - count, depth))
 
 
+def in_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """The same checkpoint, the values of its quantized matrices in another dtype.
+
+    The decoder multiplies by them in that dtype, and sums in float32.
+
+    Args:
+      checkpoint: as it was read, with values in float32.
+      dtype: "float32" or "bfloat16".
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, QuantizedArray):
+            return leaf
+        return dataclasses.replace(leaf, value_dtype=jnp.dtype(dtype))
+
+    params = jax.tree.map(one, checkpoint.params, is_leaf=zq.is_quantized)
+    return checkpoint._replace(params=params)
+
+
 def load_hugging_face(folder: str | Path) -> Checkpoint:
     """A decoder from a folder with config.json, safetensors and tokenizer.json.
 

@@ -185,7 +185,9 @@ def _changed(name: str, array: Any, contents: Contents) -> dict[str, np.ndarray]
 def _check_same(name: str, array: QuantizedArray, old: QuantizedArray) -> None:
     """That nothing but codes is other than in the file."""
     mark, theirs = jnp.zeros(0, jnp.uint8), jax.tree.structure(old)
-    ours = dataclasses.replace(array, label=old.label, is_frozen=old.is_frozen)
+    ours = dataclasses.replace(
+        array, label=old.label, products=old.products, is_frozen=old.is_frozen
+    )
     if jax.tree.structure(ours) != theirs or array.shape != old.shape:
         raise ValueError(f"tensors: {name!r} must be {old!r} as in the file, got {array!r}.")
     pairs = [jax.tree.leaves(dataclasses.replace(x, packed=mark)) for x in (ours, old)]
