@@ -104,7 +104,9 @@ def _rows() -> Iterator[Row]:
     population = {"num_queries": 4, "steps": 150}
     yield row("sst2", "ZOQO, 4-bit codes of ten layers, 4 directions", **population, **ten)
     itself = {"train": "codes", "sized": True, "num_queries": 4, "query_batch": 4, "steps": 141}
-    yield row("sst2", "ZOQO, 4-bit codes of ten layers, no number by hand", 3, **itself)
+    name = "ZOQO, 4-bit codes of ten layers, no number by hand"
+    yield row("sst2", f"{name}, bfloat16", 3, dtype="bfloat16", **itself)
+    yield row("sst2", name, **itself)
     # Directions are sparser, as steps are of several codes where the loss differs much.
     by_size = {"train": "codes", "method": "caq_zo", "density": 2.0**-10, "learning_rate": 400.0}
     for rounding in ("nearest", "stochastic"):
