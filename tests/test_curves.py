@@ -69,7 +69,7 @@ def test_a_core_is_written_as_an_adapter_and_rebuilt_from_its_log(files, tmp_pat
 
 
 def test_the_page_has_a_row_for_each_way(tmp_path):
-    made = Config(model="tiny", output="-", looks=(75, 150, 300))
+    made = Config(model="tiny", output="-", sized=True, looks=(75, 150, 300))
     rows = [Row("layers_4", name, made, 2) for name in ("one", "other", "not run")]
     for row, passes in ((rows[0], (76, 152, 300)), (rows[1], (80, 150))):
         for seed in range(2):
@@ -94,7 +94,8 @@ def test_slopes_are_measured_at_a_model_for_every_kind_of_direction(tmp_path, mo
     model = tiny_model.write_model(tmp_path / "tiny.gguf")
     examples = tiny_model.write_examples(tmp_path / "examples.jsonl", 900)
     base = Config(
-        model=str(model), output="-", layers=1, batch_size=8, query_batch=4,
+        model=str(model), output="-", layers=1, sized=True, batch_size=8,
+        num_queries=4, query_batch=4,
     )  # fmt: skip
     kinds = {
         "codes": {}, "guided": COLUMNS, "float cores": {**CORES, "method": "mezo"}, "cores": CORES,

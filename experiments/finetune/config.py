@@ -27,7 +27,7 @@ Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
 _SIZED = ("zoqo", "caq_zo", "quzo", "qes", "mezo")
 _BY_HAND = ("learning_rate", "radius", "density", "decay", "query", "noise", "step_rule")
-LENGTH = ("steps", "looks", "eval_every")  # how long a run is, and how often it is looked at
+LENGTH = ("steps", "looks")  # settings of how long a run is, and how often it is looked at
 _PLACES = ("model", "data", "dev", "test", "output", "cache")  # settings of where things lie
 _NAMES = {
     "zoqo": "ZOQO", "caq_zo": "CAQ-ZO", "quzo": "QuZO", "qes": "QES", "qzo": "QZO", "mezo": "MeZO",
@@ -59,6 +59,9 @@ class Config:
       steps: of the optimizer; with 0 the test examples are read, and nothing is trained.
       batch_size: examples a step.
       max_tokens: longer training examples are left out; at most the model's context.
+      sized: whether steps size themselves, of zoqo, caq_zo, quzo, qes and mezo (whose gradients are
+        steps then, with no rate): no number is needed, and none of learning_rate, radius, density,
+        decay, query, noise and step_rule is taken. Best with four queries or more.
       num_queries: directions a step.
       query_batch: of them evaluated at once.
       bits: of an adapter's codes, 2 to 8.
@@ -77,9 +80,6 @@ class Config:
       seed: of all randomness.
 
     Rarely needed:
-      sized: whether steps size themselves, of zoqo, caq_zo, quzo, qes and mezo (whose gradients are
-        steps then, with no rate). Numbers for them are given with sized=False, or to the methods
-        that do not: learning_rate, radius, density, decay, query, noise, step_rule.
       learning_rate: eta; value units (zoqo, zo_signsgd, mezo, adam), code units (caq_zo, quzo,
         qes; all layers in place bear about 0.05 / density) or scale units (qzo); 0: the method's
         default.
@@ -129,10 +129,10 @@ class Config:
     normalise: Normalise = "none"
     train: Train = "codes"
     method: Method = "zoqo"
-    steps: int = 50
+    steps: int = 200
     batch_size: int = 32
     max_tokens: int = 48
-    sized: bool = True
+    sized: bool = False
     learning_rate: float = 0.0
     radius: float = 0.0
     decay: float = 0.125
@@ -143,7 +143,7 @@ class Config:
     noise: str = "rademacher"
     step_rule: str = "floor"
     density: float = 0.0
-    num_queries: int = 4
+    num_queries: int = 1
     query_batch: int = 1
     parts: int = 1
     bits: int = 8
@@ -156,12 +156,12 @@ class Config:
     layers: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     cache: str = ""
-    eval_every: int = 10
+    eval_every: int = 25
     looks: tuple[int, ...] = ()
     dev_examples: int = 256
     test_examples: int = 512
     patience: int = 0
-    checkpoint_every: int = 10
+    checkpoint_every: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -95,6 +95,7 @@ def rows(wanted: Wanted) -> Iterator[Row]:
         test="dev",  # a curve is of the dev sentences; the test sentences wait for what wins
         layers=wanted.layers,
         looks=wanted.looks,
+        sized=True,
         num_queries=4,
         query_batch=4,
         batch_size=16,

@@ -49,8 +49,7 @@ def rebuild(path: Path, model: str) -> tuple[Config, Checkpoint, Any]:
     try:
         with path.open("rb") as whole, np.load(whole, allow_pickle=False) as file:
             log, base = file["log"], str(file["base"])
-            # Older logs, that do not say so, are of steps that did not size themselves.
-            settings = {"sized": False, **json.loads(str(file["settings"]))}
+            settings = json.loads(str(file["settings"]))
         for name in {"targets", "looks"} & settings.keys():
             settings[name] = tuple(settings[name])
         config = Config(model=model, output=str(path.parent), data="-", **settings)

@@ -63,8 +63,6 @@ def _rows() -> Iterator[Row]:
         data="sst2",
         layers=10,
         train="lora",
-        sized=False,
-        num_queries=1,
         steps=600,
         batch_size=16,
         max_tokens=32,
@@ -104,9 +102,8 @@ def _rows() -> Iterator[Row]:
     population = {"num_queries": 4, "steps": 150}
     yield row("sst2", "ZOQO, 4-bit codes of ten layers, 4 directions", **population, **ten)
     itself = {"train": "codes", "sized": True, "num_queries": 4, "query_batch": 4, "steps": 141}
-    name = "ZOQO, 4-bit codes of ten layers, no number by hand"
-    yield row("sst2", f"{name}, bfloat16", 3, dtype="bfloat16", **itself)
-    yield row("sst2", name, **itself)
+    name = "ZOQO, 4-bit codes of ten layers, no number by hand, bfloat16"
+    yield row("sst2", name, 3, dtype="bfloat16", **itself)
     # Directions are sparser, as steps are of several codes where the loss differs much.
     by_size = {"train": "codes", "method": "caq_zo", "density": 2.0**-10, "learning_rate": 400.0}
     for rounding in ("nearest", "stochastic"):
