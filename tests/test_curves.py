@@ -112,7 +112,9 @@ def test_slopes_are_measured_at_a_model_for_every_kind_of_direction(tmp_path, mo
         )
     )  # fmt: skip
     found = {
-        line.split("|")[1].strip(): [float(x.replace(",", "")) for x in line.split("|")[2:-1]]
+        line.split("|")[1].strip(): [
+            float(x.replace(",", "").replace("no bound", "inf")) for x in line.split("|")[2:-1]
+        ]
         for line in document.read_text().splitlines()
         if line.startswith("| ") and "dims" not in line and "--" not in line
     }
