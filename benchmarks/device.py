@@ -30,18 +30,18 @@ import jax
 
 import zoqo_jax as zq
 from benchmarks import floor, models, results
+from benchmarks.measured import KERNEL, OF_DEVICE
 from benchmarks.timing import TRACING, Effort, Program, report_of
 from experiments import footprint
 
-__all__ = ["KERNEL", "MODELS", "STRUCTURES", "Cell", "kernels_on", "measure"]
+__all__ = ["MODELS", "STRUCTURES", "Cell", "kernels_on", "measure"]
 
 MODELS: dict[str, models.Shape] = {
     "135M": models.DECODERS["135M"],
     "1.3B": models.Decoder(24, 2048, 16, 16, 5504, 32_000),  # Sheared-LLaMA-1.3B, embedding = head
     "tiny": models.Net(layers=2, width=64, hidden=64, scanned=True),
 }
-STRUCTURES = ("rank_one", "sparse", "columns")
-KERNEL = "rank_one, kernel"  # beside "rank_one"
+STRUCTURES = tuple(name for name in OF_DEVICE if name != KERNEL)
 _COPIED = 2**31  # bytes
 _AT_ONCE = 8  # cells that are compiled together: all of one model
 
@@ -104,10 +104,10 @@ def measure(cell: Cell, effort: Effort) -> Callable[[], dict[str, Any]]:
         begun[KERNEL] = kernel
     for program, _ in begun.values():
         program.compile()
-    make.lower(jax.random.key(0)).compile()
+    drawn = make.lower(jax.random.key(0)).compile()
 
     def finish() -> dict[str, Any]:
-        params = make(jax.random.key(0))
+        params = drawn(jax.random.key(0))
         weights, codes, scales = floor.stored(params)
         for program, arguments in begun.values():
             program.begin(*arguments(params))

@@ -162,13 +162,7 @@ def _multiplied(tree: Any, how: str) -> Any:
     """Quantized leaves that are multiplied in one of the three ways."""
     if how == "integer":
         return zq.with_products(tree, "integer")
-
-    def one(leaf: Any) -> Any:
-        return (
-            dataclasses.replace(leaf, value_dtype=jnp.dtype(how)) if zq.is_quantized(leaf) else leaf
-        )
-
-    return jax.tree.map(one, tree, is_leaf=zq.is_quantized)
+    return loading.values_in(how, tree)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from experiments.files import read_json
 
 __all__ = [
     "ABSENT",
+    "KERNEL",
     "MEBI",
     "OF_DEVICE",
     "STRUCTURES",
@@ -38,9 +39,10 @@ _NAMES = (
 )
 ABSENT = "not measured yet"
 STRUCTURES = {"rank_one": "rank-one", "sparse": "sparse", "dense": "dense"}
+KERNEL = "rank_one, kernel"  # steps beside "rank_one", on a device
 OF_DEVICE = {
     "rank_one": "rank-one",
-    "rank_one, kernel": "rank-one, kernel",
+    KERNEL: "rank-one, kernel",
     "sparse": "sparse",
     "columns": "columns",
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.measured import (
     ABSENT,
+    KERNEL,
     MEBI,
     OF_DEVICE,
     STRUCTURES,
@@ -189,7 +190,7 @@ def _of_types(one: Measured) -> Iterable[str]:
         of_file = _over(files, "step bfloat16", "step float32", 2)
         yield (
             '**With a scale a matrix or a row, try `zq.with_products(params, "integer")`, else '
-            f"bfloat16**, [where the processor has them](#products-of-integers-and-bfloat16): of "
+            "bfloat16**, [where the processor has them](#products-of-integers-and-bfloat16): of "
             f"8-bit codes a forward pass takes {forward} of the time of floats, a step {step}; a "
             f"step on a Q4_1 file takes {of_file} in bfloat16."
         )
@@ -461,6 +462,12 @@ def integers_table(one: Measured) -> str:
     return table(head, rows)
 
 
+def _in_place_of(entry: Entry, new: str, old: str) -> list[str]:
+    """Times of a program and of one in its place, and the ratios of time and temporary memory."""
+    ratios = ratio(entry, new, old), temporary(entry, new, old)
+    return [ms(entry, old), ms(entry, new), *map(text, ratios)]
+
+
 def integer_steps_table(one: Measured) -> str:
     """Forward passes and steps of the 12-layer network by integers, beside floats."""
     rows = []
@@ -470,9 +477,7 @@ def integer_steps_table(one: Measured) -> str:
             continue
         row = [STRUCTURES[cell["structure"]], str(cell["tokens"])]
         for what in ("forward", "step"):
-            names = f"{what} integer", f"{what} float"
-            row += [ms(entry, names[1]), ms(entry, names[0]), text(ratio(entry, *names))]
-            row.append(text(temporary(entry, *names)))
+            row += _in_place_of(entry, f"{what} integer", f"{what} float")
         rows.append(row)
     of = ("floats, ms", "integers, ms", "ratio", "temporary bytes, ratio")
     head = (
@@ -491,11 +496,9 @@ def bfloat16_table(one: Measured) -> str:
         if "sequences" not in cell:
             continue
         for what in ("forward", "step"):
-            names = f"{what} bfloat16", f"{what} float32"
             row = [what, f"{cell['sequences']} x {cell['length']}"]
-            row += [ms(entry, names[1]), ms(entry, names[0]), text(ratio(entry, *names))]
-            row += [text(temporary(entry, *names)), f"{entry['error']:.4f}"]
-            rows.append(row)
+            row += _in_place_of(entry, f"{what} bfloat16", f"{what} float32")
+            rows.append([*row, f"{entry['error']:.4f}"])
     head = ("", "sequences x tokens", "float32, ms", "bfloat16, ms", "ratio")
     return table((*head, "temporary bytes, ratio", "error of logits"), rows)
 
@@ -585,8 +588,8 @@ def device_queries_table(one: Measured) -> str:
         [
             f"{entry['cell']['model']}, {entry['cell']['storage']}",
             f"{entry['cell']['queries']}",
-            *(ms_fine(entry, name) for name in ("forward", many, "rank_one", "rank_one, kernel")),
-            *(text(ratio(entry, name, many)) for name in ("rank_one", "rank_one, kernel")),
+            *(ms_fine(entry, name) for name in ("forward", many, "rank_one", KERNEL)),
+            *(text(ratio(entry, name, many)) for name in ("rank_one", KERNEL)),
         ]
         for entry in one.find("device")
         if entry["cell"]["queries"] > 1

@@ -25,6 +25,7 @@ __all__ = [
     "job",
     "of_program",
     "peak",
+    "programs_in",
     "resident",
     "restart_peak",
 ]

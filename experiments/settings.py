@@ -2,9 +2,9 @@
 
 A dataclass says what each setting is once, under "Attributes:" of its docstring, or under "Rarely
 needed:" after them, which --help leaves to --helpfull; `Line` reads a command line for it by absl,
-and `check` refuses what its types do not allow. What is wrong is named
-as it was typed, and its value: absl's own parsers, and those of simple-parsing and tyro, which read
-dataclasses, have messages of their own, and absl knows neither dataclasses nor dashes in names.
+and `check` refuses what its types do not allow. What is wrong is named as it was typed, and its
+value: absl's own parsers, and those of simple-parsing and tyro, which read dataclasses, have
+messages of their own, and absl knows neither dataclasses nor dashes in names.
 """
 
 import dataclasses

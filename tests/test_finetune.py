@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import jax
@@ -50,8 +51,7 @@ def slow(*values):
 def config(files, folder, **changes):
     usual = {
         "model": files[0], "data": files[1], "output": str(folder), "steps": 10, "batch_size": 8,
-        "eval_every": 5, "checkpoint_every": 3, "dev_examples": 0,
-        "sized": False, "num_queries": 1, "density": 0.125,
+        "eval_every": 5, "checkpoint_every": 3, "density": 0.125, "dev_examples": 0,
     }  # fmt: skip
     return Config(**{**usual, **changes})
 
@@ -402,6 +402,9 @@ def test_files_that_say_something_else_are_refused(tmp_path, name, content, mess
         ({"targets": ("w",)}, "targets must be of"),
         ({"decay": 0.0}, "decay must be positive"),
         ({"method": "sgd"}, "method must be one of"),
+        ({"sized": True}, "density is for steps of sized=False, got 0.125"),
+        ({"sized": True, "method": "adam", "train": "lora"}, "sized is for methods of"),
+        ({"structure": "columns"}, "structure='columns' needs sized=True"),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"dtype": "bfloat16", "train": "lora"}, "dtype must be 'float32' with train='lora'"),
     ],
@@ -409,6 +412,14 @@ def test_files_that_say_something_else_are_refused(tmp_path, name, content, mess
 def test_settings_out_of_range_are_refused(files, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(files, tmp_path, **changes)
+
+
+def test_help_leaves_what_is_rarely_needed_to_helpfull():
+    short, full = (settings.Line([word], [Config]).help("") for word in ("--help", "--helpfull"))
+    assert "  --[no]sized" in short and "  --density=" not in short
+    assert "density" in short.partition("--helpfull lists 18 more: ")[2]
+    assert all(f"{field.name}" in full for field in fields(Config))
+    assert "  --density=" in full and "--helpfull" not in full
 
 
 def test_what_does_not_fit_the_model_is_refused(files, tmp_path):

@@ -189,16 +189,15 @@ class Config:
         if moved is not None and self.train != moved:
             raise ValueError(f"method={self.method!r} needs train={moved!r}, got {self.train!r}.")
         in_columns = self.structure == "columns"
+        if self.sized and self.method not in _SIZED:
+            raise ValueError(f"sized is for methods of {_SIZED}, got method={self.method!r}.")
+        if in_columns and not self.sized:
+            raise ValueError("structure='columns' needs sized=True.")
         usual = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _BY_HAND if self.sizes_itself else ():
+        for name in _BY_HAND if self.sized else ():
             value = getattr(self, name)
             if value != usual[name] and not (in_columns and name == "density"):
                 raise ValueError(f"{name} is for steps of sized=False, got {value!r}.")
-        if in_columns and not self.sizes_itself:
-            raise ValueError(
-                f"structure='columns' needs sized=True and a method of {_SIZED}, "
-                f"got sized={self.sized}, method={self.method!r}."
-            )
         if self.guide_every and (self.structure != "columns" or self.groups * self.parts > 1):
             raise ValueError(
                 "guide_every needs structure='columns', and queries that are evaluated at once "
@@ -225,24 +224,24 @@ class Config:
         found = dataclasses.asdict(self) | {"targets": self.matrices}
         adapters, floats = self.train == "lora", self.moves_floats
         moves_codes = not floats and self.train != "scales"
-        in_columns, by_itself = self.structure == "columns", self.sizes_itself
+        in_columns = self.structure == "columns"
         rate, radius = self._defaults()
         found |= {"learning_rate": self.learning_rate or rate, "radius": self.radius or radius}
         found["density"] = self.probed
         if self.structure == "auto":
             found["structure"] = "sparse" if self.is_sparse else "dense"
         drops = {
-            "sized": not by_itself,
-            "learning_rate": by_itself,
-            "decay": by_itself,
-            "radius": radius is None or by_itself,
-            "density": not (self.is_sparse or in_columns) or (by_itself and not in_columns),
+            "sized": not self.sized,
+            "learning_rate": self.sized,
+            "decay": self.sized,
+            "radius": radius is None or self.sized,
+            "density": not (self.is_sparse or in_columns) or (self.sized and not in_columns),
             "structure": not moves_codes,
             "guide_every": not in_columns,
             "query": self.method != "caq_zo",
             "rounding": self.method != "caq_zo",
-            "noise": self.method != "zoqo" or by_itself,
-            "step_rule": self.method != "zoqo" or by_itself,
+            "noise": self.method != "zoqo" or self.sized,
+            "step_rule": self.method != "zoqo" or self.sized,
             "num_queries": self.method == "adam",
             "query_batch": self.method == "adam",
             "parts": self.parts == 1,
@@ -291,16 +290,11 @@ class Config:
         return self.targets or (("q", "v") if self.train == "lora" else MATRICES)
 
     @property
-    def sizes_itself(self) -> bool:
-        """Whether steps size themselves."""
-        return self.sized and self.method in _SIZED
-
-    @property
     def is_sparse(self) -> bool:
         """Whether directions are sparse, of methods that move codes."""
         if self.moves_floats or self.train == "scales":
             return False
-        if self.structure != "auto" or self.sizes_itself:
+        if self.structure != "auto" or self.sized:
             return self.structure in ("auto", "sparse")
         few = self.method == "zoqo" and self.bits <= 4 and self.step_rule == "floor"
         return self.train == "codes" or few
@@ -308,7 +302,7 @@ class Config:
     @property
     def goes_on(self) -> bool:
         """Whether no step depends on how many there will be, so that a run may be made longer."""
-        return self.sizes_itself or self.decay == 1.0
+        return self.sized or self.decay == 1.0
 
     @property
     def without_places(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def transformation(config: Config) -> optax.GradientTransformationExtraArgs:
 
     used, sparse = config.used, config.is_sparse
     queries = {"num_queries": config.num_queries, "query_batch": config.query_batch, "key": key}
-    if config.sizes_itself:
+    if config.sized:
         if config.method == "mezo":
             return optax.chain(zq.spsa(**queries))
         asked = {"rounding": config.rounding} if config.method == "caq_zo" else {}

@@ -246,7 +246,7 @@ class _Run:
 
     def forward_passes(self, now: Progress) -> int:
         """Evaluations of the loss on a batch so far."""
-        if self.config.sizes_itself:
+        if self.config.sized:
             return int(self._info(now.state).evaluations)
         return now.step * self.passes_a_step
 
@@ -295,8 +295,7 @@ class _Run:
         state = self.tx.init(trained if self.config.moves_floats else params)
         if self.config.guide_every:
             state = state, self._guides(trained, self.batches(0))
-        count = self.config.num_queries
-        each = (count, 2) if self.config.sizes_itself else (count,)
+        each = (self.config.num_queries, 2) if self.config.sized else (self.config.num_queries,)
         log = np.zeros((self.config.steps, *each), np.float32)
         fresh = [jnp.array(x) for x in trained]  # copies, that steps may write over
         return Progress(0, fresh, state, log, [], {})

@@ -674,10 +674,23 @@ def freeze(tree: PyTree, where: Callable[[tuple[Any, ...], Any], bool] | None = 
         (False, True)
     """
 
+    def one(leaf: Any, is_chosen: bool) -> Any:
+        return dataclasses.replace(leaf, is_frozen=is_chosen)
+
+    return _map_quantized(one, tree, where)
+
+
+def _map_quantized(
+    fn: Callable[[Any, bool], Any],
+    tree: PyTree,
+    where: Callable[[tuple[Any, ...], Any], bool] | None,
+) -> PyTree:
+    """Apply a function of a leaf, and of whether `where` chooses it, to the quantized leaves."""
+
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
         if not is_quantized(leaf):
             return leaf
-        return dataclasses.replace(leaf, is_frozen=where is None or bool(where(path, leaf)))
+        return fn(leaf, where is None or bool(where(path, leaf)))
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_quantized)
 
@@ -717,12 +730,10 @@ def with_products(
     if products not in get_args(Products):
         raise ValueError(f"products must be one of {get_args(Products)}, got {products!r}.")
 
-    def one(path: tuple[Any, ...], leaf: Any) -> Any:
-        if not is_quantized(leaf) or (where is not None and not where(path, leaf)):
-            return leaf
-        return dataclasses.replace(leaf, products=products)
+    def one(leaf: Any, is_chosen: bool) -> Any:
+        return dataclasses.replace(leaf, products=products) if is_chosen else leaf
 
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_quantized)
+    return _map_quantized(one, tree, where)
 
 
 def dequantize(tree: PyTree) -> PyTree:

@@ -121,14 +121,18 @@ def in_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
       checkpoint: as it was read, with values in float32.
       dtype: "float32" or "bfloat16".
     """
+    return checkpoint._replace(params=values_in(dtype, checkpoint.params))
+
+
+def values_in(dtype: Any, tree: Any) -> Any:
+    """A tree whose quantized leaves decode to another dtype; other leaves stay as they are."""
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, QuantizedArray):
             return leaf
         return dataclasses.replace(leaf, value_dtype=jnp.dtype(dtype))
 
-    params = jax.tree.map(one, checkpoint.params, is_leaf=zq.is_quantized)
-    return checkpoint._replace(params=params)
+    return jax.tree.map(one, tree, is_leaf=zq.is_quantized)
 
 
 def load_hugging_face(folder: str | Path) -> Checkpoint:
@@ -268,5 +272,5 @@ def _shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 def _in_float32(leaf: Any) -> Any:
     """A leaf that computes in float32: its numbers where they are floats, else its values."""
     if isinstance(leaf, QuantizedArray):
-        return dataclasses.replace(leaf, value_dtype=jnp.dtype(jnp.float32))
+        return values_in(jnp.float32, leaf)
     return jnp.asarray(leaf, jnp.float32)
