@@ -37,8 +37,9 @@ cifar-model: $(STAMP)  ## train the CIFAR-10 network, 90 minutes; CIFAR10=tfds:c
 finetune-tables: $(SMOLLM2)  ## fine-tune by every method for docs/finetune.md, hours; SST2=folder or tfds:sst2
 	@$(RUN) -m experiments.finetune.tables $(if $(SST2),--sst2=$(SST2))
 
-finetune: $(or $(INSTALLED_$(or $(MODEL),smollm2)),$(STAMP))  ## train a 4-bit model in place on film reviews, some 10 minutes; MODEL=your file or folder, DATA=your data
-	@$(RUN) -m experiments.finetune --model=$(or $(MODEL),smollm2) $(if $(DATA),--data=$(DATA)) --output=results/$(or $(basename $(notdir $(patsubst %/,%,$(MODEL)))),finetune)
+finetune: $(or $(INSTALLED_$(or $(MODEL),smollm2)),$(STAMP))  ## train a 4-bit model in place on film reviews, some 5 minutes; MODEL=your file or folder, DATA=your data
+	@$(RUN) -m experiments.finetune --model=$(or $(MODEL),smollm2) $(if $(DATA),--data=$(DATA)) \
+		--steps=150 --batch_size=16 --dtype=bfloat16 --output=results/$(or $(basename $(notdir $(patsubst %/,%,$(MODEL)))),finetune)
 
 policies: $(STAMP)  ## train policies for CartPole and Pendulum in 8-, 4- and 2-bit codes, beside OpenES, some minutes
 	@$(RUN) -m experiments.policies

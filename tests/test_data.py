@@ -364,6 +364,28 @@ def test_states_of_frozen_layers_stand_for_every_choice_and_answer(model, tmp_pa
         assert last.said == whole.said
 
 
+def test_states_are_computed_of_what_is_asked_for(model, tmp_path):
+    texts = data.load_whole(written(tmp_path / "a.jsonl", *questions(6)))
+    tokens, (below, _) = data.encode_for(texts, model), loading.split(model, 1)
+
+    def with_states(folder, *batches):
+        asked = [np.array(batch) for batch in batches] or None
+        return states.with_states(below, tokens, tmp_path / folder, asked, progress=False).states
+
+    few, more = with_states("few", [4, 1]), with_states("more", [4, 1], [1, 3])
+    every = with_states("every")
+    for place in tokens.rows([4, 1]):
+        np.testing.assert_array_equal(few[place], more[place])  # a longer run reads the same bits
+        np.testing.assert_allclose(few[place], every[place], rtol=1e-4, atol=1e-5)
+        assert few[place].shape == (len(tokens.sequences[place]), every.width)
+    for place in tokens.rows([3]):
+        assert more[place].any()
+        with pytest.raises(
+            IndexError, match=f"must be of a sequence that was asked for, got {place}"
+        ):
+            few[place]
+
+
 # --- Runs
 
 

@@ -404,7 +404,7 @@ def test_files_that_say_something_else_are_refused(tmp_path, name, content, mess
         ({"method": "sgd"}, "method must be one of"),
         ({"sized": True}, "density is for steps of sized=False, got 0.125"),
         ({"sized": True, "method": "adam", "train": "lora"}, "sized is for methods of"),
-        ({"structure": "columns"}, "structure='columns' needs sized=True"),
+        ({"structure": "columns", "sized": False}, "structure='columns' needs sized=True"),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"dtype": "bfloat16", "train": "lora"}, "dtype must be 'float32' with train='lora'"),
     ],

@@ -24,7 +24,7 @@ def of_finetuning(config: Config) -> Task:
       ValueError: data, model and settings that do not fit each other.
     """
     checkpoint = loading.load(config.model)
-    below, model = loading.split(checkpoint, config.layers)
+    below, model = loading.split(checkpoint, config.layers_of(checkpoint.architecture.depth))
     params = adapt(model, config)
     parts = Parts.of(params, config)
     texts = data.load_all(config.data, config.dev, config.test)
@@ -65,5 +65,7 @@ def of_finetuning(config: Config) -> Task:
 
 def write(config: Config, params: Any) -> Path:
     """Write what was trained, as `experiments.finetune` does."""
-    _, model = loading.split(loading.load(config.model), config.layers)
+    checkpoint = loading.load(config.model)
+    _, model = loading.split(checkpoint, config.layers_of(checkpoint.architecture.depth))
+    del checkpoint
     return outputs.write_trained(Path(config.output), config, model._replace(params={}), params)

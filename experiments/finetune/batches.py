@@ -25,10 +25,14 @@ class Batches:
 
     def __call__(self, step: int) -> objective.Batch:
         """The batch of a step."""
+        return objective.batch_of(self._tokens, self.places(step))
+
+    def places(self, step: int) -> np.ndarray:
+        """Which examples it has."""
         epoch, place = divmod(step, len(self._tokens) // self._size)
         if self._epoch[0] != epoch:
             self._epoch = epoch, data.batches(self._lengths, self._size, self._seed, epoch)
-        return objective.batch_of(self._tokens, self._epoch[1][place])
+        return self._epoch[1][place]
 
 
 def training_tokens(texts: data.Texts, model: Checkpoint, config: Config) -> data.Tokens:

@@ -27,6 +27,9 @@ Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
 _SIZED = ("zoqo", "caq_zo", "quzo", "qes", "mezo")
 _BY_HAND = ("learning_rate", "radius", "density", "decay", "query", "noise", "step_rule")
+# Few layers learn most of few forward passes: of film reviews 800 of four layers came to 72 to 77 %,
+# and 330 of all of them to 65.2, in twice the time.
+_LAST = 4
 LENGTH = ("steps", "looks")  # settings of how long a run is, and how often it is looked at
 _PLACES = ("model", "data", "dev", "test", "output", "cache")  # settings of where things lie
 _NAMES = {
@@ -61,15 +64,17 @@ class Config:
       max_tokens: longer training examples are left out; at most the model's context.
       sized: whether steps size themselves, of zoqo, caq_zo, quzo, qes and mezo (whose gradients are
         steps then, with no rate): no number is needed, and none of learning_rate, radius, density,
-        decay, query, noise and step_rule is taken. Best with four queries or more.
-      num_queries: directions a step.
+        decay, query, noise and step_rule is taken. None, where neither --sized nor --nosized is
+        given: of codes in place they do, unless one of those settings is given.
+      num_queries: directions a step; 0: four where steps size themselves, else one.
       query_batch: of them evaluated at once.
       bits: of an adapter's codes, 2 to 8.
       rank: of adapters.
       targets: names of the matrices that train, of q, k, v, o, gate, up, down; empty: all of them
         for codes, q and v for adapters.
-      layers: how many of the last layers train; 0: all. What those below make of an example is
-        computed once and kept on disk, so that a step costs as little as these layers.
+      layers: how many of the last layers train; 0: all; None: the last four (or all, of fewer)
+        where steps size themselves, else all. What those below make of an example is computed once
+        and kept on disk, so that a step costs as little as these layers.
       dtype: of decoded weights and of what multiplies them, "float32" or "bfloat16"; sums, logits
         and losses are float32. Not for adapters.
       eval_every: steps between looks at the dev examples.
@@ -110,8 +115,8 @@ class Config:
         are compared: "none", its "tokens", or its "letters".
       looks: how many forward passes are made before each look at the dev examples, in place of
         `eval_every`; after the last one the run ends.
-      cache: folder for what the layers below those that train make of an example, which runs may
-        share; empty: in `output`.
+      cache: folder for what the layers below those that train make of all examples, which runs may
+        share; empty: in `output`, of the examples that the run reads.
 
     Raises:
       ValueError: a setting outside what is said above, naming it and its value.
@@ -132,7 +137,7 @@ class Config:
     steps: int = 200
     batch_size: int = 32
     max_tokens: int = 48
-    sized: bool = False
+    sized: bool | None = None
     learning_rate: float = 0.0
     radius: float = 0.0
     decay: float = 0.125
@@ -143,7 +148,7 @@ class Config:
     noise: str = "rademacher"
     step_rule: str = "floor"
     density: float = 0.0
-    num_queries: int = 1
+    num_queries: int = 0
     query_batch: int = 1
     parts: int = 1
     bits: int = 8
@@ -153,7 +158,7 @@ class Config:
     core: int = 0
     alpha: float = 16.0
     targets: tuple[str, ...] = ()
-    layers: int = 0
+    layers: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     cache: str = ""
     eval_every: int = 25
@@ -170,10 +175,10 @@ class Config:
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty.")
         least = {
-            "steps": 0, "batch_size": 1, "max_tokens": 1, "num_queries": 1, "query_batch": 1,
-            "parts": 1, "rank": 1, "core": 0, "layers": 0, "eval_every": 1, "looks": 1,
-            "dev_examples": 0, "test_examples": 0, "patience": 0, "checkpoint_every": 1, "seed": 0,
-            "guide_every": 0,
+            "steps": 0, "batch_size": 1, "max_tokens": 1, "num_queries": 0, "query_batch": 1,
+            "parts": 1, "rank": 1, "core": 0, "eval_every": 1, "looks": 1, "dev_examples": 0,
+            "test_examples": 0, "patience": 0, "checkpoint_every": 1, "seed": 0, "guide_every": 0,
+            **({} if self.layers is None else {"layers": 0}),
         }  # fmt: skip
         rates = ("learning_rate", "radius")
         positive = ("decay", "range", "alpha")
@@ -189,15 +194,24 @@ class Config:
         if moved is not None and self.train != moved:
             raise ValueError(f"method={self.method!r} needs train={moved!r}, got {self.train!r}.")
         in_columns = self.structure == "columns"
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        by_hand = [name for name in _BY_HAND if getattr(self, name) != usual[name]]
+        if in_columns and "density" in by_hand:
+            by_hand.remove("density")
+        if self.sized is None:
+            sized = self.train == "codes" and self.method in _SIZED and not by_hand
+            object.__setattr__(self, "sized", sized)
+        if self.layers is None and not self.sized:
+            object.__setattr__(self, "layers", 0)
+        if self.num_queries == 0:
+            object.__setattr__(self, "num_queries", 4 if self.sized else 1)
         if self.sized and self.method not in _SIZED:
             raise ValueError(f"sized is for methods of {_SIZED}, got method={self.method!r}.")
         if in_columns and not self.sized:
             raise ValueError("structure='columns' needs sized=True.")
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _BY_HAND if self.sized else ():
+        for name in by_hand if self.sized else ():
             value = getattr(self, name)
-            if value != usual[name] and not (in_columns and name == "density"):
-                raise ValueError(f"{name} is for steps of sized=False, got {value!r}.")
+            raise ValueError(f"{name} is for steps of sized=False, got {value!r}.")
         if self.guide_every and (self.structure != "columns" or self.groups * self.parts > 1):
             raise ValueError(
                 "guide_every needs structure='columns', and queries that are evaluated at once "
@@ -218,7 +232,7 @@ class Config:
         """The settings that the method reads, with its defaults in place of 0 and "auto".
 
         Example:
-          >>> Config(model="model.gguf", output="run").used["density"]
+          >>> Config(model="model.gguf", output="run", sized=False).used["density"]
           0.0009765625
         """
         found = dataclasses.asdict(self) | {"targets": self.matrices}
@@ -227,7 +241,7 @@ class Config:
         in_columns = self.structure == "columns"
         rate, radius = self._defaults()
         found |= {"learning_rate": self.learning_rate or rate, "radius": self.radius or radius}
-        found["density"] = self.probed
+        found |= {"density": self.probed, "layers": self.layers_of(_LAST)}
         if self.structure == "auto":
             found["structure"] = "sparse" if self.is_sparse else "dense"
         drops = {
@@ -257,6 +271,12 @@ class Config:
             "dtype": self.dtype == "float32",
         }
         return {name: x for name, x in found.items() if not drops.get(name)}
+
+    def layers_of(self, depth: int) -> int:
+        """How many of the last layers train, of a model of so many; 0: all."""
+        if self.layers is not None:
+            return self.layers
+        return min(_LAST, depth)
 
     @property
     def probed(self) -> float:

@@ -97,7 +97,8 @@ class Folder:
     @property
     def settings(self) -> str:
         """What processes of one run must all be given, as text; where things lie may differ."""
-        return json.dumps(self._without_places, sort_keys=True)
+        # With a cache all examples are read, without those of the run, in another order.
+        return json.dumps({**self._without_places, "cache": bool(self._cache)}, sort_keys=True)
 
     def __enter__(self) -> "Folder":
         other = self._other()

@@ -59,9 +59,10 @@ def summary(run: Path) -> dict[str, Any]:
     texts = data.load_whole(own, "test") if own else data.load(config["data"], "test")
     texts = texts.sample(config["test_examples"], config["seed"])
     base, trained = files.find(config["model"]), run / "model.gguf"
+    passes = {0: 0, **{line["step"]: line["forward_passes"] for line in outcome["history"]}}
     return {
         "scores": {when: outcome[when] for when in ("before", "after")},
-        "kept_after": 2 * config["num_queries"] * outcome["best_step"],
+        "kept_after": passes[outcome["best_step"]],
         "dev_examples": config["dev_examples"],
         "test_examples": len(texts.prompts),
         "history": [

@@ -58,7 +58,7 @@ def rebuild(path: Path, model: str) -> tuple[Config, Checkpoint, Any]:
     whole = loading.load(model)
     if (found := _digest(whole.path)) != base:
         raise ValueError(f"model: {model} has digest {found}, the log's model had {base}.")
-    _, part = loading.split(whole, config.layers)
+    _, part = loading.split(whole, config.layers_of(whole.architecture.depth))
     return config, part, zq.replay(adapt(part, config), log, transformation(config))
 
 

@@ -187,7 +187,7 @@ class _Point:
 
     def __init__(self, path: str, wanted: Wanted, config: Config) -> None:
         whole = loading.load(path)
-        below, self.model = loading.split(whole, config.layers)
+        below, self.model = loading.split(whole, config.layers_of(whole.architecture.depth))
         texts = data.load_all(wanted.sst2, "", "")["train"]
         # The layers below are those of "smollm2" in every run's file: their states are found again.
         tokens = states.with_states(

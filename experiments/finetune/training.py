@@ -111,7 +111,7 @@ class _Run:
     ) -> None:
         self.config, self.progress, self.folder, self.team = config, progress, folder, team
         all_layers = loading.in_dtype(all_layers, config.dtype)
-        below, model = loading.split(all_layers, config.layers)
+        below, model = loading.split(all_layers, config.layers_of(all_layers.architecture.depth))
         self._say("preparing the examples")
         self.mesh, self.tx = sharing.spread(transformation(config), config, team)
         self.params = adapt(model, config)
@@ -137,8 +137,13 @@ class _Run:
         folder.begin()
         if below is not None:
             cache = Path(config.cache or folder.scratch / "states")
+            places = map(Batches(tokens["train"], config).places, range(config.steps))
+            # A cache is for runs that may read other examples, or the same in another order.
+            asked = {} if config.cache else {"train": places}
             for part in tokens:
-                tokens[part] = states.with_states(below, tokens[part], cache, progress=progress)
+                tokens[part] = states.with_states(
+                    below, tokens[part], cache, asked.get(part), progress=progress
+                )
         self.batches = Batches(tokens["train"], config)
         evaluate = objective.evaluator(self.model.decoder)  # one, so that both compile it once
         self.dev = functools.partial(evaluate, tokens=tokens["dev"])
@@ -149,7 +154,9 @@ class _Run:
     def outcome(self) -> Outcome | None:
         """Train, and read the test examples before and after."""
         counts = ", ".join(f"{count:,} {part}" for part, count in self.counts.items())
-        self._say(f"examples: {counts}\nfirst look at the test and dev examples: compiling")
+        span, depth = self.model.span, self.model.architecture.depth
+        layers = f"the last {len(span)} of {depth} layers" if len(span) < depth else "all layers"
+        self._say(f"examples: {counts}\ntraining {layers}\nfirst look at the test and dev examples: compiling")
         before = self.dev_before = None
         if self.team.is_first:
             before = self.folder.once("before", lambda: self.test(self.params))

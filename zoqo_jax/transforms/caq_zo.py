@@ -22,7 +22,8 @@ from zoqo_jax.directions import Boundary, Direction, Structure
 from zoqo_jax.grids import projection
 from zoqo_jax.grids.arrays import QuantizedArray
 from zoqo_jax.grids.projection import Rounding
-from zoqo_jax.transforms import queries, sizing, stepping
+from zoqo_jax.transforms import auto, queries, stepping
+from zoqo_jax.transforms.auto import Auto
 from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.schedules import (
     ONE,
@@ -33,7 +34,7 @@ from zoqo_jax.transforms.schedules import (
     is_traced,
     value_at,
 )
-from zoqo_jax.transforms.sizing import Auto, Sizing
+from zoqo_jax.transforms.sizing import Sizing
 from zoqo_jax.transforms.spreading import AxisNames, spread_over
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method, Steps
@@ -131,7 +132,7 @@ def caq_zo(
         >>> loss(zq.dequantize(params)).item() < 1.0  # from 4
         True
     """
-    sized, learning_rate, _, density, structure = sizing.choose(
+    sized, learning_rate, _, density, structure = auto.choose(
         "real" if rounding == "error_feedback" else "whole",
         learning_rate,
         "auto" if radius is None else radius,

@@ -16,11 +16,11 @@ from jaxtyping import Array, PRNGKeyArray
 
 from zoqo_jax.directions import Boundary, Direction, Structure
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.transforms import sizing
+from zoqo_jax.transforms import auto
+from zoqo_jax.transforms.auto import Auto
 from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule
-from zoqo_jax.transforms.sizing import Auto
 from zoqo_jax.transforms.spreading import AxisNames, spread_over
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Steps
@@ -100,7 +100,7 @@ def quzo(
         >>> loss(zq.dequantize(params)).item() < 0.05, state.info.evaluations.item()
         (True, 200)
     """
-    sized, learning_rate, radius, density, structure = sizing.choose(
+    sized, learning_rate, radius, density, structure = auto.choose(
         "whole", learning_rate, radius, density, structure, usual_radius=1.0
     )
     method = _Quzo(

@@ -22,11 +22,11 @@ from zoqo_jax import directions
 from zoqo_jax.grids.arrays import is_quantized, is_trained, no_update, trained_leaves
 from zoqo_jax.grids.scales import float_part, map_float
 from zoqo_jax.implicit.rules import quaxify
-from zoqo_jax.transforms import floats, queries, sizing, stepping
+from zoqo_jax.transforms import auto, floats, queries, stepping
 from zoqo_jax.transforms.applying import apply_updates
+from zoqo_jax.transforms.auto import Auto
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_positive, inverse_at, value_at
-from zoqo_jax.transforms.sizing import Auto
 from zoqo_jax.transforms.spreading import AxisNames, Spread, spread_over
 from zoqo_jax.transforms.state import (
     State,
@@ -115,7 +115,7 @@ def qzo(
             "learning_rate and radius must both be numbers or both be 'auto', got "
             f"{learning_rate!r} and {radius!r}."
         )
-    sized = sizing.of_floats(radius=radius, learning_rate=learning_rate)
+    sized = auto.of_floats(radius=radius, learning_rate=learning_rate)
     if clip is not None:
         check_positive("clip", clip)
     directions.check_choice("noise", noise, get_args(Noise))

@@ -19,11 +19,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from zoqo_jax import directions
 from zoqo_jax.grids.arrays import is_float_array, is_quantized, no_update
 from zoqo_jax.implicit.rules import quaxify
-from zoqo_jax.transforms import floats, queries, sizing, stepping
+from zoqo_jax.transforms import auto, floats, queries, stepping
 from zoqo_jax.transforms.applying import apply_updates
+from zoqo_jax.transforms.auto import Auto
 from zoqo_jax.transforms.floats import Directions, Noise, both_sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, value_at
-from zoqo_jax.transforms.sizing import Auto
 from zoqo_jax.transforms.spreading import AxisNames, Spread, over_queries, spread_over
 from zoqo_jax.transforms.state import State, initial_state, query_keys, record, step_key
 
@@ -111,7 +111,7 @@ def spsa(
         raise ValueError(f"learning_rate must be None or 'auto', got {learning_rate!r}.")
     if learning_rate == "auto" and not isinstance(radius, str):
         raise ValueError(f"radius must be 'auto' where learning_rate is, got {radius!r}.")
-    sized = sizing.of_floats(radius=radius)
+    sized = auto.of_floats(radius=radius)
     directions.check_choice("noise", noise, get_args(Noise))
     num_queries, query_batch = stepping.check_query_count(num_queries, query_batch)
     own_spread = spread_over(axis_names, axis_name)

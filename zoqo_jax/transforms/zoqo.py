@@ -17,10 +17,11 @@ from jaxtyping import Array, PRNGKeyArray
 from zoqo_jax import directions
 from zoqo_jax.directions import Boundary, Contribution, Direction, Distribution, Structure
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.transforms import sizing
+from zoqo_jax.transforms import auto
+from zoqo_jax.transforms.auto import Auto
 from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, value_at
-from zoqo_jax.transforms.sizing import Auto, Sizing
+from zoqo_jax.transforms.sizing import Sizing
 from zoqo_jax.transforms.spreading import AxisNames, spread_over
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Method, Steps
@@ -127,7 +128,7 @@ def zoqo(
         >>> state.info.loss_differences.item() in (-1.0, 0.0, 1.0), state.info.evaluations.item()
         (True, 202)
     """
-    sized, learning_rate, radius, density, structure = sizing.choose(
+    sized, learning_rate, radius, density, structure = auto.choose(
         "signs", learning_rate, radius, density, structure
     )
     if noise == "auto":

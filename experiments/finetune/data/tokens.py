@@ -68,14 +68,19 @@ class Tokens:
         """How many sequences each example has."""
         return np.ones(len(self), int) if self.firsts is None else np.diff(self.firsts)
 
+    def rows(self, places: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The numbers of the sequences of some examples."""
+        if self.firsts is None:
+            return np.asarray(places, int)
+        spans = [np.arange(self.firsts[i], self.firsts[i + 1]) for i in places]
+        return np.concatenate([np.zeros(0, int), *spans])
+
     def take(self, places: Sequence[int] | np.ndarray) -> "Tokens":
         """Some of the examples."""
         places = np.asarray(places, int)
-        rows, firsts = places, None
+        rows, firsts = self.rows(places), None
         if self.firsts is not None:
-            spans = [np.arange(self.firsts[i], self.firsts[i + 1]) for i in places]
-            rows = np.concatenate([np.zeros(0, int), *spans])
-            firsts = np.cumsum([0, *map(len, spans)], dtype=np.int32)
+            firsts = np.cumsum([0, *self.counts[places]], dtype=np.int32)
 
         def some(values: Any) -> list[Any] | None:
             return None if values is None else [values[i] for i in rows]
