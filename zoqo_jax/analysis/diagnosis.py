@@ -20,7 +20,8 @@ from jaxtyping import Array, Float32, Int32, PyTree
 from zoqo_jax import directions
 from zoqo_jax.grids.arrays import Grid, QuantizedArray, trained_leaves
 from zoqo_jax.implicit.arrays import sum_over_rows
-from zoqo_jax.transforms.sizing import Auto, Sizing
+from zoqo_jax.transforms.auto import Auto
+from zoqo_jax.transforms.sizing import Sizing
 
 __all__ = ["Diagnosis", "LeafDiagnosis", "Spans", "diagnose"]
 

@@ -20,11 +20,11 @@ from jaxtyping import Array, PRNGKeyArray
 from zoqo_jax.directions import Boundary, Structure
 from zoqo_jax.grids import projection
 from zoqo_jax.grids.arrays import QuantizedArray
-from zoqo_jax.transforms import sizing
+from zoqo_jax.transforms import auto
+from zoqo_jax.transforms.auto import Auto
 from zoqo_jax.transforms.queries import Sides
 from zoqo_jax.transforms.rounded import Noise, RoundedDescent
 from zoqo_jax.transforms.schedules import ONE, Count, Schedule, check_count, is_traced
-from zoqo_jax.transforms.sizing import Auto
 from zoqo_jax.transforms.spreading import AxisNames, spread_over
 from zoqo_jax.transforms.state import State
 from zoqo_jax.transforms.stepping import Steps
@@ -118,7 +118,7 @@ def qes(
     check_count("window", window, or_none=True)
     if not is_traced(decay) and not 0.0 < decay <= 1.0:
         raise ValueError(f"decay must be in (0, 1], got {decay}.")
-    sized, learning_rate, radius, density, structure = sizing.choose(
+    sized, learning_rate, radius, density, structure = auto.choose(
         "real", learning_rate, radius, density, structure, usual_radius=1.0
     )
     method = _Qes(
