@@ -136,12 +136,15 @@ def changed(
 def defaults(config: Any) -> dict[str, Any]:
     """The defaults of a dataclass's settings; of one added later, what leaves all as it was.
 
+    A field whose default has changed since then has that in its metadata, as "was".
+
     Example:
       >>> defaults(Row("mnist", "ZO-SignSGD", None))
       {'seeds': 1}
     """
     fields = dataclasses.fields(config)
-    return plain({x.name: x.default for x in fields if x.default is not dataclasses.MISSING})
+    usual = {x.name: x.metadata.get("was", x.default) for x in fields}
+    return plain({name: x for name, x in usual.items() if x is not dataclasses.MISSING})
 
 
 @contextmanager

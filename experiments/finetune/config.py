@@ -137,7 +137,7 @@ class Config:
     steps: int = 200
     batch_size: int = 32
     max_tokens: int = 48
-    sized: bool | None = None
+    sized: bool | None = dataclasses.field(default=None, metadata={"was": False})
     learning_rate: float = 0.0
     radius: float = 0.0
     decay: float = 0.125
