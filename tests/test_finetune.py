@@ -414,6 +414,25 @@ def test_settings_out_of_range_are_refused(files, tmp_path, changes, message):
         config(files, tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("given", "sized", "queries", "layers"),
+    [
+        ({}, True, 4, (2, 4)),
+        ({"layers": 0, "num_queries": 2}, True, 2, (0, 0)),
+        ({"density": 0.125}, False, 1, (0, 0)),
+        ({"sized": False, "layers": 3}, False, 1, (3, 3)),
+        ({"structure": "columns", "density": 0.5}, True, 4, (2, 4)),
+        ({"train": "lora"}, False, 1, (0, 0)),
+        ({"train": "lora", "sized": True}, True, 4, (2, 4)),
+        ({"train": "scales", "method": "qzo"}, False, 1, (0, 0)),
+    ],
+)
+def test_steps_size_themselves_unless_a_number_is_given(given, sized, queries, layers):
+    made = Config(model="m", output="o", **given)
+    assert (made.sized, made.num_queries) == (sized, queries)
+    assert (made.layers_of(2), made.layers_of(30)) == layers
+
+
 def test_help_leaves_what_is_rarely_needed_to_helpfull():
     short, full = (settings.Line([word], [Config]).help("") for word in ("--help", "--helpfull"))
     assert "  --[no]sized" in short and "  --density=" not in short

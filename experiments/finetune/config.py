@@ -27,8 +27,8 @@ Train = Literal["codes", "lora", "scales"]
 _FLOAT = ("mezo", "zo_signsgd", "adam")
 _SIZED = ("zoqo", "caq_zo", "quzo", "qes", "mezo")
 _BY_HAND = ("learning_rate", "radius", "density", "decay", "query", "noise", "step_rule")
-# Few layers learn most of few forward passes: of film reviews 800 of four layers came to 72 to 77 %,
-# and 330 of all of them to 65.2, in twice the time.
+# Few layers learn most of few forward passes: of film reviews 1,260 of four layers came to 73 to
+# 77 %, and 330 of all of them, in twice the time, to 65.2.
 _LAST = 4
 LENGTH = ("steps", "looks")  # settings of how long a run is, and how often it is looked at
 _PLACES = ("model", "data", "dev", "test", "output", "cache")  # settings of where things lie

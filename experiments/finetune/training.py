@@ -156,9 +156,8 @@ class _Run:
         counts = ", ".join(f"{count:,} {part}" for part, count in self.counts.items())
         span, depth = self.model.span, self.model.architecture.depth
         layers = f"the last {len(span)} of {depth} layers" if len(span) < depth else "all layers"
-        self._say(
-            f"examples: {counts}\ntraining {layers}\nfirst look at the test and dev examples: compiling"
-        )
+        self._say(f"examples: {counts}\ntraining {layers}")
+        self._say("first look at the test and dev examples: compiling")
         before = self.dev_before = None
         if self.team.is_first:
             before = self.folder.once("before", lambda: self.test(self.params))
