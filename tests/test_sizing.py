@@ -174,6 +174,21 @@ def test_noise_is_told_from_what_is_true():
     assert shares[0] > 0.7 and shares[1] < 0.1
 
 
+@pytest.mark.parametrize("size", [1, slow(32), 1024])
+def test_a_batch_of_any_size_trains(size):
+    """Noise is most of what a batch of one says, and next to nothing of one of 1,024."""
+
+    def loss(params, t):
+        chosen = jax.random.randint(jax.random.fold_in(KEY, t), (size,), 0, len(X))
+        return cross_entropy(params, chosen)
+
+    start = zq.quantize(START, zq.Quantizer(bits=4))
+    trained, told = run(zq.zoqo(key=KEY, num_queries=4), start, loss, steps=600)
+    before, after = (float(cross_entropy(zq.dequantize(p))) for p in (start, trained))
+    assert after < before * {1: 0.6, 32: 0.3, 1024: 0.3}[size]
+    assert (told.true_share[-1] > 0.5) == (size == 1024)
+
+
 def test_a_jump_of_the_data_does_not_end_a_run():
     """Labels change their meaning half way: the loss falls once more."""
     other = (Y + 1) % 4
