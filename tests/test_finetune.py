@@ -193,7 +193,7 @@ def test_adapters_of_a_file_of_several_types_have_their_layers_names(mixed, tmp_
     found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(found) == 2 * 2 * 4  # A and B of q and v
     for layer in range(4):
-        v = outcome.params["layers"]["0"][str(layer % 2)]["v"]["weight"]
+        v = outcome.params["types"]["v"][str(layer % 2)]
         name = f"base_model.model.model.layers.{layer}.self_attn.v_proj.lora_B.weight"
         np.testing.assert_array_equal(found[name], zq.dequantize(v.b)[layer // 2])
 
