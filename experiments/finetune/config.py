@@ -209,8 +209,8 @@ class Config:
             raise ValueError(f"sized is for methods of {_SIZED}, got method={self.method!r}.")
         if in_columns and not self.sized:
             raise ValueError("structure='columns' needs sized=True.")
-        for name in by_hand if self.sized else ():
-            value = getattr(self, name)
+        if self.sized and by_hand:
+            name, value = by_hand[0], getattr(self, by_hand[0])
             raise ValueError(f"{name} is for steps of sized=False, got {value!r}.")
         if self.guide_every and (self.structure != "columns" or self.groups * self.parts > 1):
             raise ValueError(

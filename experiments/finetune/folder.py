@@ -97,7 +97,7 @@ class Folder:
     @property
     def settings(self) -> str:
         """What processes of one run must all be given, as text; where things lie may differ."""
-        # With a cache all examples are read, without those of the run, in another order.
+        # Where there is a cache, frozen layers read all examples; else the run's, in its order.
         return json.dumps({**self._without_places, "cache": bool(self._cache)}, sort_keys=True)
 
     def __enter__(self) -> "Folder":
